@@ -1,0 +1,46 @@
+"""What can be timed: a case holds inputs, rival implementations and the check that comes before any time.
+
+Each folder with an operation offers `bench.py` with `cases(*, device, quick) -> list[Case]`, and one line in
+`whimbrel.bench.CASES` names it. This module imports nothing heavy, so any folder may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Param = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape of one operation, with the implementations that are timed against each other."""
+
+    name: str
+    """Name of the results file, for example "rdn"; all shapes of one operation share it."""
+
+    params: Mapping[str, Param]
+    """Shape and options, as they stand in the result line: {"T": 4096, "H": 4, "dtype": "float32"}."""
+
+    impls: Mapping[str, Callable[[], Callable[[], object]]]
+    """Implementation name -> set-up; the set-up makes inputs and returns the call to time. The first is the
+    one that ratios are taken against unless the caller names another."""
+
+    check: Callable[[], None]
+    """Raises AssertionError unless all implementations agree; runs before anything is timed."""
+
+    metric: Literal["forward", "forward+backward", "step"] = "forward"
+    """What one call does."""
+
+    unit: Literal["s", "ms", "us"] = "ms"
+    """Unit of the recorded times."""
+
+    flops: float | None = None
+    """Floating-point operations of one call (useful ones only), to state the rate reached."""
+
+    bytes: float | None = None
+    """Bytes that one call must read and write at least, to state the rate reached."""
+
+    sizes: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    """Implementation name -> bytes it holds between two calls, for example optimizer state."""
