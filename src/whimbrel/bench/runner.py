@@ -1,0 +1,232 @@
+"""Times rivals in one process, alternating, after their check has passed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from whimbrel._lazy import load_object
+from whimbrel.bench import CASES
+from whimbrel.bench.case import Case, Param
+from whimbrel.bench.results import RESULTS, ResultLine, record
+from whimbrel.errors import ConfigError, UnsupportedError, WhimbrelError, nearest
+
+_PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6}
+_WARM_UP_CALLS = 2
+
+
+class CheckError(WhimbrelError):
+    """Rivals do not agree, so no time is stated."""
+
+
+class Measurement(NamedTuple):
+    """One implementation of one case."""
+
+    line: ResultLine
+    rate: float | None
+    """Useful floating-point operations per second, where the case states them."""
+    bandwidth: float | None
+    """Bytes that must move per second, where the case states them."""
+    memory_bytes: int | None
+    """Peak memory of one call, on CUDA."""
+    state_bytes: int | None
+    """Bytes held between two calls, where the case states them."""
+    ratios: dict[str, float]
+    """Time of each baseline over this one's: above 1 is faster than the baseline."""
+
+
+def run_case(
+    name: str,
+    *,
+    device: str = "cpu",
+    quick: bool = False,
+    against: Sequence[str] | None = None,
+    out: Path | None = RESULTS,
+    console: Console | None = None,
+) -> list[Measurement]:
+    """Check and time every shape of one case, append the result lines, and print a table.
+
+    name: a key of `CASES`, or "module:function" from outside.
+    device: "cpu" or "cuda".
+    quick: small shapes and few repeats.
+    against: implementations to take ratios against, one column each; None is each shape's first.
+    out: folder of the result files; None writes nothing.
+    console: where the table goes; None is standard output.
+    Raises ConfigError for an unknown case or baseline, UnsupportedError without the device, CheckError when
+    the check is red.
+    """
+    cases = _load(name, device=device, quick=quick)
+    _refuse_unknown(name, cases, against)
+    for case in cases:
+        try:
+            case.check()
+        except AssertionError as error:
+            raise CheckError(
+                f"bench {case.name}: the check failed, so nothing is timed: "
+                f"{_one_line(error)} ({_shape(case.params)})"
+            ) from error
+    found: list[Measurement] = []
+    for case in cases:
+        baselines = [b for b in against or [next(iter(case.impls))] if b in case.impls]
+        found += _measure(case, baselines, device=device, quick=quick, out=out)
+    (console or Console()).print(_table(name, found))
+    return found
+
+
+def time_alternating(
+    calls: Mapping[str, Callable[[], object]], *, device: str, budget_seconds: float, least: int, most: int
+) -> dict[str, list[float]]:
+    """Seconds of each call, one repeat of every rival per round, after warm-up.
+
+    Rounds go on until `budget_seconds` are spent, but at least `least` and at most `most` of them.
+    """
+    clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
+    for call in calls.values():
+        for _ in range(_WARM_UP_CALLS):
+            call()
+    times: dict[str, list[float]] = {impl: [] for impl in calls}
+    started = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - started > budget_seconds:
+            break
+        for impl, call in calls.items():
+            times[impl].append(clock(call))
+    return times
+
+
+def _load(name: str, *, device: str, quick: bool) -> list[Case]:
+    target = CASES.get(name, name if ":" in name else None)
+    if target is None:
+        raise ConfigError(
+            f"bench case = {name!r} is unknown: choose one of {', '.join(CASES)}{nearest(name, CASES)}"
+        )
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"bench --device = {device!r} is unknown: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            "bench --device = 'cuda' needs a CUDA device, and torch sees none: use --device cpu"
+        )
+    try:
+        make = load_object(target)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"bench case = {name!r} cannot be loaded from {target!r}: {_one_line(error)}"
+        ) from error
+    return make(device=device, quick=quick)
+
+
+def _refuse_unknown(name: str, cases: Sequence[Case], against: Sequence[str] | None) -> None:
+    known = list(dict.fromkeys(impl for case in cases for impl in case.impls))
+    for wanted in against or ():
+        if wanted not in known:
+            raise ConfigError(
+                f"bench --against = {wanted!r} is no implementation of {name}: "
+                f"choose from {', '.join(known)}{nearest(wanted, known)}"
+            )
+
+
+def _measure(
+    case: Case, baselines: Sequence[str], *, device: str, quick: bool, out: Path | None
+) -> list[Measurement]:
+    calls = {impl: set_up() for impl, set_up in case.impls.items()}
+    times = time_alternating(
+        calls,
+        device=device,
+        budget_seconds=0.3 if quick else 5.0,
+        least=3 if quick else 7,
+        most=20 if quick else 200,
+    )
+    memory = {impl: _peak_bytes(call) for impl, call in calls.items()} if device == "cuda" else {}
+    medians = {impl: float(np.median(t)) for impl, t in times.items()}
+    found = []
+    for impl, seconds in times.items():
+        scaled = [s * _PER_SECOND[case.unit] for s in seconds]
+        line = record(case.name, impl, case.params, case.metric, scaled, case.unit, device=device, out=out)
+        state = case.sizes[impl]() if impl in case.sizes else None
+        for metric, count in (("peak memory", memory.get(impl)), ("state", state)):
+            if count is not None:
+                record(case.name, impl, case.params, metric, count, "bytes", device=device, out=out)
+        found.append(
+            Measurement(
+                line=line,
+                rate=case.flops / medians[impl] if case.flops else None,
+                bandwidth=case.bytes / medians[impl] if case.bytes else None,
+                memory_bytes=memory.get(impl),
+                state_bytes=state,
+                ratios={base: medians[base] / medians[impl] for base in baselines},
+            )
+        )
+    return found
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call held above what was held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _table(name: str, found: Sequence[Measurement]) -> Table:
+    device = found[0].line["device"] if found else ""
+    table = Table(title=f"{name} on {device}", title_justify="left")
+    extra = {
+        "GFLOP/s": lambda m: None if m.rate is None else f"{m.rate / 1e9:.1f}",
+        "GB/s": lambda m: None if m.bandwidth is None else f"{m.bandwidth / 1e9:.1f}",
+        "peak MiB": lambda m: None if m.memory_bytes is None else f"{m.memory_bytes / 2**20:.1f}",
+        "state MiB": lambda m: None if m.state_bytes is None else f"{m.state_bytes / 2**20:.2f}",
+    }
+    shown = [head for head, text in extra.items() if any(text(m) is not None for m in found)]
+    baselines = list(dict.fromkeys(base for m in found for base in m.ratios))
+    for head in ("shape", "implementation", "pass"):
+        table.add_column(head)
+    for head in ("median", "quartiles", "n", *shown, *(f"times as fast as {b}" for b in baselines)):
+        table.add_column(head, justify="right")
+    last = ""
+    for m in found:
+        line = m.line
+        shape = _shape(line["params"])
+        table.add_row(
+            "" if shape == last else shape,
+            line["impl"],
+            line["metric"],
+            f"{line['value']:.4g} {line['unit']}",
+            f"{line['q25']:.4g} to {line['q75']:.4g}",
+            str(line["n"]),
+            *(extra[head](m) or "" for head in shown),
+            *(f"{m.ratios[b]:.2f}" if b in m.ratios else "" for b in baselines),
+        )
+        last = shape
+    return table
+
+
+def _shape(params: Mapping[str, Param]) -> str:
+    return " ".join(f"{key}={value}" for key, value in params.items())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

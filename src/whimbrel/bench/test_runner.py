@@ -1,0 +1,203 @@
+"""The runner: the check first, rivals in turn, exact lines, plain errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from whimbrel.bench import CASES
+from whimbrel.bench.case import Case
+from whimbrel.bench.results import ResultLine, commit, read_lines, record
+from whimbrel.bench.runner import CheckError, run_case, time_alternating
+from whimbrel.errors import ConfigError, DataError, UnsupportedError
+
+
+class Called(list):
+    """The order of events in a run."""
+
+    def note(self, what):
+        return lambda: self.append(what)
+
+
+events = Called()
+
+
+def cases(*, device, quick):
+    def check():
+        events.append("check")
+
+    return [
+        Case(
+            name="toy",
+            params={"T": 8, "quick": quick, "device": device},
+            impls={"reference": lambda: events.note("reference"), "fast": lambda: events.note("fast")},
+            check=check,
+            flops=1e6,
+            bytes=2e6,
+            sizes={"fast": lambda: 4096},
+        )
+    ]
+
+
+def red(*, device, quick):
+    def check():
+        raise AssertionError("fast differs\nby 0.5")
+
+    return [Case(name="red", params={"T": 8}, impls={"fast": lambda: events.note("fast")}, check=check)]
+
+
+HERE = "whimbrel.bench.test_runner"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """Enter this module under a name that `module:function` can load, whatever pytest called it."""
+    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+    events.clear()
+
+
+def quiet():
+    return Console(file=open("/dev/null", "w"))
+
+
+def test_rivals_alternate_after_the_check(tmp_path):
+    run_case(f"{HERE}:cases", device="cpu", quick=True, out=tmp_path, console=quiet())
+    assert events[0] == "check"
+    timed = events[1 + 4 :]
+    assert len(timed) >= 6
+    assert timed == ["reference", "fast"] * (len(timed) // 2)
+
+
+def test_lines_have_exactly_the_fields_of_the_format(tmp_path):
+    found = run_case(f"{HERE}:cases", device="cpu", quick=True, out=tmp_path, console=quiet())
+    lines = [json.loads(text) for text in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert [(x["impl"], x["metric"], x["unit"]) for x in lines] == [
+        ("reference", "forward", "ms"),
+        ("fast", "forward", "ms"),
+        ("fast", "state", "bytes"),
+    ]
+    for line in lines:
+        assert list(line) == list(ResultLine.__annotations__)
+        assert line["q25"] <= line["value"] <= line["q75"]
+        assert line["params"] == {"T": 8, "quick": True, "device": "cpu"}
+    assert lines[:2] == [m.line for m in found]
+    assert lines[2]["value"] == 4096
+    assert read_lines(tmp_path / "toy.jsonl") == lines
+
+
+def test_ratios_are_against_the_first_or_the_named(tmp_path):
+    first = run_case(f"{HERE}:cases", quick=True, out=None, console=quiet())
+    assert [list(m.ratios) for m in first] == [["reference"], ["reference"]]
+    assert first[0].ratios["reference"] == 1.0
+    assert first[1].ratios["reference"] == pytest.approx(first[0].line["value"] / first[1].line["value"])
+    named = run_case(f"{HERE}:cases", quick=True, against=["fast"], out=None, console=quiet())
+    assert named[1].ratios == {"fast": 1.0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_follow_from_the_median():
+    for m in run_case(f"{HERE}:cases", quick=True, out=None, console=quiet()):
+        assert m.rate == pytest.approx(1e6 / (m.line["value"] / 1e3))
+        assert m.bandwidth == pytest.approx(2e6 / (m.line["value"] / 1e3))
+
+
+def test_table_names_what_was_measured():
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    run_case(f"{HERE}:cases", quick=True, out=None, console=console)
+    text = console.export_text()
+    for expected in (
+        "reference",
+        "fast",
+        "T=8",
+        "GFLOP/s",
+        "GB/s",
+        "state MiB",
+        "times as fast as reference",
+    ):
+        assert expected in text
+
+
+def test_a_red_check_prints_and_writes_no_time(tmp_path, capsys):
+    with pytest.raises(
+        CheckError, match=r"^bench red: the check failed, so nothing is timed: fast differs by 0.5 \(T=8\)$"
+    ):
+        run_case(f"{HERE}:red", quick=True, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+    assert events == []
+
+
+def test_errors_name_what_is_allowed():
+    with pytest.raises(
+        ConfigError,
+        match=r"^bench case = 'rnd' is unknown: choose one of rdn, rla, .*; did you mean 'rdn'\?$",
+    ):
+        run_case("rnd", device="cpu", quick=True)
+    with pytest.raises(ConfigError, match=r"^bench --device = 'tpu' is unknown: choose cpu or cuda$"):
+        run_case("rdn", device="tpu", quick=True)
+    with pytest.raises(
+        ConfigError,
+        match=r"^bench --against = 'fats' is no implementation of .*: "
+        r"choose from reference, fast; did you mean 'fast'\?$",
+    ):
+        run_case(f"{HERE}:cases", quick=True, against=["fats"])
+    with pytest.raises(
+        ConfigError, match=r"^bench case = 'no_such:thing' cannot be loaded from 'no_such:thing': No module"
+    ):
+        run_case("no_such:thing")
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^bench --device = 'cuda' needs a CUDA device, and torch sees none: use --device cpu$",
+    ):
+        run_case("rdn", device="cuda", quick=True)
+
+
+def test_budget_bounds_the_rounds():
+    calls = {"a": lambda: None}
+    assert len(time_alternating(calls, device="cpu", budget_seconds=0.0, least=4, most=9)["a"]) == 4
+    assert len(time_alternating(calls, device="cpu", budget_seconds=60.0, least=4, most=9)["a"]) == 9
+
+
+def test_record_states_median_and_quartiles(tmp_path):
+    line = record("toy", "a", {"seed": 0}, "loss", [4.0, 1.0, 3.0, 2.0, 5.0], "nats/token", out=tmp_path)
+    assert (line["value"], line["q25"], line["q75"], line["n"]) == (3.0, 2.0, 4.0, 5)
+    one = record("toy", "a", {"seed": 0}, "loss", 2.5, "nats/token", out=tmp_path)
+    assert (one["value"], one["q25"], one["q75"], one["n"]) == (2.5, 2.5, 2.5, 1)
+    assert read_lines(tmp_path / "toy.jsonl") == [line, one]
+    assert "thread" in line["device"]
+    assert line["commit"] == commit() != ""
+
+
+def test_record_refuses_what_would_spoil_a_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"^case = '\.\./x' cannot name a results file"):
+        record("../x", "a", {}, "loss", 1.0, "nats", out=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got \[\]"
+    ):
+        record("toy", "a", {}, "loss", [], "nats", out=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got nan"
+    ):
+        record("toy", "a", {}, "loss", float("nan"), "nats", out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spoilt_results_file_is_named(tmp_path):
+    path = tmp_path / "toy.jsonl"
+    path.write_text('{"case": "toy"}\n')
+    with pytest.raises(DataError, match=r"toy.jsonl:1 is not a result line: it lacks impl, params"):
+        read_lines(path)
+    path.write_text("{\n")
+    with pytest.raises(DataError, match=r"toy.jsonl:1 is not JSON: "):
+        read_lines(path)
+
+
+def test_table_of_cases_names_functions():
+    assert all(target.endswith(":cases") for target in CASES.values())
