@@ -221,6 +221,8 @@ class EvalConfig:
     """Seed of the generated tasks and of the bootstrap."""
     validation_tokens: int = 131_072
     """Held-out tokens used for bits per byte, at most; 0 uses all."""
+    checkpoint_tokens: int = 16_384
+    """Held-out tokens scored at every checkpoint of a run; 0 scores none."""
     num_sequences: int = 64
     """Generated sequences for each cell of a task."""
     mqar_pairs: tuple[int, ...] = (4, 8, 16, 32)
@@ -251,6 +253,8 @@ class Config:
     """Global gradient norm to clip to; 0 turns clipping off."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events (extra `tensorboard`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     optim: OptimConfig = _default("whimbrel.optim", "fira")

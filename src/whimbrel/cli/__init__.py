@@ -1,0 +1,74 @@
+"""The `whimbrel` command. Each verb is a module that is imported when it is called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+
+from whimbrel import __version__
+from whimbrel.errors import ConfigError, WhimbrelError, nearest
+
+VERBS = {
+    "demo": "train a small hybrid model on real text, average it, judge it, and write a report",
+    "data": "turn text into token shards",
+    "train": "train from a recipe or a TOML file; goes on where the run folder left off",
+    "merge": "average checkpoints",
+    "eval": "bits per byte, recall and needle tasks of a checkpoint",
+    "generate": "continue a prompt, with sparse prefill for long ones",
+    "bench": "time an operation against its rivals",
+    "show": "resolved settings, parameters and memory of a recipe; the kinds of every family",
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 success, 2 usage or configuration, 1 and above other errors."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except WhimbrelError as error:
+        if debug:
+            raise
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        return _complain(f"the disk is full: {error}; free some space and run the same command again", 1)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"whimbrel {__version__}")
+        return 0
+    verb, *rest = args
+    if verb not in VERBS:
+        raise ConfigError(f"unknown command '{verb}'{nearest(verb, VERBS)}; use one of {', '.join(VERBS)}")
+    return importlib.import_module(f"whimbrel.cli.{verb}").main(rest) or 0
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: whimbrel COMMAND [OPTIONS]\n\n"
+        "Train language models on the memory you have and run them over long contexts.\n\n"
+        f"commands:\n{verbs}\n\n"
+        "whimbrel COMMAND --help tells a command's options; --debug shows the traceback of an error."
+    )
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"whimbrel: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,44 @@
+"""`whimbrel bench CASE`: time an operation against its rivals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from whimbrel.cli.args import parse
+from whimbrel.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time an operation against its rivals, after checking that they agree."""
+
+    case: tyro.conf.Positional[str]
+    """What to time; `whimbrel show kinds` lists the cases."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    quick: bool = False
+    """Small shapes only."""
+    out: Path | None = None
+    """Folder for the result lines, appended to OUT/CASE.jsonl; without it nothing is written."""
+    json: bool = False
+    """Print JSON lines instead of a table."""
+
+
+def main(argv: list[str]) -> int:
+    """Time one case."""
+    args = parse(Args, argv, verb="bench")
+    from whimbrel.bench import CASES
+
+    if args.case not in CASES:
+        raise ConfigError(f"unknown case '{args.case}'{nearest(args.case, CASES)}; use one of {', '.join(CASES)}")
+    from whimbrel.bench.runner import run_case
+    from whimbrel.training.processes import pick_device
+
+    lines = run_case(args.case, device=pick_device(args.device).type, quick=args.quick, out=args.out, table=not args.json)
+    if args.json:
+        print("\n".join(json.dumps(line) for line in lines))
+    return 0

@@ -1,0 +1,61 @@
+"""`whimbrel show SOURCE`: what a configuration means, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from whimbrel.cli.args import parse_with_config, print_table
+from whimbrel.config import Config, kinds, to_toml
+
+FAMILIES = ("whimbrel.mixers", "whimbrel.optim", "whimbrel.merge", "whimbrel.sparse")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Resolved settings, parameters and memory of a recipe or TOML file; `kinds` lists every family's methods."""
+
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = Config()
+    """Settings"""
+
+
+def main(argv: list[str]) -> int:
+    """Show a configuration, the kinds, or the recipes."""
+    if argv[:1] == ["kinds"]:
+        return _show_kinds(as_json="--json" in argv)
+    args = parse_with_config(lambda _, config: Args(config=config), argv, verb="show")
+    from whimbrel.model.memory import memory_report
+
+    report = memory_report(args.config)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(to_toml(args.config))
+    print_table("Parameters", ("part", "parameters"), [(k, f"{v:,}") for k, v in report["parameters"].items()])
+    print_table("Training memory, bytes", ("part", "bytes"), [(k, f"{v:,}") for k, v in report["training"].items()])
+    rows = [
+        (f"{row['tokens']:,}", f"{row['recurrent']:,}", f"{row['kv_cache']:,}", f"{row['all_softmax']:,}")
+        for row in report["inference"]
+    ]
+    print_table(
+        "State of one sequence, bytes", ("context tokens", "recurrent", "KV cache", "all-softmax model"), rows
+    )
+    return 0
+
+
+def _show_kinds(*, as_json: bool) -> int:
+    from whimbrel import recipes
+    from whimbrel.bench import CASES
+
+    table = {family.rpartition(".")[2]: list(kinds(family)) for family in FAMILIES}
+    table |= {"recipes": list(recipes.RECIPES), "bench": list(CASES)}
+    if as_json:
+        print(json.dumps(table))
+    else:
+        print_table("Kinds", ("family", "names"), [(name, ", ".join(names)) for name, names in table.items()])
+    return 0

@@ -1,0 +1,44 @@
+"""`whimbrel train SOURCE`: run a recipe or a TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from whimbrel.cli import INTERRUPTED
+from whimbrel.cli.args import parse_with_config
+from whimbrel.config import Config
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train from a recipe or a TOML file (the first argument); goes on where the run folder left off."""
+
+    run: Path | None = None
+    """Run folder; default runs/NAME."""
+    branch_from: Path | None = None
+    """Checkpoint of another run whose whole state a new run starts from."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = Config()
+    """Settings"""
+
+
+def main(argv: list[str]) -> int:
+    """Train; exit status 130 after a signal."""
+    args = parse_with_config(lambda _, config: Args(config=config), argv, verb="train")
+    from whimbrel.training.loop import train
+
+    result = train(args.config, run_dir=args.run, branch_from=args.branch_from)
+    if result.interrupted:
+        print(
+            f"stopped at step {result.step} of {args.config.steps}; saved {result.checkpoint}; "
+            "run the same command again to go on"
+        )
+        return INTERRUPTED
+    print(
+        f"trained {result.step} steps, {result.tokens:,} tokens; loss {result.loss:.4f} nats a token; "
+        f"newest checkpoint {result.checkpoint}"
+    )
+    return 0

@@ -1,0 +1,332 @@
+"""The training loop: batches in, checkpoints and metrics out, under plain `python` or `torchrun`.
+
+A run is a folder: config.toml (resolved, written before step 0), metrics.jsonl, and step-NNNNNN checkpoints. A batch
+is a pure function of seed and step, so the position in the data is the step, at any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from whimbrel import checkpoint as checkpoints
+from whimbrel.config import Config, encode, parse_toml, to_toml
+from whimbrel.data import Loader, TokenShards, prepare
+from whimbrel.errors import CheckpointError, ConfigError, TrainingError
+from whimbrel.evals.bpb import evaluate_bpb
+from whimbrel.files import atomic_write
+from whimbrel.model import build_model
+from whimbrel.optim.schedule import learning_rate_factor
+from whimbrel.progress import track
+from whimbrel.training.metrics import Metrics
+from whimbrel.training.processes import Processes, joined, shard
+
+CONFIG_FILE = "config.toml"
+# What may change between the start of a run and its continuation without changing what has been trained so far.
+FREE_ON_RESUME = (
+    "name device log_every tensorboard micro_batch_tokens steps checkpoint averaging prefill eval schedule.decay_steps"
+).split()
+
+
+class TrainResult(NamedTuple):
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    """Folder of the run."""
+    step: int
+    """Steps done."""
+    tokens: int
+    """Training tokens seen."""
+    loss: float
+    """Mean training loss over the last logged steps, nats a token; nan if no step was run."""
+    checkpoint: Path | None
+    """The newest checkpoint."""
+    interrupted: bool
+    """Whether a signal ended the call before the last step."""
+
+
+def train(
+    config: Config, *, run_dir: str | Path | None = None, branch_from: str | Path | None = None, quiet: bool = False
+) -> TrainResult:
+    """Train to `config.steps`, going on from the newest complete checkpoint in `run_dir` if there is one.
+
+    `run_dir` defaults to runs/NAME. `branch_from` names a checkpoint of another run whose whole state (weights,
+    optimizer, data position) a new run starts from, for example to anneal a constant-rate run. Under torchrun every
+    process calls this with the same arguments. SIGINT and SIGTERM save a checkpoint and end the call early.
+
+    Raises ConfigError (settings that do not fit the run or the processes), DataError, CheckpointError, and
+    TrainingError when a loss or gradient is not finite.
+    """
+    with joined(config) as processes:
+        folder = Path(run_dir) if run_dir is not None else Path("runs") / config.name
+        trainer = _Trainer(config, folder, processes, quiet=quiet or not processes.first)
+        return trainer.run(Path(branch_from) if branch_from is not None else None)
+
+
+class _Trainer:
+    def __init__(self, config: Config, run_dir: Path, processes: Processes, *, quiet: bool) -> None:
+        if config.batch_sequences % processes.world:
+            raise ConfigError(
+                f"batch_tokens = {config.batch_tokens} is {config.batch_sequences} sequences, which "
+                f"{processes.world} processes cannot share evenly; choose a multiple of "
+                f"{processes.world * config.data.seq_len}"
+            )
+        self.config, self.run_dir, self.processes, self.quiet = config, run_dir, processes, quiet
+        _write_config(config, run_dir, processes)
+        if processes.first:
+            prepare(config.data, vocab_size=config.model.vocab_size, quiet=quiet)
+        processes.wait()
+        self.data_dir = prepare(config.data, vocab_size=config.model.vocab_size, quiet=True)
+        self.loader = Loader(
+            TokenShards(self.data_dir, "train"),
+            seq_len=config.data.seq_len,
+            batch_sequences=config.batch_sequences,
+            seed=config.seed,
+            recall_fraction=config.data.recall_fraction,
+        )
+        self.model = build_model(config.model, seed=config.seed).to(processes.device)
+        shard(self.model, processes)
+        self.optimizer = config.optim.build(config.optim.groups(self.model))
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def run(self, branch_from: Path | None) -> TrainResult:
+        step = self._restore(branch_from)
+        config, processes = self.config, self.processes
+        last_saved = step if step else None
+        loss = math.nan
+        metrics = Metrics(self.run_dir, last_step=step, tensorboard=config.tensorboard) if processes.first else None
+        window = _Window(step)
+        with (
+            _stop_signals() as stop,
+            track("train", (config.steps - step) * config.batch_tokens, "token", quiet=self.quiet) as bar,
+        ):
+            while step < config.steps:
+                step_loss, norm = self._step(step)
+                step += 1
+                window.add(step_loss)
+                bar.advance(config.batch_tokens, f"step {step}, loss {step_loss:.3f}")
+                stopping = processes.any(stop.is_set())
+                saving = step % config.checkpoint.every_steps == 0 or step == config.steps or stopping
+                if step % config.log_every == 0 or saving:
+                    loss = window.mean()
+                    if metrics is not None:
+                        rate = window.steps(step) * config.batch_tokens / window.seconds()
+                        metrics.write(**self._line(step, loss, norm, rate))
+                    window = _Window(step)
+                if saving:
+                    self._save(step, metrics)
+                    last_saved = step
+                    window.restart_clock()
+                if stopping:
+                    break
+        if metrics is not None:
+            metrics.close()
+        newest = checkpoints.step_dir(self.run_dir, last_saved) if last_saved is not None else None
+        return TrainResult(
+            self.run_dir, step, step * config.batch_tokens, loss, newest, interrupted=step < config.steps
+        )
+
+    def _restore(self, branch_from: Path | None) -> int:
+        source = checkpoints.latest_checkpoint(self.run_dir) or branch_from
+        if source is None:
+            return 0
+        extra = checkpoints.load_checkpoint(source, model=self.model, optimizer=self.optimizer)
+        step = int(extra["step"])
+        if step > self.config.steps:
+            raise CheckpointError(
+                f"{source} is at step {step}, beyond steps = {self.config.steps}; train for more steps or use "
+                "another run folder"
+            )
+        return step
+
+    def _step(self, step: int) -> tuple[float, float]:
+        """One optimizer step; returns the mean loss over the step's targets and the gradient norm."""
+        config, processes = self.config, self.processes
+        factor = learning_rate_factor(step, config.schedule, total_steps=config.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        batch = self.loader.batch(step, rank=processes.rank, world=processes.world)
+        tokens, targets = batch.tokens.to(processes.device), batch.targets.to(processes.device)
+        num_targets = processes.sum((targets != -100).sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=processes.device)
+        for part_tokens, part_targets in self._parts(tokens, targets):
+            share = (part_targets != -100).sum() / num_targets
+            with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                part = self.model.loss(part_tokens, part_targets) * share
+            # FSDP2 averages gradients over the processes; the loss is a sum of shares.
+            (part * processes.world).backward()
+            total += part.detach()
+        limit = config.clip_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        # The only wait for the device in a step: a step that is not finite must not reach the weights.
+        loss, norm_value = torch.stack([processes.sum(total), norm.to(total.device)]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm_value)):
+            self._refuse(step, loss)
+        self.optimizer.step()
+        return loss, norm_value
+
+    def _parts(self, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = (self.config.micro_batch_tokens // self.config.data.seq_len) or len(tokens)
+        yield from zip(tokens.split(rows), targets.split(rows), strict=True)
+
+    def _refuse(self, step: int, loss: float) -> None:
+        """Raise TrainingError naming the step, the first bad parameter and the last good checkpoint."""
+        bad = "no parameter's gradient"
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            local = getattr(grad, "to_local", lambda grad=grad: grad)() if grad is not None else None
+            if self.processes.any(local is not None and not bool(torch.isfinite(local).all())):
+                bad = f"the gradient of {name}"
+                break
+        good = checkpoints.latest_checkpoint(self.run_dir)
+        advice = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved yet"
+        raise TrainingError(
+            f"step {step + 1}: loss = {loss} and {bad} is not finite; the weights were left as they were; "
+            f"{advice}; lower optim.lr or go back to an earlier checkpoint"
+        )
+
+    def _line(self, step: int, loss: float, norm: float, rate: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": step * self.config.batch_tokens,
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "time": time.time(),
+        }
+
+    def _save(self, step: int, metrics: Metrics | None) -> None:
+        config = self.config
+        checkpoints.save_checkpoint(
+            self.run_dir,
+            step=step,
+            tokens=step * config.batch_tokens,
+            model=self.model,
+            optimizer=self.optimizer,
+            extra={"step": step},
+            config_toml=to_toml(config),
+            tokenizer_path=self.data_dir / "tokenizer.json",
+        )
+        if config.checkpoint.keep:
+            checkpoints.prune(self.run_dir, config.checkpoint.keep)
+        if config.eval.checkpoint_tokens:
+            held_out = TokenShards(self.data_dir, "validation")
+            result = evaluate_bpb(
+                self.model, held_out, seq_len=config.data.seq_len, max_tokens=config.eval.checkpoint_tokens
+            )
+            if metrics is not None:
+                metrics.write(
+                    step=step,
+                    tokens=step * config.batch_tokens,
+                    validation_loss=result.nats_per_token,
+                    validation_bits_per_byte=result.bits_per_byte,
+                    time=time.time(),
+                )
+
+
+class _Window:
+    """Loss and time since the last logged step."""
+
+    def __init__(self, first_step: int) -> None:
+        self._first = first_step
+        self._losses: list[float] = []
+        self._start = time.perf_counter()
+
+    def add(self, loss: float) -> None:
+        self._losses.append(loss)
+
+    def mean(self) -> float:
+        return sum(self._losses) / len(self._losses)
+
+    def steps(self, step: int) -> int:
+        return step - self._first
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def restart_clock(self) -> None:
+        self._start = time.perf_counter()
+
+
+def _write_config(config: Config, run_dir: Path, processes: Processes) -> None:
+    """Write the resolved configuration, or check that it fits the one the run was started with."""
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        started = parse_toml(path.read_text(encoding="utf-8"), source=str(path))
+        for name, was, now in differences(started, config):
+            if not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME):
+                raise ConfigError(
+                    f"{name} = {now!r}, but the run in {run_dir} was started with {was!r}; "
+                    "use the same value or another run folder"
+                )
+    processes.wait()
+    if processes.first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(to_toml(config).encode())
+    processes.wait()
+
+
+def differences(a: Config, b: Config) -> Iterator[tuple[str, Any, Any]]:
+    """The settings in which two configurations differ: dotted name, value in `a`, value in `b`."""
+    flat_a, flat_b = dict(_flatten(encode(a))), dict(_flatten(encode(b)))
+    for name in [*flat_a, *(n for n in flat_b if n not in flat_a)]:
+        if flat_a.get(name) != flat_b.get(name):
+            yield name, flat_a.get(name), flat_b.get(name)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def annealed(config: Config, *, from_step: int) -> Config:
+    """`config` for a branch that starts at `from_step` and decays to zero over `averaging.anneal_steps`."""
+    steps = config.averaging.anneal_steps
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}-annealed",
+        steps=from_step + steps,
+        schedule=dataclasses.replace(config.schedule, kind="wsd", decay_steps=steps),
+    )
+
+
