@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from whimbrel.errors import CheckpointError, WhimbrelError
-
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -25,7 +23,7 @@ _FULL = {
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which replaces `path` when the block ends well and vanishes when it does not.
+    """A binary file to write to, which replaces `path` when the block ends well and vanishes if it does not.
 
     The bytes are on the disk before the name changes, so after a crash `path` is the old or the new file.
     Missing parent folders are made.
@@ -55,7 +53,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
 
-    With `overwrite` an existing `path` is replaced at the very end; without, it raises FileExistsError at once.
+    With `overwrite` an existing `path` is replaced at the very end; without, FileExistsError comes at once.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -109,8 +107,8 @@ def _exchange(a: Path, b: Path) -> bool:
 def remove_leftovers(folder: str | Path, pattern: str = "*", *, only_dead: bool = True) -> None:
     """Delete what crashed writers left in `folder` for names that match the glob `pattern`.
 
-    With `only_dead`, temporaries of other processes that still live on this machine are kept. Pass False where
-    the folder has one writer by design, such as the run folder of a training run.
+    With `only_dead`, temporaries of other processes that still live on this machine are kept. Pass False
+    where the folder has one writer by design, such as the run folder of a training run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -184,19 +182,17 @@ def free_bytes(path: str | Path) -> int:
 
 
 @contextmanager
-def disk_space(
-    path: str | Path, needed: int, what: str, error: type[WhimbrelError] = CheckpointError
-) -> Iterator[None]:
-    """Refuse to start without `needed` free bytes at `path`, and turn a disk that fills up into one line.
+def disk_space(path: str | Path, needed: int, what: str, error: type[Exception]) -> Iterator[None]:
+    """Raise `error` where `needed` bytes do not fit beside `path`, or where the disk fills up in the block.
 
-    `what` names the thing written, for the message. Errors of other kinds pass through.
+    `what` names the thing written. The message is one line; failures of other kinds pass through.
     """
     free = free_bytes(path)
     if free < needed:
         raise error(_full_message(path, what, "too little free space", needed, free))
     try:
         yield
-    except BaseException as caught:
+    except Exception as caught:
         reason = _full_reason(caught)
         if reason is None:
             raise
