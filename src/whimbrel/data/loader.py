@@ -1,0 +1,188 @@
+"""Training batches as a pure function of seed and step, so a run resumes exactly at any world size."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from whimbrel.data.draws import Draws
+from whimbrel.data.shards import TokenShards
+from whimbrel.data.synthetic import IGNORE, mqar, needle
+from whimbrel.data.tokenizer import Symbols
+from whimbrel.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Purposes of random streams, so that no two share numbers.
+_EPOCH, _ROWS, _MQAR, _NEEDLE = range(4)
+
+_PAIR_COUNTS = (2, 4, 8, 16, 32)
+_MIN_RECALL_LEN = 16
+
+
+class Batch(NamedTuple):
+    """`tokens` int64 [B, T] and `targets` int64 [B, T]: the token to predict at each position, or -100."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+class Arrays(NamedTuple):
+    """The same as `Batch`, in NumPy."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+class Loader:
+    """Batches of text windows and, where asked for, generated recall sequences.
+
+    Text is cut into windows of `seq_len` tokens that do not overlap; each epoch visits every window once, in
+    an order that depends on (seed, epoch) alone. `recall_fraction` of a batch's sequences are recall tasks:
+    half of them (rounded up) MQAR, the others text windows with needles. The position in the data is the
+    step and nothing else.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        seq_len: int,
+        batch_sequences: int,
+        seed: int,
+        recall_fraction: float = 0.0,
+    ) -> None:
+        """seq_len: tokens of a sequence. batch_sequences: sequences of a batch over all processes.
+
+        Raises ConfigError for sizes that are not allowed, DataError if the text is shorter than one window.
+        """
+        if batch_sequences <= 0:
+            raise ConfigError(f"batch_sequences = {batch_sequences} is not allowed; use a positive number")
+        if not 0 <= recall_fraction <= 1:
+            raise ConfigError(
+                f"data.recall_fraction = {recall_fraction} is not allowed; use a share from 0 to 1"
+            )
+        self.num_recall = round(recall_fraction * batch_sequences)
+        if self.num_recall and seq_len < _MIN_RECALL_LEN:
+            raise ConfigError(
+                f"data.seq_len = {seq_len} is too short for recall tasks; use at least {_MIN_RECALL_LEN}, "
+                "or data.recall_fraction = 0"
+            )
+        self.num_windows = (shards.num_tokens - 1) // seq_len
+        if self.num_windows < 1:
+            raise DataError(
+                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, fewer than one "
+                f"window of "
+                f"data.seq_len + 1 = {seq_len + 1}; use a shorter data.seq_len or more text"
+            )
+        self.shards = shards
+        self.seq_len = seq_len
+        self.batch_sequences = batch_sequences
+        self.seed = seed
+        self.rank, self.world = 0, 1
+        self._symbols = shards.tokenizer().symbols if self.num_recall else None
+        self._epoch_orders: dict[int, np.ndarray] = {}
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Text windows that a batch takes, those with needles included."""
+        return self.batch_sequences - (self.num_recall + 1) // 2
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the text in `steps` batches."""
+        return steps * self.windows_per_batch / self.num_windows
+
+    def rank_slice(self, rank: int, world: int) -> Loader:
+        """The loader of process `rank` of `world`; all ranks' batches one after the other are the whole batch.
+
+        Raises ConfigError if the batch does not divide by `world`.
+        """
+        if world <= 0 or self.batch_sequences % world:
+            raise ConfigError(
+                f"a batch of {self.batch_sequences} sequences cannot be shared by {world} processes; "
+                f"make batch_tokens a multiple of {world} x data.seq_len = {world * self.seq_len}"
+            )
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank = {rank} is not allowed; use 0 to {world - 1}")
+        part = copy.copy(self)
+        part.rank, part.world = rank, world
+        return part
+
+    def batch(self, step: int) -> Batch:
+        """This rank's share of the batch of `step`, counted from 0; tensors on the CPU."""
+        import torch
+
+        arrays = self.arrays(step)
+        return Batch(torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.targets))
+
+    def arrays(self, step: int) -> Arrays:
+        """The same as `batch`, in NumPy."""
+        share = self.batch_sequences // self.world
+        # The shuffle of the rows spreads the recall sequences over the ranks.
+        order = Draws(self.seed, _ROWS, step).orders(self.batch_sequences)
+        rows = [self._row(step, int(i)) for i in order[self.rank * share : (self.rank + 1) * share]]
+        return Arrays(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
+
+    def _row(self, step: int, index: int) -> Arrays:
+        """Row `index` of the batch before the shuffle: plain text first, then text with needles, then MQAR."""
+        if index >= self.windows_per_batch:
+            assert self._symbols is not None
+            return _mqar_row((self.seed, _MQAR, step, index), self.seq_len, self._symbols)
+        window = self._window(step * self.windows_per_batch + index)
+        if index >= self.batch_sequences - self.num_recall:
+            assert self._symbols is not None
+            return _needle_row((self.seed, _NEEDLE, step, index), window[:-1], self._symbols)
+        return Arrays(window[:-1], window[1:])
+
+    def _window(self, position: int) -> np.ndarray:
+        """The text window at `position` of the endless row of epochs, with the token that follows it."""
+        epoch, index = divmod(position, self.num_windows)
+        if epoch not in self._epoch_orders:
+            if len(self._epoch_orders) >= 4:
+                self._epoch_orders.clear()
+            self._epoch_orders[epoch] = Draws(self.seed, _EPOCH, epoch).orders(self.num_windows)
+        start = int(self._epoch_orders[epoch][index]) * self.seq_len
+        return self.shards.read(start, start + self.seq_len + 1)
+
+
+def _mqar_row(counters: tuple[int, ...], seq_len: int, symbols: Symbols) -> Arrays:
+    draws = Draws(*counters, 0)
+    pairs = _draw_pairs(draws, seq_len // 4)
+    # A query at every later position, which is the densest signal, or at every second or fourth.
+    queries = (seq_len - 2 * pairs) >> int(draws.below(3, 1)[0])
+    made = mqar(
+        *counters,
+        1,
+        batch=1,
+        seq_len=seq_len,
+        num_pairs=pairs,
+        symbols=symbols,
+        num_queries=queries,
+        power=1.0,
+    )
+    return Arrays(made.tokens[0], made.answers[0])
+
+
+def _needle_row(counters: tuple[int, ...], text: np.ndarray, symbols: Symbols) -> Arrays:
+    """The text with needles in place of its end; text tokens stay targets of the text before them."""
+    pairs = _draw_pairs(Draws(*counters, 0), len(text) // 8)
+    made = needle(
+        *counters,
+        1,
+        text=text[None, : len(text) - 3 * pairs],
+        num_needles=pairs,
+        symbols=symbols,
+        num_queries=pairs,
+    )
+    tokens, answers = made.tokens[0], made.answers[0]
+    following = np.append(tokens[1:], IGNORE)
+    marked = np.isin(following, np.concatenate([symbols.keys, symbols.values]))
+    return Arrays(tokens, np.where((answers == IGNORE) & ~marked, following, answers))
+
+
+def _draw_pairs(draws: Draws, most: int) -> int:
+    counts = [count for count in _PAIR_COUNTS if count <= most]
+    return counts[int(draws.below(len(counts), 1)[0])]
