@@ -7,6 +7,7 @@ is a pure function of seed and step, so the position in the data is the step, at
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import signal
 import threading
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from whimbrel import checkpoint as checkpoints
 from whimbrel.config import Config, encode, parse_toml, to_toml
-from whimbrel.data import Loader, TokenShards, prepare
+from whimbrel.data import Loader, TokenShards, default_cache, prepare
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.files import atomic_write
@@ -75,25 +76,19 @@ def train(
 
 class _Trainer:
     def __init__(self, config: Config, run_dir: Path, processes: Processes, *, quiet: bool) -> None:
-        if config.batch_sequences % processes.world:
-            raise ConfigError(
-                f"batch_tokens = {config.batch_tokens} is {config.batch_sequences} sequences, which "
-                f"{processes.world} processes cannot share evenly; choose a multiple of "
-                f"{processes.world * config.data.seq_len}"
-            )
         self.config, self.run_dir, self.processes, self.quiet = config, run_dir, processes, quiet
         _write_config(config, run_dir, processes)
         if processes.first:
-            prepare(config.data, vocab_size=config.model.vocab_size, quiet=quiet)
+            prepare_data(config, quiet=quiet)
         processes.wait()
-        self.data_dir = prepare(config.data, vocab_size=config.model.vocab_size, quiet=True)
+        self.data_dir = prepare_data(config, quiet=True)
         self.loader = Loader(
             TokenShards(self.data_dir, "train"),
             seq_len=config.data.seq_len,
             batch_sequences=config.batch_sequences,
             seed=config.seed,
             recall_fraction=config.data.recall_fraction,
-        )
+        ).rank_slice(processes.rank, processes.world)
         self.model = build_model(config.model, seed=config.seed).to(processes.device)
         shard(self.model, processes)
         self.optimizer = config.optim.build(config.optim.groups(self.model))
@@ -152,10 +147,10 @@ class _Trainer:
     def _step(self, step: int) -> tuple[float, float]:
         """One optimizer step; returns the mean loss over the step's targets and the gradient norm."""
         config, processes = self.config, self.processes
-        factor = learning_rate_factor(step, config.schedule, total_steps=config.steps)
+        factor = learning_rate_factor(step, config.schedule, steps=config.steps)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        batch = self.loader.batch(step, rank=processes.rank, world=processes.world)
+        batch = self.loader.batch(step)
         tokens, targets = batch.tokens.to(processes.device), batch.targets.to(processes.device)
         num_targets = processes.sum((targets != -100).sum())
         self.optimizer.zero_grad(set_to_none=True)
@@ -279,6 +274,14 @@ def _write_config(config: Config, run_dir: Path, processes: Processes) -> None:
         with atomic_write(path) as file:
             file.write(to_toml(config).encode())
     processes.wait()
+
+
+def prepare_data(config: Config, *, quiet: bool = False) -> Path:
+    """The folder of token shards for `config`, made at the first call and kept in the cache folder."""
+    settings = f"{config.data.corpus} {config.data.validation_fraction} {config.model.vocab_size}"
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    out = default_cache() / "shards" / f"{Path(config.data.corpus).name}-{config.model.vocab_size}-{digest}"
+    return prepare(config.data, out, vocab_size=config.model.vocab_size, quiet=quiet).parent
 
 
 def differences(a: Config, b: Config) -> Iterator[tuple[str, Any, Any]]:

@@ -1,0 +1,86 @@
+"""The command: exit status, one-line errors, and what each verb prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from whimbrel.cli import VERBS, main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tarin"], "unknown command 'tarin'; did you mean 'train'?"),
+        (["train"], "whimbrel train needs a recipe or a TOML file as its first argument"),
+        (["train", "dmeo"], "unknown recipe 'dmeo'; did you mean 'demo'?"),
+        (["train", "demo", "--stpes", "3"], "did you mean --steps?"),
+        (["train", "demo", "--optim.rank", "x"], "--optim.rank"),
+        (["train", "demo", "--optim.kind", "fria"], "optim.kind = 'fria' is not known; did you mean 'fira'?"),
+        (["train", "demo", "--optim.kind"], "--optim.kind needs the name of a method"),
+        (["train", "demo", "--steps", "0"], "steps = 0 is not allowed; use a positive number"),
+        (["train", "nowhere.toml"], "configuration file 'nowhere.toml' does not exist"),
+        (["bench", "nothing"], "unknown case 'nothing'"),
+        (["generate"], "(whimbrel generate --help lists all options)"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(capsys, argv: list[str], message: str) -> None:
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("whimbrel: error: ")
+    assert err.count("\n") == 1
+
+
+def test_missing_model_exits_4(capsys, tmp_path) -> None:
+    status, _, err = run(capsys, "generate", str(tmp_path / "none"), "--prompt", "x")
+    assert status == 4
+    assert "is not a folder; name a checkpoint, a merge or a run" in err
+
+
+def test_debug_shows_the_traceback() -> None:
+    from whimbrel.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(["train", "dmeo", "--debug"])
+
+
+def test_help_and_version(capsys) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(verb in out for verb in VERBS)
+    assert run(capsys, "--version")[1].startswith("whimbrel 0.")
+    assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(capsys, verb: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: whimbrel {verb}" in capsys.readouterr().out
+
+
+def test_show_prints_a_configuration_that_can_be_given_back(capsys) -> None:
+    from whimbrel.config import load_config, parse_toml
+
+    status, out, _ = run(capsys, "show", "demo", "--optim.kind", "galore", "--optim.rank", "16")
+    assert status == 0
+    toml = out[: out.index("\nParameters")]
+    assert parse_toml(toml) == load_config("demo", {"optim.kind": "galore", "optim.rank": 16})
+
+
+def test_show_json_and_kinds(capsys) -> None:
+    report = json.loads(run(capsys, "show", "rdn-1.5b", "--json")[1])
+    assert 1.5e9 < report["parameters"]["total"] < 1.6e9
+    kinds = json.loads(run(capsys, "show", "kinds", "--json")[1])
+    assert {"rla", "rdn", "softmax"} <= set(kinds["mixers"])
+    assert "fira" in kinds["optim"]
