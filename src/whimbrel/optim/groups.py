@@ -1,0 +1,149 @@
+"""Which parameter goes into which group. Sees names and shapes only; imports no torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from whimbrel.errors import ConfigError, nearest
+from whimbrel.optim.options import check_rank
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    low_rank: str | Sequence[str] = "blocks.*",
+    exclude: str | Sequence[str] = (),
+    rank: int | None = None,
+    weight_decay: float | None = None,
+    min_dim: int = 32,
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters into the groups that Fira, GaLore and AdamW take.
+
+    low_rank, exclude: shell patterns (`*`, `?`, `[...]`) over parameter names; each must match a parameter.
+    rank: rank of the low-rank group; None leaves it to the optimizer's argument.
+    weight_decay: decay of the groups that are decayed; None leaves it to the optimizer's argument.
+    min_dim: matrices whose smaller side is below it are not projected.
+
+    Groups, in this order, empty ones left out: `low_rank`, the matrices that match and are large enough;
+    `decay`, the other parameters of two or more dimensions; `no_decay`, vectors, scalars and parameters with
+    a true attribute `_no_weight_decay`. Each holds "params" as a list of (name, tensor), "name" and
+    "low_rank". Tied parameters appear once, under their first name; parameters that need no gradient are left
+    out. Raises ConfigError for a pattern without a match, for a selection without a matrix, and for a rank
+    above the smaller side of a selected matrix.
+    """
+    named = dict(model.named_parameters())
+    kinds = assign_groups(
+        {name: tuple(param.shape) for name, param in named.items()},
+        low_rank=low_rank,
+        exclude=exclude,
+        min_dim=min_dim,
+        no_decay={name for name, param in named.items() if getattr(param, "_no_weight_decay", False)},
+    )
+    groups = []
+    for kind in ("low_rank", "decay", "no_decay"):
+        params = [
+            (name, param) for name, param in named.items() if kinds[name] == kind and param.requires_grad
+        ]
+        group: dict[str, Any] = {"params": params, "name": kind, "low_rank": kind == "low_rank"}
+        if kind == "no_decay":
+            group["weight_decay"] = 0.0
+        elif weight_decay is not None:
+            group["weight_decay"] = weight_decay
+        if kind == "low_rank" and rank is not None:
+            for name, param in params:
+                check_rank(rank, tuple(param.shape), name)
+            group["rank"] = rank
+        if params:
+            groups.append(group)
+    return groups
+
+
+def assign_groups(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    low_rank: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    min_dim: int = 32,
+    no_decay: Collection[str] = (),
+) -> dict[str, str]:
+    """The group of each parameter by name and shape; `no_decay` names those that must not be decayed."""
+    selected = _matching("low_rank", low_rank, shapes) - _matching("exclude", exclude, shapes)
+
+    def group(name: str, shape: Sequence[int]) -> str:
+        if name in no_decay or len(shape) < 2:
+            return "no_decay"
+        return "low_rank" if name in selected and len(shape) == 2 and min(shape) >= min_dim else "decay"
+
+    groups = {name: group(name, shape) for name, shape in shapes.items()}
+    if _patterns(low_rank) and "low_rank" not in groups.values():
+        raise ConfigError(
+            f"low_rank = {list(_patterns(low_rank))} selects no matrix whose smaller side is at least "
+            f"min_dim = {min_dim}; choose other patterns or a smaller min_dim"
+        )
+    return groups
+
+
+def low_rank_state_bytes(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    rank: int,
+    side: str,
+    scalars: int,
+    low_rank: Sequence[str],
+    exclude: Sequence[str],
+    min_dim: int,
+) -> int:
+    """Bytes of float32 state: basis, moments and `scalars` of low-rank matrices, AdamW's of the others."""
+    groups = assign_groups(shapes, low_rank=low_rank, exclude=exclude, min_dim=min_dim)
+    return 4 * sum(
+        _low_rank_elements(name, shape, rank, side) + scalars
+        if groups[name] == "low_rank"
+        else 2 * math.prod(shape) + 1
+        for name, shape in shapes.items()
+    )
+
+
+def resolve_side(side: str, shape: Sequence[int]) -> str:
+    """ "left" or "right" for an m x n matrix. `std` projects the shorter side (a square one on the right)."""
+    if side in ("left", "right"):
+        return side
+    wide = shape[-2] < shape[-1]
+    return "left" if wide == (side == "std") else "right"
+
+
+def _low_rank_elements(name: str, shape: Sequence[int], rank: int, side: str) -> int:
+    check_rank(rank, tuple(shape), name)
+    projected, other = shape if resolve_side(side, shape) == "left" else reversed(shape)
+    return rank * (projected + 2 * other)
+
+
+def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matching(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
+    names = list(names)
+    matches: set[str] = set()
+    for pattern in _patterns(patterns):
+        found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ConfigError(
+                f"{argument} pattern '{pattern}' matches no parameter{nearest(pattern, _candidates(names))}"
+            )
+        matches |= found
+    return matches
+
+
+def _candidates(names: Iterable[str]) -> list[str]:
+    """Patterns that would match: every name and its beginnings, with "*" for numbers and for what follows."""
+    found = set()
+    for name in names:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        found |= {".".join([*parts[:k], "*"]) for k in range(1, len(parts))} | {".".join(parts)}
+    return sorted(found)

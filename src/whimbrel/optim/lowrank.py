@@ -1,0 +1,168 @@
+"""The low-rank ground of GaLore and Fira: find a basis, project down, project up. Pure functions of tensors.
+
+Shapes: gradients [B, m, n], B matrices of one shape. `side` says which side of the matrix is projected:
+
+- "left": basis [B, m, r] over the rows, low = basis^T grad [B, r, n]; a slice is a column.
+- "right": basis [B, n, r] over the columns, low = grad basis [B, m, r]; a slice is a row.
+
+Slices run along the dimension that stays, so that each slice of the gradient [B, m, n] has its own slice of
+`low`. Everything is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 8
+"""Extra directions of the first, randomised fit (Halko, Martinsson and Tropp 2011, section 4.2)."""
+FIRST_ITERATIONS = 3
+"""Multiplications with G G^T in the first fit: one to sample the range and two power iterations."""
+WARM_ITERATIONS = 2
+"""Multiplications with G G^T in a later fit, which starts from the basis before it."""
+
+
+def basis_shape(shape: Sequence[int], rank: int, side: str) -> tuple[int, int]:
+    """Shape of the basis of one m x n matrix."""
+    return (shape[-2] if side == "left" else shape[-1], rank)
+
+
+def low_shape(shape: Sequence[int], rank: int, side: str) -> tuple[int, int]:
+    """Shape of the projected gradient, and of each moment, of one m x n matrix."""
+    return (rank, shape[-1]) if side == "left" else (shape[-2], rank)
+
+
+def slice_dim(side: str) -> int:
+    """The dimension that runs inside one slice."""
+    return -2 if side == "left" else -1
+
+
+def down(grad: Tensor, basis: Tensor, side: str) -> Tensor:
+    """The gradient in the coordinates of the basis: [B, m, n] -> [B, r, n] or [B, m, r]."""
+    return basis.mT @ grad if side == "left" else grad @ basis
+
+
+def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> Tensor:
+    """Back to full size, [B, m, n]; `add` [B, m, n] is added and may be overwritten."""
+    first, second = (basis, low) if side == "left" else (low, basis.mT)
+    return first @ second if add is None else add.baddbmm_(first, second)
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
+
+    Householder QR is safe where x has lost rank; it then completes the basis. Its column signs are arbitrary,
+    and moments that outlive a refresh need directions that do not flip, hence the sign of the diagonal.
+    """
+    q, r = torch.linalg.qr(x)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    return q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+
+
+def iterate(grad: Tensor, start: Tensor, side: str, iterations: int) -> Tensor:
+    """Block power iteration from `start` [B, d, k], orthonormalised after every multiplication.
+
+    Without the orthonormalisation between grad and grad^T the condition number is squared, and directions
+    below about 3e-4 of the largest are lost in float32.
+    """
+    g = grad if side == "left" else grad.mT
+    for _ in range(iterations):
+        start = orthonormal(g @ orthonormal(g.mT @ start))
+    return start
+
+
+def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int) -> Tensor:
+    """Leading `rank` directions by randomised subspace iteration from `noise` [B, d, k], rank <= k."""
+    wide = iterate(grad, noise, side, FIRST_ITERATIONS)
+    low = down(grad, wide, side)
+    gram = low @ low.mT if side == "left" else low.mT @ low
+    # eigh sorts upwards; the leading directions are its last columns
+    leading = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
+    return wide @ leading
+
+
+def fit_warm(grad: Tensor, basis: Tensor, side: str) -> Tensor:
+    """Leading directions by power iteration from the basis before, whose order and signs it keeps."""
+    return iterate(grad, basis, side, WARM_ITERATIONS)
+
+
+def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:
+    """Leading `rank` singular vectors by a thin SVD, with the signs that the SVD happens to give."""
+    left, _, right = torch.linalg.svd(grad, full_matrices=False)
+    return left[..., :rank] if side == "left" else right[..., :rank, :].mT
+
+
+def noise_columns(shape: Sequence[int], rank: int, side: str) -> int:
+    """Columns of the noise for `fit_first`."""
+    return min(rank + OVERSAMPLING, shape[-2], shape[-1])
+
+
+def noise(rows: int, columns: int, *, seed: int, index: int) -> Tensor:
+    """Gaussian [rows, columns] on the CPU that depends on the seed and the matrix's index alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return torch.randn(rows, columns, generator=generator)
+
+
+def overlap(old: Tensor, new: Tensor) -> Tensor:
+    """Share of the old subspace that the new one keeps, ||old^T new||_F^2 / r, for bases [B, d, r]."""
+    return (old.mT @ new).square().sum((-2, -1)) / old.shape[-1]
+
+
+class Moments(NamedTuple):
+    """Adam state of B low-rank gradients: step [B], exp_avg and exp_avg_sq of the shape of `low`."""
+
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def carry(moments: Moments, old: Tensor, new: Tensor, side: str, how: str) -> Moments:
+    """The moments after a change of basis.
+
+    `keep` leaves them, `reset` starts Adam again, and `rotate` expresses them in the new directions: the mean
+    by C = new^T old, the mean square by the elementwise square of C, which is exact for uncorrelated
+    coordinates.
+    """
+    if how == "keep":
+        return moments
+    if how == "reset":
+        return Moments(*map(torch.zeros_like, moments))
+    turn = new.mT @ old
+    weights = turn.square()
+    if side == "left":
+        return Moments(moments.step, turn @ moments.exp_avg, weights @ moments.exp_avg_sq)
+    return Moments(moments.step, moments.exp_avg @ turn.mT, moments.exp_avg_sq @ weights.mT)
+
+
+class AdamOut(NamedTuple):
+    """direction: exp_avg / (sqrt(exp_avg_sq) + eps), not corrected; correction [B]; the moments after."""
+
+    direction: Tensor
+    correction: Tensor
+    moments: Moments
+
+
+def adam(low: Tensor, moments: Moments, active: Tensor, *, betas: tuple[float, float], eps: float) -> AdamOut:
+    """Adam on B low-rank gradients; matrices that are not `active` [B] keep their moments and step.
+
+    `eps` is added to the uncorrected root, and the bias correction is one factor for the whole direction, as
+    in the authors' code: update = lr * correction * direction.
+    """
+    step, exp_avg, exp_avg_sq = moments
+    on = active.to(low.dtype)
+    step = step + on
+    exp_avg = exp_avg.lerp(low, (on * (1 - betas[0]))[:, None, None])
+    exp_avg_sq = exp_avg_sq.lerp(low.square(), (on * (1 - betas[1]))[:, None, None])
+    direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
+    return AdamOut(direction, bias_correction(step, betas), Moments(step, exp_avg, exp_avg_sq))
+
+
+def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """sqrt(1 - beta2^step) / (1 - beta1^step), accurate in float32 at every step; step 0 counts as 1."""
+    count = step.clamp_min(1)
+    first, second = (-torch.expm1(count * (math.log(beta) if beta > 0 else -math.inf)) for beta in betas)
+    return second.sqrt() / first

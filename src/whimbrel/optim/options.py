@@ -1,0 +1,67 @@
+"""What each optimizer option may be, for configs and optimizers alike. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from whimbrel.config import require
+from whimbrel.errors import ConfigError
+
+Side = Literal["std", "reverse_std", "left", "right"]
+Refresh = Literal["power", "exact"]
+OnRefresh = Literal["keep", "rotate", "reset"]
+ResidualMode = Literal["official", "paper"]
+Scaling = Literal["column", "matrix"]
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _pair(value: Any) -> bool:
+    return len(value) == 2 and all(0 <= beta < 1 for beta in value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda value: value >= 0, "a number of at least 0"),
+    "rank": (_count, "a positive whole number"),
+    "alpha": (lambda value: value > 0, "a positive number"),
+    "gamma": (lambda value: value == 0 or value >= 1, "0 (no limiter) or a number of at least 1"),
+    "refresh_steps": (_count, "a positive number of steps"),
+    "betas": (_pair, "two numbers of at least 0 and below 1"),
+    "eps": (lambda value: value >= 0, "a number of at least 0"),
+    "weight_decay": (lambda value: value >= 0, "a number of at least 0"),
+    "min_dim": (_count, "a positive whole number"),
+    "seed": (lambda value: isinstance(value, int) and value >= 0, "a whole number of at least 0"),
+    "side": _one_of("std", "reverse_std", "left", "right"),
+    "refresh": _one_of("power", "exact"),
+    "on_refresh": _one_of("keep", "rotate", "reset"),
+    "residual_mode": _one_of("official", "paper"),
+    "scaling": _one_of("column", "matrix"),
+}
+
+
+def check_options(options: Mapping[str, Any], *, prefix: str = "") -> None:
+    """Raise ConfigError for the first option whose value is not allowed; other names are left alone."""
+    for name, value in options.items():
+        if name in _RULES:
+            allows, allowed = _RULES[name]
+            require(bool(allows(value)), prefix + name, value, allowed)
+
+
+def check_rank(rank: int, shape: tuple[int, ...], name: str) -> None:
+    """Raise ConfigError unless `name` of this shape is a matrix whose sides are both at least `rank`."""
+    if len(shape) != 2:
+        raise ConfigError(
+            f"{name} has shape {list(shape)}, but a low-rank group takes matrices; "
+            "put it into a group without a rank"
+        )
+    if rank > min(shape):
+        raise ConfigError(
+            f"rank = {rank} exceeds the smaller side {min(shape)} of {name}; choose at most {min(shape)}"
+        )
