@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from whimbrel.checkpoint import latest_checkpoint, load_weights
 from whimbrel.config import Config, parse_toml
+from whimbrel.data import Tokenizer
 from whimbrel.errors import CheckpointError
 from whimbrel.model import Decoder, build_model
 
@@ -30,7 +30,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = model_dir(path) / "tokenizer.json"
     if not file.exists():
         raise CheckpointError(f"{file} does not exist; copy the tokenizer that the model was trained with there")
-    return Tokenizer.from_file(str(file))
+    return Tokenizer.load(file)
 
 
 def load_run_config(path: str | Path) -> Config:

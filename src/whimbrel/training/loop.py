@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from whimbrel import checkpoint as checkpoints
 from whimbrel.config import Config, encode, parse_toml, to_toml
-from whimbrel.data import Loader, TokenShards, default_cache, prepare
+from whimbrel.data import Loader, TokenShards
+from whimbrel.data.corpus import default_cache
+from whimbrel.data.prepare import prepare
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.files import atomic_write
@@ -79,9 +81,9 @@ class _Trainer:
         self.config, self.run_dir, self.processes, self.quiet = config, run_dir, processes, quiet
         _write_config(config, run_dir, processes)
         if processes.first:
-            prepare_data(config, quiet=quiet)
+            shards_for(config, quiet=quiet)
         processes.wait()
-        self.data_dir = prepare_data(config, quiet=True)
+        self.data_dir = shards_for(config, quiet=True)
         self.loader = Loader(
             TokenShards(self.data_dir, "train"),
             seq_len=config.data.seq_len,
@@ -276,7 +278,7 @@ def _write_config(config: Config, run_dir: Path, processes: Processes) -> None:
     processes.wait()
 
 
-def prepare_data(config: Config, *, quiet: bool = False) -> Path:
+def shards_for(config: Config, *, quiet: bool = False) -> Path:
     """The folder of token shards for `config`, made at the first call and kept in the cache folder."""
     settings = f"{config.data.corpus} {config.data.validation_fraction} {config.model.vocab_size}"
     digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
