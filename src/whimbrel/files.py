@@ -187,9 +187,21 @@ def disk_space(path: str | Path, needed: int, what: str, error: type[Exception])
 
     `what` names the thing written. The message is one line; failures of other kinds pass through.
     """
+    require_space(path, needed, what, error)
+    with full_disk_as(error, path, needed, what):
+        yield
+
+
+def require_space(path: str | Path, needed: int, what: str, error: type[Exception]) -> None:
+    """Raise `error` where `needed` bytes do not fit beside `path`."""
     free = free_bytes(path)
     if free < needed:
         raise error(_full_message(path, what, "too little free space", needed, free))
+
+
+@contextmanager
+def full_disk_as(error: type[Exception], path: str | Path, needed: int, what: str) -> Iterator[None]:
+    """Raise `error` in place of the failure of a disk, quota or file size limit used up in the block."""
     try:
         yield
     except Exception as caught:
