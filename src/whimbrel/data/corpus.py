@@ -142,19 +142,13 @@ def _download(archives: Sequence[Archive], folder: Path, run_pip: PipRunner) -> 
                 "".join(f"{a.name}=={a.version} --hash=sha256:{a.sha256}\n" for a in archives),
                 encoding="utf-8",
             )
-            options = [
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-input",
-                "--no-deps",
-                "--require-hashes",
-            ]
-            done = run_pip(["download", *options, "--dest", temporary, "--requirement", str(requirements)])
+            options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+            done = run_pip(
+                ["download", *options, "--require-hashes", "--dest", temporary, "-r", str(requirements)]
+            )
             for archive in archives:
                 if (Path(temporary) / archive.filename).exists():
                     os.replace(Path(temporary) / archive.filename, folder / archive.filename)
-            if done.returncode == 0:
-                return
     except OSError as error:
         raise DataError(
             f"the corpus cannot be stored in {folder}: {error.strerror}; choose another cache"
@@ -219,8 +213,11 @@ def _works(path: Path) -> Iterator[Document]:
 
 
 def clean_text(text: str) -> str:
-    """`text` without byte-order mark, carriage returns, verse numbers in the right margin, dots used as indent,
-    trailing blanks and runs of empty lines; it ends with one newline."""
+    """`text` without what is no part of it; it ends with one newline.
+
+    Taken away are the byte-order mark, carriage returns, verse numbers in the right margin, dots used as
+    indent, trailing blanks and runs of empty lines.
+    """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
     lines = [re.sub(r"^\.{4,}|[ \t]{3,}\d+$", "", line.rstrip()) for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
@@ -229,9 +226,9 @@ def clean_text(text: str) -> str:
 def read_documents(path: Path) -> Corpus:
     """The documents of a user's corpus.
 
-    path: a .jsonl file (a document per line, its text under "text"), a folder of .txt and .jsonl files (a document
-    per .txt file), or one .txt file. One .txt file is cut at lines that hold only <|endoftext|>; without such lines
-    it is cut at blank lines into sections of at least SECTION_BYTES, as it must be split by something.
+    path: a .jsonl file (a document per line, its text under "text"), a folder of .txt and .jsonl files (a
+    document per .txt file), or one .txt file. One .txt file is cut at lines that hold only <|endoftext|>;
+    without such lines it is cut at blank lines into sections of at least SECTION_BYTES.
     Raises DataError for a missing, unreadable or empty corpus.
     """
     if path.is_dir():
@@ -319,12 +316,12 @@ class Split(NamedTuple):
 
 
 def split_documents(documents: Sequence[Document], *, validation_fraction: float, seed: int = 0) -> Split:
-    """Documents for "train" and "validation", chosen by a hash of seed and name, so independent of their order.
+    """Documents for "train" and "validation", chosen by a hash of seed and name, whatever their order.
 
-    From each source, documents are taken in hash order while they fit into `validation_fraction` of its bytes; a
-    source of two or more documents gives at least its smallest and never all. Of documents with equal text only the
-    first by name is kept, so that no text stands on both sides. Raises ConfigError for a share that is not between
-    0 and 1, DataError if fewer than two different documents are there.
+    From each source, documents are taken in hash order while they fit into `validation_fraction` of its
+    bytes; a source of two or more documents gives at least its smallest and never all. Of documents with
+    equal text only the first by name is kept, so that no text stands on both sides. Raises ConfigError for a
+    share that is not between 0 and 1, DataError if no source has two different documents.
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(

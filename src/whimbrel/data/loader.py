@@ -96,7 +96,7 @@ class Loader:
         return steps * self.windows_per_batch / self.num_windows
 
     def rank_slice(self, rank: int, world: int) -> Loader:
-        """The loader of process `rank` of `world`; all ranks' batches one after the other are the whole batch.
+        """The loader of process `rank` of `world`; the ranks' batches in their order are the whole batch.
 
         Raises ConfigError if the batch does not divide by `world`.
         """
@@ -127,7 +127,7 @@ class Loader:
         return Arrays(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
 
     def _row(self, step: int, index: int) -> Arrays:
-        """Row `index` of the batch before the shuffle: plain text first, then text with needles, then MQAR."""
+        """Row `index` of the batch before the shuffle: plain text, then text with needles, then MQAR."""
         if index >= self.windows_per_batch:
             assert self._symbols is not None
             return _mqar_row((self.seed, _MQAR, step, index), self.seq_len, self._symbols)

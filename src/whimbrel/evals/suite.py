@@ -1,0 +1,64 @@
+"""All evaluations of one model, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from whimbrel.config import EvalConfig
+from whimbrel.data.shards import TokenShards
+from whimbrel.data.tokenizer import Tokenizer
+from whimbrel.errors import ConfigError, DataError, nearest
+from whimbrel.evals.bpb import evaluate_bpb
+from whimbrel.evals.recall import evaluate_mqar, evaluate_needle
+from whimbrel.progress import track
+
+TASKS = ("bpb", "mqar", "needle")
+
+
+def run_evals(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    shards: TokenShards,
+    config: EvalConfig,
+    *,
+    seq_len: int = 256,
+    tasks: tuple[str, ...] = TASKS,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The results of `tasks` by name: a dictionary for "bpb", a list of them for "mqar" and "needle".
+
+    tokenizer: the model's. shards: held-out text. seq_len: window of the bits per byte and least length of
+    an MQAR sequence, usually the length trained on. Raises ConfigError for an unknown task, DataError if the
+    text was made with another tokenizer.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"unknown task '{task}'{nearest(task, TASKS)}; use one of {', '.join(TASKS)}")
+    if tokenizer.to_json() != shards.tokenizer().to_json():
+        raise DataError(
+            f"the shards in {shards.folder} were made with another tokenizer than the model's; "
+            "evaluate on shards made for this model"
+        )
+    sizes = {"seed": config.seed, "num_sequences": config.num_sequences}
+    results: dict[str, Any] = {}
+    with track("evaluate", len(tasks), "task", quiet=quiet) as bar:
+        for task in tasks:
+            if task == "bpb":
+                found = evaluate_bpb(
+                    model, shards, seq_len=seq_len, max_tokens=config.validation_tokens, seed=config.seed
+                )
+                results[task] = found.summary()
+            elif task == "mqar":
+                cells = evaluate_mqar(
+                    model, tokenizer.symbols, pairs=config.mqar_pairs, seq_len=seq_len, **sizes
+                )
+                results[task] = [cell._asdict() for cell in cells]
+            else:
+                cells = evaluate_needle(
+                    model, shards, tokenizer.symbols, lengths=config.needle_lengths, **sizes
+                )
+                results[task] = [cell._asdict() for cell in cells]
+            bar.advance()
+    return results
