@@ -1,0 +1,106 @@
+"""What selectors share: exact and mean statistics of blocks, and the choice of the fewest blocks for a
+coverage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whimbrel.attend.plan import Grid
+
+_SLAB_LOGITS = 1 << 23
+"""Logits held at a time, 32 MB in fp32."""
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[B, T, H, D] -> contiguous [B, H, T, D] in fp32, or in fp64 if x is."""
+    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def per_key_head(q_BHRD: Tensor, k_BHTD: Tensor) -> Tensor:
+    """q [B, H, R, D] . k [B, Hkv, T, D] for every query head and its key head: [B, H, R, T], k is not
+    repeated."""
+    batch, heads, rows, dim = q_BHRD.shape
+    kv_heads, keys = k_BHTD.shape[1:3]
+    grouped = q_BHRD.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    return (grouped @ k_BHTD.mT).view(batch, heads, rows, keys)
+
+
+def pool(x: Tensor, block_size: int) -> Tensor:
+    """Sums over runs of `block_size` along the last axis; the last run may be short."""
+    short = -x.shape[-1] % block_size
+    return torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def block_mass(q_BHRD: Tensor, k_BHTD: Tensor, positions: Tensor, *, block_size: int, scale: float) -> Tensor:
+    """Exact attention mass of every key block for some queries: [B, H, R, ceil(T / block_size)], rows sum to
+    1.
+
+    `positions` int64 [R], ascending: absolute positions of the queries; keys behind a query get no mass.
+    """
+    slab = max(1, _SLAB_LOGITS // (q_BHRD.shape[0] * q_BHRD.shape[1] * k_BHTD.shape[2]))
+    parts = []
+    keys = torch.arange(k_BHTD.shape[2], device=q_BHRD.device)
+    for q, at in zip(q_BHRD.split(slab, 2), positions.split(slab), strict=True):
+        logits = per_key_head(q * scale, k_BHTD).masked_fill_(keys > at[:, None], -torch.inf)
+        parts.append(pool(logits.softmax(-1), block_size))
+    return torch.cat(parts, 2)
+
+
+def block_means(x_BHTD: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Mean over each block of positions, [B, H, blocks, D], and the positions in it, [blocks] in x's
+    dtype."""
+    sums = pool(x_BHTD.mT, block_size).mT
+    counts = pool(x_BHTD.new_ones(x_BHTD.shape[2]), block_size)
+    return sums / counts[:, None], counts
+
+
+def always_kept(grid: Grid, device: torch.device) -> Tensor:
+    """bool [query blocks, key blocks]: the first block (attention sinks), the diagonal, and the block before
+    it."""
+    behind = grid.diagonal(device)[:, None] - torch.arange(grid.key_blocks, device=device)
+    kept = (behind == 0) | (behind == 1)
+    kept[:, 0] = True
+    return kept
+
+
+def blocks_of(tokens: int, block_size: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // block_size)
+
+
+def top_p(mass: Tensor, coverage: float, *, allowed: Tensor, forced: Tensor) -> Tensor:
+    """The fewest entries along the last axis that hold at least `coverage`, the forced ones among them.
+
+    The entry that crosses the threshold is kept. `coverage` 1 keeps everything allowed, whatever rounding
+    does to sums. Entries of equal mass are taken in order. All masks broadcast against `mass`.
+    """
+    allowed = allowed.expand_as(mass)
+    if coverage >= 1:
+        return allowed
+    order = _ranking(mass, allowed, forced)
+    sorted_mass = (mass * allowed).gather(-1, order).double()
+    before = sorted_mass.cumsum(-1) - sorted_mass
+    keep = torch.zeros_like(allowed).scatter(-1, order, before < coverage)
+    return (keep | forced) & allowed
+
+
+def within_budget(
+    keep: Tensor, mass: Tensor, *, allowed: Tensor, forced: Tensor, least: int, most: int | None
+) -> Tensor:
+    """`keep` with the `least` entries of largest mass added, then cut to the `most` largest; forced ones
+    stay."""
+    if least <= 0 and most is None:
+        return keep
+    allowed = allowed.expand_as(mass)
+    order = _ranking(mass, allowed, forced)
+    ranked = keep.gather(-1, order)
+    ranked[..., :least] = True
+    if most is not None:
+        ranked &= ranked.cumsum(-1) <= most
+    return (torch.zeros_like(keep).scatter(-1, order, ranked) | forced) & allowed
+
+
+def _ranking(mass: Tensor, allowed: Tensor, forced: Tensor) -> Tensor:
+    first = mass.masked_fill(forced, torch.inf).masked_fill(~allowed, -torch.inf)
+    return first.argsort(dim=-1, descending=True, stable=True)

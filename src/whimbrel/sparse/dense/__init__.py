@@ -1,0 +1,1 @@
+"""Every causal block: the selector to compare the others with."""

@@ -1,0 +1,21 @@
+"""Every causal block."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from whimbrel.attend.plan import Plan
+from whimbrel.attend.shapes import check_qkv
+
+
+def select(q: Tensor, k: Tensor, *, block_size: int, scale: float | None = None) -> Plan:
+    """The plan that selects every causal block; looks at shapes only, so `scale` changes nothing."""
+    shape = check_qkv(q, k)
+    return Plan.dense(
+        batch=shape.batch,
+        num_heads=shape.heads,
+        block_size=block_size,
+        q_len=shape.q_len,
+        k_len=shape.k_len,
+        device=q.device,
+    )

@@ -1,0 +1,110 @@
+"""FlexPrefill's selection as the paper states it (arXiv 2502.20766, algorithms 1 to 4), on exact block
+masses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whimbrel.attend.plan import Grid, Plan
+from whimbrel.attend.shapes import check_qkv, default_scale
+from whimbrel.sparse.blocks import (
+    always_kept,
+    block_mass,
+    block_means,
+    blocks_of,
+    heads_first,
+    per_key_head,
+    top_p,
+    within_budget,
+)
+from whimbrel.sparse.flex_prefill.divergence import js_distance
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    coverage: float,
+    tau: float,
+    min_budget: int,
+    max_budget: int | None,
+    block_size: int,
+    scale: float | None = None,
+) -> Plan:
+    """The plan for q [B, Tq, H, D], the last Tq positions, and k [B, Tk, Hkv, D].
+
+    On the probe, which is the last complete block of positions and what follows it as far as they are
+    queries, the mean mass inside the plan is at least `coverage` for every head, unless `max_budget` cuts it.
+    Other rows get the pattern found there, or a pooled estimate of their own.
+    """
+    shape = check_qkv(q, k)
+    grid = Grid(block_size, shape.q_len, shape.k_len)
+    scale = default_scale(shape.dim, scale)
+    query, keys = heads_first(q), heads_first(k)
+
+    start = max(probe_start(grid), grid.offset)
+    positions = torch.arange(start, grid.k_len, device=q.device)
+    probe = query[:, :, start - grid.offset :]
+    mass = block_mass(probe, keys, positions, block_size=block_size, scale=scale)
+    vertical = mass.mean(2)
+    slash = slash_mass(mass, positions // block_size)
+
+    key_means, key_counts = block_means(keys, block_size)
+    pooled_logits = per_key_head(probe.mean(2, keepdim=True) * scale, key_means) + key_counts.log()
+    query_aware = js_distance(pooled_logits.squeeze(2).softmax(-1), vertical) < tau
+
+    pooled = _pooled_mass(query, key_means, key_counts, grid, scale)
+    for block in (positions // block_size).unique().tolist():
+        # The probe's own rows are known exactly, so no estimate stands for them.
+        exact = mass[:, :, positions // block_size == block].mean(2)
+        pooled[:, :, block - grid.first_block] = exact
+
+    causal, forced = grid.causal(q.device), always_kept(grid, q.device)
+    aware = top_p(pooled, coverage, allowed=causal, forced=forced)
+    behind = (grid.diagonal(q.device)[:, None] - torch.arange(grid.key_blocks, device=q.device)).clamp_min(0)
+    everywhere = torch.ones_like(forced[0])
+    nowhere = ~everywhere
+    columns = top_p(vertical, coverage, allowed=everywhere, forced=nowhere)
+    diagonals = top_p(slash, coverage, allowed=everywhere, forced=nowhere)
+    vertical_slash = ((columns[:, :, None] | diagonals[:, :, behind]) & causal) | forced
+
+    chosen = torch.where(query_aware[..., None, None], aware, vertical_slash)
+    ranking = torch.where(query_aware[..., None, None], pooled, vertical[:, :, None] + slash[:, :, behind])
+    chosen = within_budget(
+        chosen,
+        ranking,
+        allowed=causal,
+        forced=forced,
+        least=blocks_of(min_budget, block_size),
+        most=None if max_budget is None else blocks_of(max_budget, block_size),
+    )
+    return Plan.from_mask(chosen, block_size=block_size, q_len=shape.q_len, k_len=shape.k_len)
+
+
+def probe_start(grid: Grid) -> int:
+    """Absolute position where the probe begins: the last complete block, or 0 where there is none."""
+    return max(0, grid.k_len // grid.block_size - 1) * grid.block_size
+
+
+def slash_mass(mass: Tensor, own_block: Tensor) -> Tensor:
+    """Mean mass of the block diagonals: [B, H, R, n] and the rows' own blocks [R] -> [B, H, n].
+
+    Entry s is the mass of the key block s blocks behind a row's own, exact for these rows.
+    """
+    back = own_block[:, None] - torch.arange(mass.shape[-1], device=mass.device)
+    shifted = mass.gather(-1, back.clamp_min(0).expand_as(mass))
+    return (shifted * (back >= 0)).mean(2)
+
+
+def _pooled_mass(query: Tensor, key_means: Tensor, key_counts: Tensor, grid: Grid, scale: float) -> Tensor:
+    """Estimated mass [B, H, query blocks, key blocks]: softmax of mean query . mean key over causal
+    blocks."""
+    front = grid.offset - grid.first_block * grid.block_size
+    padded = torch.nn.functional.pad(query, (0, 0, front, 0))
+    lengths = [stop - first for first, stop in map(grid.query_span, range(grid.query_blocks))]
+    means = block_means(padded, grid.block_size)[0]
+    if front:
+        means[:, :, 0] *= min(grid.block_size, front + grid.q_len) / lengths[0]
+    logits = per_key_head(means * scale, key_means) + key_counts.log()
+    return logits.masked_fill(~grid.causal(query.device), -torch.inf).softmax(-1)

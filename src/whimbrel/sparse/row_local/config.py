@@ -1,0 +1,73 @@
+"""Options of row-local selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from whimbrel.config import SelectorConfig, require
+
+if TYPE_CHECKING:
+    from whimbrel.sparse.apply import Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLocalConfig(SelectorConfig):
+    """Each query block is chosen from its own queries and earlier keys only."""
+
+    ROW_LOCAL: ClassVar[bool] = True
+    """Whether a row's choice is the same for every suffix and every cut of the prompt on block borders."""
+
+    coverage: float = 0.95
+    """Share of the attention mass, as estimated, that each query block keeps; above 0 and up to 1."""
+    estimate: Literal["sampled", "mean", "exact"] = "sampled"
+    """Block masses come from: `exact` all queries of the block and all their keys; `sampled` some of its
+    queries and all their keys; `mean` all its queries and the mean key of each earlier block (cheapest, blind
+    to single keys)."""
+    probe_rows: int | None = None
+    """Queries per block that `sampled` looks at, evenly spaced, the block's last one included; None is 16."""
+    min_budget: int = 0
+    """Tokens each row keeps at least, rounded up to blocks; first, previous and own block are kept in any
+    case."""
+    max_budget: int | None = None
+    """Tokens each row keeps at most, rounded up to blocks; a row cut by it can miss the coverage. None is no
+    limit."""
+    block_size: int = 128
+    """Tokens of a block."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.coverage <= 1, "row_local.coverage", self.coverage, "a share above 0 and up to 1")
+        estimates = ("sampled", "mean", "exact")
+        names = f"one of {', '.join(map(repr, estimates))}"
+        require(self.estimate in estimates, "row_local.estimate", self.estimate, names)
+        only = f"None: only estimate='sampled' samples, not '{self.estimate}'"
+        require(
+            self.probe_rows is None or self.estimate == "sampled",
+            "row_local.probe_rows",
+            self.probe_rows,
+            only,
+        )
+        positive = "a positive number of queries"
+        require(
+            self.probe_rows is None or self.probe_rows > 0, "row_local.probe_rows", self.probe_rows, positive
+        )
+        require(self.min_budget >= 0, "row_local.min_budget", self.min_budget, "0 or more tokens")
+        most = self.max_budget
+        at_least = f"None or at least min_budget = {self.min_budget} tokens, and at least 1"
+        require(most is None or most >= max(1, self.min_budget), "row_local.max_budget", most, at_least)
+        require(self.block_size > 0, "row_local.block_size", self.block_size, "a positive number of tokens")
+
+    def build(self) -> Selector:
+        """The selector (q, k, *, scale) -> Plan."""
+        from whimbrel.sparse.row_local.select import select
+
+        return partial(
+            select,
+            coverage=self.coverage,
+            estimate=self.estimate,
+            probe_rows=16 if self.probe_rows is None else self.probe_rows,
+            min_budget=self.min_budget,
+            max_budget=self.max_budget,
+            block_size=self.block_size,
+        )

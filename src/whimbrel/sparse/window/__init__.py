@@ -1,0 +1,1 @@
+"""First tokens and nearest tokens: a fixed pattern."""
