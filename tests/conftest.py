@@ -9,10 +9,48 @@ import pytest
 
 from whimbrel.config import Config, load_config
 
-WORDS = (
-    "the sea was calm and a bird of the shore went over the sand to look for shells while wind came from north "
-    "and men spoke of ships that had gone by in the night with lights on their masts"
-).split()
+WORDS = [
+    "the",
+    "sea",
+    "was",
+    "calm",
+    "and",
+    "a",
+    "bird",
+    "of",
+    "the",
+    "shore",
+    "went",
+    "over",
+    "the",
+    "sand",
+    "to",
+    "look",
+    "for",
+    "shells",
+    "while",
+    "wind",
+    "came",
+    "from",
+    "north",
+    "and",
+    "men",
+    "spoke",
+    "of",
+    "ships",
+    "that",
+    "had",
+    "gone",
+    "by",
+    "in",
+    "the",
+    "night",
+    "with",
+    "lights",
+    "on",
+    "their",
+    "masts",
+]
 
 
 def write_corpus(folder: Path, *, documents: int = 24, words: int = 400) -> Path:

@@ -73,7 +73,10 @@ def test_kind_from_outside(monkeypatch) -> None:
     [
         ("stpes = 5", "unknown setting 'stpes'; did you mean 'steps'?"),
         ("[model.mixer]\nclpi = 1.0", "unknown setting 'model.mixer.clpi'; did you mean 'clip'?"),
-        ('[model.mixer]\nkind = "rnd"', "model.mixer.kind = 'rnd' is not known; did you mean 'rdn'?; use one of"),
+        (
+            '[model.mixer]\nkind = "rnd"',
+            "model.mixer.kind = 'rnd' is not known; did you mean 'rdn'?; use one of",
+        ),
         ('[optim]\nkind = "sgdd"', "optim.kind = 'sgdd' is not known"),
         ('[optim]\nkind = "nowhere:Thing"', "optim.kind = 'nowhere:Thing' cannot be loaded"),
         ('[model.mixer]\nkind = "whimbrel.config:Config"', "is not a MixerConfig"),
@@ -84,7 +87,10 @@ def test_kind_from_outside(monkeypatch) -> None:
         ('dtype = "float16"', "dtype = 'float16' is not allowed; did you mean 'float32'?; use one of"),
         ("[eval]\nmqar_pairs = 4", "eval.mqar_pairs = 4 is not a list"),
         ('[eval]\nmqar_pairs = ["x"]', "eval.mqar_pairs[0] = 'x' is a str"),
-        ("batch_tokens = 1000", "batch_tokens = 1000 is not allowed; use a positive multiple of data.seq_len = 256"),
+        (
+            "batch_tokens = 1000",
+            "batch_tokens = 1000 is not allowed; use a positive multiple of data.seq_len = 256",
+        ),
         ("clip_grad_norm = nan", "clip_grad_norm = nan is not finite"),
         ("steps = 10", "schedule.warmup_steps + schedule.decay_steps = 50 exceeds steps = 10"),
         ('[averaging]\nmethods = ["smaa"]', "kind = 'smaa' is not known; did you mean 'sma'?"),
@@ -100,7 +106,7 @@ def test_wrong_settings_say_what_to_do(toml: str, message: str) -> None:
 
 
 def test_missing_file_and_recipe() -> None:
-    with pytest.raises(ConfigError, match="configuration file 'nowhere.toml' does not exist"):
+    with pytest.raises(ConfigError, match=r"configuration file 'nowhere\.toml' does not exist"):
         load_config("nowhere.toml")
     with pytest.raises(ConfigError, match="unknown recipe 'dmeo'; did you mean 'demo'"):
         load_config("dmeo")

@@ -114,7 +114,11 @@ def test_two_processes_train_like_one(tiny: Config, tmp_path: Path) -> None:
     """
     train(tiny, run_dir=tmp_path / "one", quiet=True)
     subprocess.run(
-        train_command(tiny, tmp_path / "two", processes=2), check=True, capture_output=True, text=True, timeout=240
+        train_command(tiny, tmp_path / "two", processes=2),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     one, two = (
         {line["step"]: line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line}
@@ -202,5 +206,3 @@ def test_missing_corpus_exits_3(tiny: Config, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(to_toml(load_config_with(tiny, {"data.corpus": str(tmp_path / "none")})))
     assert main(["train", str(file), "--run", str(tmp_path / "run")]) == 3
-
-

@@ -129,15 +129,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "mlp_size"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
-        require(self.softmax_every >= 0, "model.softmax_every", self.softmax_every, "0 (none) or a positive number")
+        require(
+            self.softmax_every >= 0,
+            "model.softmax_every",
+            self.softmax_every,
+            "0 (none) or a positive number",
+        )
         require(self.init_std > 0, "model.init_std", self.init_std, "a positive number")
 
     def layers(self) -> tuple[MixerConfig, ...]:
         """The mixer of each block, first to last."""
         every = self.softmax_every
-        return tuple(
-            self.softmax if every and (i + 1) % every == 0 else self.mixer for i in range(self.num_layers)
-        )
+        return tuple(self.softmax if every and (i + 1) % every == 0 else self.mixer for i in range(self.num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,12 @@ class DataConfig:
         require(self.seq_len > 1, "data.seq_len", self.seq_len, "at least 2 tokens")
         share = self.validation_fraction
         require(0 < share < 1, "data.validation_fraction", share, "a share between 0 and 1")
-        require(0 <= self.recall_fraction <= 1, "data.recall_fraction", self.recall_fraction, "a share from 0 to 1")
+        require(
+            0 <= self.recall_fraction <= 1,
+            "data.recall_fraction",
+            self.recall_fraction,
+            "a share from 0 to 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +288,10 @@ class Config:
         seq = self.data.seq_len
         multiple = f"a positive multiple of data.seq_len = {seq}"
         require(
-            self.batch_tokens > 0 and self.batch_tokens % seq == 0, "batch_tokens", self.batch_tokens, multiple
+            self.batch_tokens > 0 and self.batch_tokens % seq == 0,
+            "batch_tokens",
+            self.batch_tokens,
+            multiple,
         )
         micro = self.micro_batch_tokens
         require(micro >= 0 and micro % seq == 0, "micro_batch_tokens", micro, f"0 or {multiple}")

@@ -24,7 +24,7 @@ from whimbrel.sparse.row_local.config import RowLocalConfig
 
 
 def demo() -> Config:
-    """The four methods on one page: an RDN hybrid, trained with Fira at a constant rate, averaged, prefilled sparsely."""
+    """The four methods together: an RDN hybrid, trained with Fira at a constant rate, averaged, prefilled sparsely."""
     softmax = SoftmaxConfig(num_heads=3, num_kv_heads=1, head_dim=64)
     return Config(
         name="demo",
@@ -65,23 +65,22 @@ def tiny_softmax() -> Config:
     """A Transformer with the parameters of `tiny-rdn`."""
     base = demo()
     model = replace(
-        base.model, mixer=SoftmaxConfig(num_heads=3, num_kv_heads=3, head_dim=64), softmax_every=0, mlp_size=576
+        base.model,
+        mixer=SoftmaxConfig(num_heads=3, num_kv_heads=3, head_dim=64),
+        softmax_every=0,
+        mlp_size=576,
     )
     return replace(base, name="tiny-softmax", model=model)
 
 
 def fira_60m() -> Config:
     """LLaMA-60M as in GaLore and Fira (arXiv 2403.03507, 2410.01623): 1.3 B tokens of 256-token sequences."""
-    return _fira(
-        "fira-60m", hidden_size=512, mlp_size=1376, num_layers=8, num_heads=8, rank=128, steps=10_000
-    )
+    return _fira("fira-60m", hidden_size=512, mlp_size=1376, num_layers=8, num_heads=8, rank=128, steps=10_000)
 
 
 def fira_130m() -> Config:
     """LLaMA-130M as in GaLore and Fira: 2.6 B tokens of 256-token sequences."""
-    return _fira(
-        "fira-130m", hidden_size=768, mlp_size=2048, num_layers=12, num_heads=12, rank=256, steps=20_000
-    )
+    return _fira("fira-130m", hidden_size=768, mlp_size=2048, num_layers=12, num_heads=12, rank=256, steps=20_000)
 
 
 def _fira(

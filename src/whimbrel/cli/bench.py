@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     from whimbrel.bench.runner import run_case
     from whimbrel.training.processes import pick_device
 
-    lines = run_case(args.case, device=pick_device(args.device).type, quick=args.quick, out=args.out, table=not args.json)
+    lines = run_case(
+        args.case, device=pick_device(args.device).type, quick=args.quick, out=args.out, table=not args.json
+    )
     if args.json:
         print("\n".join(json.dumps(line) for line in lines))
     return 0

@@ -31,7 +31,7 @@ class Args:
     seed: int = 0
     """Seed of the drawing."""
     prefill: str = "run"
-    """Block selector of the softmax layers: a kind such as dense, flex_prefill or row_local, or `run` for the run's own."""
+    """Selector of the softmax layers: a kind such as dense, flex_prefill or row_local, or `run` for the model's own."""
     json: bool = False
     """Print one JSON object instead of text."""
 

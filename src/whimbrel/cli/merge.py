@@ -31,3 +31,35 @@ class Args:
     """Replace OUT if it exists."""
     json: bool = False
     """Print the report as JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Merge."""
+    args = parse(Args, argv, verb="merge")
+    from whimbrel.config import MergeConfig, decode, kind_class
+
+    settings = {"alpha": args.alpha, "weights": list(args.weights) or None}
+    cls = kind_class(MergeConfig.FAMILY, args.method, where="--method")
+    method = decode(cls, {name: value for name, value in settings.items() if value is not None}, where="--")
+    from whimbrel.merge import merge_checkpoints
+    from whimbrel.progress import track
+
+    with track("merge", 1, "B") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.advance(done - bar.done)
+
+        report = merge_checkpoints(
+            args.sources,
+            args.out,
+            method=method,
+            memory_limit=args.memory_limit * 2**20,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    if args.json:
+        print(json.dumps(report._asdict(), default=str))
+    else:
+        print(f"merged {len(args.sources)} checkpoints by {args.method} into {args.out}")
+    return 0

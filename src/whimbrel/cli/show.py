@@ -42,9 +42,7 @@ def main(argv: list[str]) -> int:
         (f"{row['tokens']:,}", f"{row['recurrent']:,}", f"{row['kv_cache']:,}", f"{row['all_softmax']:,}")
         for row in report["inference"]
     ]
-    print_table(
-        "State of one sequence, bytes", ("context tokens", "recurrent", "KV cache", "all-softmax model"), rows
-    )
+    print_table("State of one sequence, bytes", ("context tokens", "recurrent", "KV cache", "all-softmax model"), rows)
     return 0
 
 

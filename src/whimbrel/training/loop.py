@@ -36,9 +36,19 @@ from whimbrel.training.processes import Processes, joined, shard
 
 CONFIG_FILE = "config.toml"
 # What may change between the start of a run and its continuation without changing what has been trained so far.
-FREE_ON_RESUME = (
-    "name device log_every tensorboard micro_batch_tokens steps checkpoint averaging prefill eval schedule.decay_steps"
-).split()
+FREE_ON_RESUME = [
+    "name",
+    "device",
+    "log_every",
+    "tensorboard",
+    "micro_batch_tokens",
+    "steps",
+    "checkpoint",
+    "averaging",
+    "prefill",
+    "eval",
+    "schedule.decay_steps",
+]
 
 
 class TrainResult(NamedTuple):
@@ -59,7 +69,11 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: Config, *, run_dir: str | Path | None = None, branch_from: str | Path | None = None, quiet: bool = False
+    config: Config,
+    *,
+    run_dir: str | Path | None = None,
+    branch_from: str | Path | None = None,
+    quiet: bool = False,
 ) -> TrainResult:
     """Train to `config.steps`, going on from the newest complete checkpoint in `run_dir` if there is one.
 
@@ -333,5 +347,3 @@ def annealed(config: Config, *, from_step: int) -> Config:
         steps=from_step + steps,
         schedule=dataclasses.replace(config.schedule, kind="wsd", decay_steps=steps),
     )
-
-
