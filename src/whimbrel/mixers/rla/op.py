@@ -1,0 +1,115 @@
+"""The functions `rla` and `rla_step`: checks and the choice of code."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from whimbrel.mixers.rla.chunked import rla_chunked
+from whimbrel.mixers.rla.reference import rla_reference
+from whimbrel.mixers.two_state import checked_rule, step
+from whimbrel.scan.base import Out, State
+from whimbrel.scan.common import choose, one_token
+
+
+def rla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    clip: float | None = 1.0,
+    scale: float | None = None,
+    combine: str = "gated",
+    residual: str = "undecayed",
+    state: State | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Out:
+    """Residual Linear Attention: a state S, and a second state R that is fitted to what S leaves over.
+
+    For every token, with alpha = exp(log_decay):
+
+        r_t = clip(v_t - S_(t-1) k_t)                     alpha_t S_(t-1) k_t with residual="decayed"
+        S_t = alpha_t S_(t-1) + beta_t  v_t k_t^T
+        R_t = alpha_t R_(t-1) + gamma_t r_t k_t^T
+        y_t = alpha_t S_(t-1) q_t + gamma_t R_t q_t       S_(t-1) q_t + R_t q_t with combine="sum"
+
+    q, k: [B, T, H, K]; k should have unit length. Value head h goes with q/k head h // (HV / H).
+    v: [B, T, HV, V], HV a multiple of H. q, k and v have one floating dtype, which y gets too.
+    log_decay, beta, gamma: [B, T, HV]; log_decay is a natural logarithm, at most 0; beta and gamma are rates in [0, 1].
+    clip: bound on the elements of r, None for no bound.
+    scale: factor on q, None for K ** -0.5.
+    combine: "gated" (the paper's) or "sum" (its table 5).
+    residual: "undecayed" (the paper's) or "decayed".
+    state: State(base, residual), each [N, HV, K, V], from an earlier call; None starts at zero.
+    cu_seqlens: int32 or int64 [N + 1], edges of N sequences packed along T; B is 1 then. Without it N is B.
+    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton", or "auto".
+
+    Returns Out(y [B, T, HV, V], State) with states in fp32 (fp64 for fp64 inputs). Chunked results are
+    differentiable once in all tensors, the states included.
+
+    Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
+    Source: arXiv 2509.25223; chunkwise form and backward are derived in the README of `whimbrel.scan`.
+    """
+    rule = checked_rule(
+        "rla",
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        gamma,
+        clip=clip,
+        scale=scale,
+        combine=combine,
+        residual=residual,
+        state=state,
+        cu_seqlens=cu_seqlens,
+    )
+    tensors = (q, k, v, log_decay, beta, gamma)
+    code = choose("rla", impl, one_step=one_token(cu_seqlens, *tensors, *(state or ())))
+    if code == "step":
+        return step(*tensors, rule=rule, delta=False, state=state)
+    run = rla_reference if code == "reference" else rla_chunked
+    return run(*tensors, rule=rule, state=state, cu_seqlens=cu_seqlens)
+
+
+def rla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    clip: float | None = 1.0,
+    scale: float | None = None,
+    combine: str = "gated",
+    residual: str = "undecayed",
+    state: State | None = None,
+) -> Out:
+    """One token of `rla`, for decoding: the arguments of `rla` without their time axis.
+
+    q, k: [B, H, K]; v: [B, HV, V]; log_decay, beta, gamma: [B, HV]. Returns Out(y [B, HV, V], State); options, dtypes
+    and errors as for `rla`. Ordinary autograd differentiates it.
+    """
+    q, k, v, log_decay, beta, gamma = tensors = tuple(x.unsqueeze(1) for x in (q, k, v, log_decay, beta, gamma))
+    rule = checked_rule(
+        "rla_step",
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        gamma,
+        clip=clip,
+        scale=scale,
+        combine=combine,
+        residual=residual,
+        state=state,
+        cu_seqlens=None,
+    )
+    y, state = step(*tensors, rule=rule, delta=False, state=state)
+    return Out(y[:, 0], state)

@@ -1,0 +1,247 @@
+"""Two coupled states, the ground of RLA and RDN: the second is fitted to what the first leaves over.
+
+The two differ only in the rule by which a state is written (`delta`), so what they share is here once: checks,
+chunkwise form with its backward, single step. Derivation: README.md beside `whimbrel.scan.chunks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from whimbrel.errors import ConfigError
+from whimbrel.scan import chunks
+from whimbrel.scan.base import Out, State
+from whimbrel.scan.common import check_choice, check_inputs, compute_dtype, default_scale, spread_heads
+
+COMBINE = ("gated", "sum")
+RESIDUAL = ("undecayed", "decayed")
+
+
+class Rule(NamedTuple):
+    """The options that fix the mathematics of one call."""
+
+    clip: float | None
+    """Bound of the residual's elements; None for no bound."""
+    scale: float
+    """Factor on q."""
+    gated: bool
+    """The two reads are weighted by alpha and gamma, else summed."""
+    decayed: bool
+    """The residual is taken against alpha_t S_(t-1), else against S_(t-1)."""
+
+
+def checked_rule(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    clip: float | None,
+    scale: float | None,
+    combine: str,
+    residual: str,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+) -> Rule:
+    """The options as a `Rule`; raises ConfigError unless all arguments of `rla` or `rdn` fit together."""
+    check_choice(op, "combine", combine, COMBINE)
+    check_choice(op, "residual", residual, RESIDUAL)
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"{op}: clip = {clip} is not allowed; give a number above 0, or None for no clipping")
+    if state is not None and (not isinstance(state, tuple) or len(state) != 2 or any(s is None for s in state)):
+        raise ConfigError(f"{op}: state lacks one of its two parts; give State(base, residual) of two tensors")
+    base, second = (None, None) if state is None else state
+    gates = {"log_decay": log_decay, "beta": beta, "gamma": gamma}
+    check_inputs(op, q, k, v, gates, {"state.base": base, "state.residual": second}, cu_seqlens)
+    return Rule(clip, default_scale(scale, q.shape[3]), combine == "gated", residual == "decayed")
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    rule: Rule,
+    delta: bool,
+    state: State | None,
+) -> Out:
+    """One token [B, 1, ...]: both states are read once at k and q, and written once."""
+    dtype = compute_dtype(q, log_decay, beta, gamma, *(state or ()))
+    heads = v.shape[2]
+    q_, k_ = (spread_heads(x[:, 0].to(dtype), heads, 1) for x in (q, k))
+    v_, log_alpha, beta_, gamma_ = (
+        x[:, 0].to(dtype) for x in (v, log_decay[..., None], beta[..., None], gamma[..., None])
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        alpha, q_ = log_alpha.exp(), q_ * rule.scale
+        if state is None:
+            zero = v_.new_zeros(*k_.shape, v_.shape[-1])
+            state = State(zero, zero)
+        base, residual = (s.to(dtype) for s in state)
+        probes = torch.stack((k_, q_), -2)
+        p, base_read = (probes @ base).unbind(-2)
+        p_residual, residual_read = (probes @ residual).unbind(-2)
+        u = beta_ * (v_ - alpha * p if delta else v_)
+        r = v_ - (alpha * p if rule.decayed else p)
+        if rule.clip is not None:
+            r = r.clamp(-rule.clip, rule.clip)
+        w = gamma_ * (r - alpha * p_residual if delta else r)
+        correction = alpha * residual_read + (q_ * k_).sum(-1, keepdim=True) * w
+        y = alpha * base_read + gamma_ * correction if rule.gated else base_read + correction
+        written = State(
+            *(s * alpha[..., None] + k_[..., None] * x[..., None, :] for s, x in ((base, u), (residual, w)))
+        )
+    return Out(y[:, None].to(v.dtype), written)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    rule: Rule,
+    delta: bool,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> Out:
+    """The chunkwise parallel form; with `delta` both states obey the delta rule (RDN), else they add (RLA)."""
+    layout = chunks.Layout.of(q, cu_seqlens, chunk_size)
+    base, residual = (None, None) if state is None else state
+    y, base, residual = _Chunked.apply(layout, rule, delta, q, k, v, log_decay, beta, gamma, base, residual)
+    return Out(y, State(base, residual))
+
+
+class _Rest(NamedTuple):
+    """What the backward needs besides ground, query and streams."""
+
+    inside: Tensor | None
+    """[X, C, V] bool: where the clip left the residual alone; None without a clip."""
+    correction: Tensor
+    """[X, C, V]: R_t q_t."""
+    y: Tensor | None
+    """[X, C, V]: the output; kept for gated outputs only."""
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: chunks.Layout,
+        rule: Rule,
+        delta: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        gamma: Tensor,
+        base: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value_heads, dtype = v.shape[2], compute_dtype(q, log_decay, beta, gamma, base, residual)
+        shape = (layout.sequences, value_heads, q.shape[3], v.shape[3])
+        with torch.autocast(q.device.type, enabled=False):
+            values = layout.split(v, value_heads, dtype)
+            beta_c = layout.split(beta, value_heads, dtype)[..., None]
+            gamma_c = layout.split(gamma, value_heads, dtype)[..., None]
+            g = chunks.ground(
+                layout, layout.split(k, value_heads, dtype), layout.split(log_decay, value_heads, torch.float64)
+            )
+            x = chunks.query(g, layout.split(q, value_heads, dtype).mul_(rule.scale))
+            first = chunks.scan(g, values, beta_c, layout.enter(base, values, shape), delta=delta, want_seen=True)
+            assert first.seen is not None
+            left = torch.addcmul(values, g.alpha, first.seen, value=-1) if rule.decayed else values - first.seen
+            inside = None if rule.clip is None else left.abs() <= rule.clip
+            if rule.clip is not None:
+                left.clamp_(-rule.clip, rule.clip)
+            second = chunks.scan(g, left, gamma_c, layout.enter(residual, values, shape), delta=delta, want_seen=False)
+            correction = chunks.read_after(g, x, second)
+            y = chunks.read_before(x, first)
+            y = y.mul_(g.alpha).addcmul_(gamma_c, correction) if rule.gated else y.add_(correction)
+            ctx.layout, ctx.rule, ctx.delta, ctx.heads = layout, rule, delta, q.shape[2]
+            ctx.dtypes = [None if t is None else t.dtype for t in (q, k, v, log_decay, beta, gamma, base, residual)]
+            chunks.keep(ctx, g, x, first, second, _Rest(inside, correction, y if rule.gated else None))
+            return (
+                layout.join(y, value_heads, value_heads, v.dtype),
+                layout.leave(first.final, value_heads),
+                layout.leave(second.final, value_heads),
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dbase: Tensor, dresidual: Tensor) -> tuple[Tensor | None, ...]:
+        layout, rule, delta, heads = ctx.layout, ctx.rule, ctx.delta, ctx.heads
+        g, x, first, second, rest = chunks.kept(ctx)
+        value_heads, dtype = dy.shape[2], g.k.dtype
+        state_shape = (layout.sequences, value_heads, g.k.shape[2], dy.shape[3])
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = layout.split(dy, value_heads, dtype)
+            gain = chunks.row_dot(dy, rest.correction)
+            dcorrection = dy * second.rate if rule.gated else dy
+            down = chunks.row_dot(dcorrection, second.write)
+            dlog = (chunks.row_dot(dy, rest.y) if rule.gated else gain) - down * x.own[..., 0]
+
+            before = dcorrection * g.alpha
+            pull2 = chunks.scan_back(
+                g,
+                second,
+                torch.baddbmm(x.own * dcorrection, x.keys.mT, before),
+                None,
+                torch.bmm(x.decayed.mT, before),
+                layout.enter(dresidual, before, state_shape),
+            )
+            reads = [chunks.Read(second, pull2, before)]
+
+            dleft = second.rate * pull2.write
+            if rest.inside is not None:
+                dleft.mul_(rest.inside)
+            dseen = -g.alpha * dleft if rule.decayed else dleft.neg()
+            before = dy * g.alpha if rule.gated else dy
+            pull1 = chunks.scan_back(
+                g,
+                first,
+                torch.bmm(x.keys.mT, before),
+                dseen,
+                torch.bmm(x.decayed.mT, before),
+                layout.enter(dbase, before, state_shape),
+            )
+            reads.append(chunks.Read(first, pull1, before))
+            dv = dleft.addcmul_(first.rate, pull1.write)
+
+            # alpha acts by itself in the delta rule of both streams (v - alpha p) and in the decayed residual.
+            if delta:
+                dlog = dlog + pull1.level + pull2.level
+            if delta and not rule.decayed:
+                dlog -= chunks.row_dot(first.seen, dseen)
+            if rule.decayed and not delta:
+                dlog = dlog + pull1.level
+            dq, dk, dlog = chunks.shared_gradients(g, x, reads, down, dlog)
+            dgamma = pull2.rate + gain if rule.gated else pull2.rate
+
+            types = iter(ctx.dtypes)
+            return (
+                None,
+                None,
+                None,
+                layout.join(dq.mul_(rule.scale), heads, value_heads, next(types)),
+                layout.join(dk, heads, value_heads, next(types)),
+                *(layout.join(t, value_heads, value_heads, next(types)) for t in (dv, dlog, pull1.rate, dgamma)),
+                *(
+                    None if t is None else layout.leave(d, value_heads).to(t)
+                    for d, t in zip((pull1.initial, pull2.initial), types)
+                ),
+            )

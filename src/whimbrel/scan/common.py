@@ -1,0 +1,172 @@
+"""What every recurrence needs besides its mathematics: checks of the arguments, choice of code, packing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from whimbrel.errors import ConfigError, UnsupportedError, nearest
+
+IMPLS = ("auto", "reference", "chunked", "triton")
+_log = logging.getLogger("whimbrel")
+_announced: set[tuple[str, str]] = set()
+
+
+def choose(op: str, impl: str, *, one_step: bool = False) -> str:
+    """The code that will run: "reference", "chunked" or "step".
+
+    `one_step` says that the call is a single token without gradients, for which "auto" takes the one-step path.
+    "auto" says once per process and path what it chose; a named choice is taken or refused, never replaced.
+    """
+    if impl == "auto":
+        chosen = "step" if one_step else "chunked"
+        why = "one token, no gradient" if one_step else "plain PyTorch on any device; no kernel is built for it"
+        if (op, chosen) not in _announced:
+            _announced.add((op, chosen))
+            _log.info("%s: impl='auto' chose '%s' (%s)", op, chosen, why)
+        return chosen
+    if impl == "triton":
+        raise UnsupportedError(
+            f"{op}: impl = 'triton' is not available, this build has no Triton kernel for {op}; "
+            "impl='chunked' runs on any device"
+        )
+    if impl not in IMPLS:
+        raise ConfigError(f"{op}: impl = {impl!r} is unknown; choose one of {', '.join(IMPLS)}{nearest(impl, IMPLS)}")
+    return impl
+
+
+def check_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(
+            f"{op}: {name} = {value!r} is unknown; choose one of {', '.join(allowed)}{nearest(value, allowed)}"
+        )
+
+
+def check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor],
+    states: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ConfigError unless the arguments of a recurrence fit together.
+
+    q and k [B, T, H, K], v [B, T, HV, V] of one floating dtype with HV a multiple of H; every gate [B, T, HV],
+    `log_decay` among them at most 0 (looked at on the CPU only, since it would make other devices wait);
+    every state [N, HV, K, V]; cu_seqlens int [N + 1] from 0 to T, and then B = 1.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ConfigError(f"{op}: {name} has shape {list(x.shape)}; give [batch, time, heads, dim]")
+        if not x.dtype.is_floating_point:
+            raise ConfigError(f"{op}: {name} has dtype {x.dtype}; give a floating dtype")
+    if k.shape != q.shape:
+        raise ConfigError(f"{op}: k has shape {list(k.shape)}, q has {list(q.shape)}; they must be equal")
+    if v.shape[:2] != q.shape[:2]:
+        raise ConfigError(
+            f"{op}: v has batch and time {list(v.shape[:2])}, q has {list(q.shape[:2])}; they must be equal"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(f"{op}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; give all three the same dtype")
+    heads, value_heads = q.shape[2], v.shape[2]
+    if heads == 0 or value_heads == 0 or value_heads % heads:
+        raise ConfigError(f"{op}: v has {value_heads} heads; give a multiple of the {heads} heads of q and k")
+    for name, x in gates.items():
+        if x.shape != v.shape[:3]:
+            raise ConfigError(
+                f"{op}: {name} has shape {list(x.shape)}; give [batch, time, value heads] = {list(v.shape[:3])}"
+            )
+        if not x.dtype.is_floating_point:
+            raise ConfigError(f"{op}: {name} has dtype {x.dtype}; give a floating dtype")
+    log_decay = gates["log_decay"]
+    if log_decay.device.type == "cpu" and log_decay.numel() and (top := float(log_decay.detach().max())) > 0:
+        raise ConfigError(
+            f"{op}: log_decay has the value {top:.4g}; it is the natural logarithm of the decay and at most 0, "
+            "pass decay.log()"
+        )
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        _check_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
+        sequences = cu_seqlens.numel() - 1
+    wanted = [sequences, value_heads, q.shape[3], v.shape[3]]
+    for name, state in states.items():
+        if state is not None and list(state.shape) != wanted:
+            raise ConfigError(
+                f"{op}: {name} has shape {list(state.shape)}; give [sequences, value heads, K, V] = {wanted}"
+            )
+    others = {"k": k, "v": v, **gates, **{n: s for n, s in states.items() if s is not None}}
+    for name, x in others.items():
+        if x.device != q.device:
+            raise ConfigError(f"{op}: {name} is on {x.device}, q is on {q.device}; move them to one device")
+
+
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
+            "give int32 or int64 [sequences + 1]"
+        )
+    if batch != 1:
+        raise ConfigError(
+            f"{op}: cu_seqlens goes with batch 1, but the batch is {batch}; concatenate the sequences along time"
+        )
+    edges = cu_seqlens.tolist()
+    if edges[0] != 0 or edges[-1] != time or any(b < a for a, b in pairwise(edges)):
+        raise ConfigError(
+            f"{op}: cu_seqlens runs from {edges[0]} to {edges[-1]}; it must rise from 0 to the time length {time}"
+        )
+
+
+def default_scale(scale: float | None, key_dim: int) -> float:
+    """`scale`, or 1 / sqrt(key_dim) where it is None. It multiplies q only."""
+    return key_dim**-0.5 if scale is None else float(scale)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where an input is fp64, else fp32: no recurrence runs in less."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record this call."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def one_token(cu_seqlens: Tensor | None, q: Tensor, *others: Tensor | None) -> bool:
+    """Whether the call is a single token per batch row without gradients, as in decoding."""
+    return q.shape[1] == 1 and cu_seqlens is None and not needs_grad(q, *others)
+
+
+def spread_heads(x: Tensor, value_heads: int, dim: int) -> Tensor:
+    """Repeat the heads in `dim` so that value head h stands beside q/k head h // (value heads / heads)."""
+    group = value_heads // x.shape[dim]
+    return x if group == 1 else x.repeat_interleave(group, dim)
+
+
+def in_rows(value_heads: int, *vectors: Tensor) -> list[Tensor]:
+    """[B, T, heads, D] -> [B, T, HV, 1, D] in fp64: row vectors, so that a recurrence reads as in a paper."""
+    return [spread_heads(x.double(), value_heads, 2).unsqueeze(-2) for x in vectors]
+
+
+def by_sequence(
+    recur: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """recur(*tensors, *states) -> (y, *states), once per packed sequence, or once where nothing is packed."""
+    if cu_seqlens is None:
+        return recur(*tensors, *states)
+    parts = [
+        recur(*(x[:, a:b] for x in tensors), *(s[n : n + 1] for s in states))
+        for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
+    ]
+    y, *ends = zip(*parts)
+    return torch.cat(y, 1), *(torch.cat(s) for s in ends)

@@ -1,0 +1,53 @@
+"""The function `decay_scan`: checks and the choice of code."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from whimbrel.scan import one_state
+from whimbrel.scan.base import Out
+from whimbrel.scan.common import check_inputs, choose, default_scale, one_token
+from whimbrel.scan.decay.chunked import decay_chunked
+from whimbrel.scan.decay.reference import decay_reference
+
+
+def decay_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Out:
+    """Scan with a scalar decay. For every token, with alpha = exp(log_decay):
+
+        S_t = alpha_t S_(t-1) + beta_t v_t k_t^T
+        y_t = S_t q_t
+
+    q, k: [B, T, H, K]. Value head h goes with q/k head h // (HV / H).
+    v: [B, T, HV, V], HV a multiple of H. q, k and v have one floating dtype, which y gets too.
+    log_decay, beta: [B, T, HV]; log_decay is a natural logarithm, at most 0; beta is a rate in [0, 1].
+    scale: factor on q, None for K ** -0.5.
+    state: [N, HV, K, V] from an earlier call; None starts at zero.
+    cu_seqlens: int32 or int64 [N + 1], edges of N sequences packed along T; B is 1 then. Without it N is B.
+    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton", or "auto".
+
+    Returns Out(y [B, T, HV, V], state) with the state in fp32 (fp64 for fp64 inputs). Chunked results are
+    differentiable once in all tensors, the state included.
+
+    Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
+    This is gated linear attention with one decay per head (Mamba-2, arXiv 2405.21060); beta multiplies what is written.
+    """
+    gates = {"log_decay": log_decay, "beta": beta}
+    check_inputs("decay_scan", q, k, v, gates, {"state": state}, cu_seqlens)
+    scale = default_scale(scale, q.shape[3])
+    tensors = (q, k, v, log_decay, beta)
+    code = choose("decay_scan", impl, one_step=one_token(cu_seqlens, *tensors, state))
+    if code == "step":
+        return one_state.step(*tensors, scale=scale, delta=False, state=state)
+    run = decay_reference if code == "reference" else decay_chunked
+    return run(*tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)

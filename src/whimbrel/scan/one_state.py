@@ -1,0 +1,129 @@
+"""One state read after each write, the ground of `decay_scan` and `delta_scan`.
+
+The two differ only in the rule by which the state is written (`delta`). Derivation: README.md in this folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from whimbrel.scan import chunks
+from whimbrel.scan.base import Out
+from whimbrel.scan.common import compute_dtype, spread_heads
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    delta: bool,
+    state: Tensor | None,
+) -> Out:
+    """One token [B, 1, ...]: the state is read once at k and q, and written once."""
+    dtype, heads = compute_dtype(q, log_decay, beta, state), v.shape[2]
+    q_, k_ = (spread_heads(x[:, 0].to(dtype), heads, 1) for x in (q, k))
+    v_, log_alpha, beta_ = (x[:, 0].to(dtype) for x in (v, log_decay[..., None], beta[..., None]))
+    with torch.autocast(q.device.type, enabled=False):
+        alpha, q_ = log_alpha.exp(), q_ * scale
+        state = k_.new_zeros(*k_.shape, v.shape[3]) if state is None else state.to(dtype)
+        seen, read = (torch.stack((k_, q_), -2) @ state).unbind(-2)
+        write = beta_ * (v_ - alpha * seen if delta else v_)
+        y = alpha * read + (q_ * k_).sum(-1, keepdim=True) * write
+        state = alpha[..., None] * state + k_[..., None] * write[..., None, :]
+    return Out(y[:, None].to(v.dtype), state)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    delta: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> Out:
+    """The chunkwise parallel form; with `delta` the state obeys the delta rule, else it adds."""
+    layout = chunks.Layout.of(q, cu_seqlens, chunk_size)
+    y, state = _Chunked.apply(layout, scale, delta, q, k, v, log_decay, beta, state)
+    return Out(y, state)
+
+
+class _Rest(NamedTuple):
+    """What the backward needs besides ground, query and stream."""
+
+    y: Tensor
+    """[X, C, V]: the output."""
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: chunks.Layout,
+        scale: float,
+        delta: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        heads, dtype = v.shape[2], compute_dtype(q, log_decay, beta, state)
+        with torch.autocast(q.device.type, enabled=False):
+            g = chunks.ground(layout, layout.split(k, heads, dtype), layout.split(log_decay, heads, torch.float64))
+            x = chunks.query(g, layout.split(q, heads, dtype).mul_(scale))
+            values, rate = layout.split(v, heads, dtype), layout.split(beta, heads, dtype)[..., None]
+            start = layout.enter(state, values, (layout.sequences, heads, q.shape[3], v.shape[3]))
+            stream = chunks.scan(g, values, rate, start, delta=delta, want_seen=False)
+            y = chunks.read_after(g, x, stream)
+            ctx.layout, ctx.scale, ctx.delta, ctx.heads = layout, scale, delta, q.shape[2]
+            ctx.dtypes = [None if t is None else t.dtype for t in (q, k, v, log_decay, beta, state)]
+            chunks.keep(ctx, g, x, stream, _Rest(y))
+            return layout.join(y, heads, heads, v.dtype), layout.leave(stream.final, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        layout, heads, value_heads = ctx.layout, ctx.heads, dy.shape[2]
+        g, x, stream, rest = chunks.kept(ctx)
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = layout.split(dy, value_heads, g.k.dtype)
+            down = chunks.row_dot(dy, stream.write)
+            before = dy * g.alpha
+            pull = chunks.scan_back(
+                g,
+                stream,
+                torch.baddbmm(x.own * dy, x.keys.mT, before),
+                None,
+                torch.bmm(x.decayed.mT, before),
+                layout.enter(dstate, before, dstate.shape),
+            )
+            # alpha acts by itself in the read (decay, then the token's own write) and in the delta rule.
+            dlog = chunks.row_dot(dy, rest.y) - down * x.own[..., 0]
+            if ctx.delta:
+                dlog += pull.level
+            reads = [chunks.Read(stream, pull, before)]
+            dq, dk, dlog = chunks.shared_gradients(g, x, reads, down, dlog)
+            *types, state_type = ctx.dtypes
+            grads = (dq.mul_(ctx.scale), dk, stream.rate * pull.write, dlog, pull.rate)
+            counts = (heads, heads, value_heads, value_heads, value_heads)
+            return (
+                None,
+                None,
+                None,
+                *(layout.join(d, n, value_heads, t) for d, n, t in zip(grads, counts, types)),
+                None if state_type is None else layout.leave(pull.initial, value_heads).to(state_type),
+            )
