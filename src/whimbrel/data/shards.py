@@ -47,9 +47,7 @@ def write_shards(
     Raises DataError if `out` exists and is not an empty folder, or if the disk fills up.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(
-            f"{out} exists and is not an empty folder; choose another folder for the shards or remove it"
-        )
+        raise DataError(f"{out} exists and is not an empty folder; choose another folder for the shards or remove it")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     size = {split: sum(len(doc.text.encode("utf-8")) for doc in docs) for split, docs in documents.items()}
     # No token stands for less than one byte, save the separators.
@@ -143,9 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} holds no {MANIFEST}; make token shards there with `whimbrel data`"
-        ) from error
+        raise DataError(f"{folder} holds no {MANIFEST}; make token shards there with `whimbrel data`") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -175,8 +171,7 @@ class TokenShards:
             self.num_bytes: int = info["bytes"]
             self.num_documents: int = info["documents"]
             self._maps = [
-                self._open(shard["file"], shard["tokens"], shard["sha256"], verify)
-                for shard in info["shards"]
+                self._open(shard["file"], shard["tokens"], shard["sha256"], verify) for shard in info["shards"]
             ]
             self.num_tokens: int = info["tokens"]
         except KeyError as error:
@@ -198,13 +193,10 @@ class TokenShards:
             raise DataError(f"token shard {path} cannot be read: {error.strerror}") from error
         if size != want:
             raise DataError(
-                f"token shard {path} has {size} bytes, expected {want} for {tokens} tokens; make the shards "
-                f"again"
+                f"token shard {path} has {size} bytes, expected {want} for {tokens} tokens; make the shards again"
             )
         if verify and (found := sha256_file(path)) != sha256:
-            raise DataError(
-                f"token shard {path} has SHA-256 {found}, expected {sha256}; make the shards again"
-            )
+            raise DataError(f"token shard {path} has SHA-256 {found}, expected {sha256}; make the shards again")
         return np.memmap(path, dtype=self._dtype, mode="r")
 
     def __len__(self) -> int:
@@ -213,9 +205,7 @@ class TokenShards:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` - 1, int64 [stop - start]; raises IndexError outside 0 to `num_tokens`."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(
-                f"tokens {start} to {stop} of split '{self.split}' with {self.num_tokens} tokens"
-            )
+            raise IndexError(f"tokens {start} to {stop} of split '{self.split}' with {self.num_tokens} tokens")
         out = np.empty(stop - start, dtype=np.int64)
         at = start
         shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -239,7 +229,5 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     found = sha256_file(path)
     if found != expected["sha256"]:
-        raise DataError(
-            f"tokenizer {path} has SHA-256 {found}, expected {expected['sha256']}; make the shards again"
-        )
+        raise DataError(f"tokenizer {path} has SHA-256 {found}, expected {expected['sha256']}; make the shards again")
     return tokenizer

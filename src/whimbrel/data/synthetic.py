@@ -114,9 +114,7 @@ def needle(
 def _check_pairs(name: str, pairs: int, symbols: Symbols) -> None:
     most = min(len(symbols.keys), len(symbols.values))
     if not 0 < pairs <= most:
-        raise ConfigError(
-            f"{name} = {pairs} is not allowed; use 1 to {most}, the number of reserved keys and values"
-        )
+        raise ConfigError(f"{name} = {pairs} is not allowed; use 1 to {most}, the number of reserved keys and values")
 
 
 def _bindings(draws: Draws, batch: int, pairs: int, symbols: Symbols) -> tuple[np.ndarray, np.ndarray]:

@@ -97,10 +97,10 @@ def accuracy_interval(hits: np.ndarray, trials: np.ndarray, *, level: float = LE
     sequence counts as one question.
     """
     hits, trials = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
-    total, share, count = trials.sum(), hits.sum() / trials.sum(), len(hits)
+    total, share, count = float(trials.sum()), float(hits.sum() / trials.sum()), len(hits)
     if share in (0.0, 1.0) or count < 2:
         effective = float(count)
     else:
-        between = count / (count - 1) * np.square(hits - share * trials).sum() / total**2
+        between = float(count / (count - 1) * np.square(hits - share * trials).sum() / total**2)
         effective = total / max(1.0, between / (share * (1 - share) / total))
     return wilson(share * effective, effective, level=level)
