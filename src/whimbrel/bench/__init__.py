@@ -20,7 +20,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Case": "whimbrel.bench.case:Case",
-        "Measurement": "whimbrel.bench.runner:Measurement",
         "record": "whimbrel.bench.results:record",
         "run_case": "whimbrel.bench.runner:run_case",
     },

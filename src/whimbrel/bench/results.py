@@ -63,14 +63,10 @@ def record(
     Raises ConfigError for a case name that cannot be a file name, or for values that are empty or not finite.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", case):
-        raise ConfigError(
-            f"case = {case!r} cannot name a results file: use lower-case letters, digits, - and _"
-        )
+        raise ConfigError(f"case = {case!r} cannot name a results file: use lower-case letters, digits, - and _")
     repeats = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if repeats.size == 0 or not np.isfinite(repeats).all():
-        raise ConfigError(
-            f"{case}/{impl} {metric}: values must be finite numbers, at least one; got {values!r}"
-        )
+        raise ConfigError(f"{case}/{impl} {metric}: values must be finite numbers, at least one; got {values!r}")
     low, middle, high = (float(x) for x in np.quantile(repeats, [0.25, 0.5, 0.75]))
     line: ResultLine = {
         "case": case,
@@ -124,9 +120,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

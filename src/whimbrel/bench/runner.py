@@ -15,7 +15,7 @@ from rich.table import Table
 from whimbrel._lazy import load_object
 from whimbrel.bench import CASES
 from whimbrel.bench.case import Case, Param
-from whimbrel.bench.results import RESULTS, ResultLine, record
+from whimbrel.bench.results import ResultLine, record
 from whimbrel.errors import ConfigError, UnsupportedError, WhimbrelError, nearest
 
 _PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6}
@@ -29,7 +29,8 @@ class CheckError(WhimbrelError):
 class Measurement(NamedTuple):
     """One implementation of one case."""
 
-    line: ResultLine
+    lines: list[ResultLine]
+    """The time first, then bytes."""
     rate: float | None
     """Useful floating-point operations per second, where the case states them."""
     bandwidth: float | None
@@ -48,17 +49,18 @@ def run_case(
     device: str = "cpu",
     quick: bool = False,
     against: Sequence[str] | None = None,
-    out: Path | None = RESULTS,
-    console: Console | None = None,
-) -> list[Measurement]:
+    out: Path | None = None,
+    table: bool = True,
+) -> list[ResultLine]:
     """Check and time every shape of one case, append the result lines, and print a table.
 
     name: a key of `CASES`, or "module:function" from outside.
     device: "cpu" or "cuda".
     quick: small shapes and few repeats.
     against: implementations to take ratios against, one column each; None is each shape's first.
-    out: folder of the result files; None writes nothing.
-    console: where the table goes; None is standard output.
+    out: folder of the result files, to which lines are appended; None writes nothing.
+    table: print a table to standard output.
+    Returns the result lines: times, and bytes where the case states or the device measures them.
     Raises ConfigError for an unknown case or baseline, UnsupportedError without the device, CheckError when
     the check is red.
     """
@@ -69,15 +71,15 @@ def run_case(
             case.check()
         except AssertionError as error:
             raise CheckError(
-                f"bench {case.name}: the check failed, so nothing is timed: "
-                f"{_one_line(error)} ({_shape(case.params)})"
+                f"bench {case.name}: the check failed, so nothing is timed: {_one_line(error)} ({_shape(case.params)})"
             ) from error
     found: list[Measurement] = []
     for case in cases:
         baselines = [b for b in against or [next(iter(case.impls))] if b in case.impls]
         found += _measure(case, baselines, device=device, quick=quick, out=out)
-    (console or Console()).print(_table(name, found))
-    return found
+    if table:
+        Console().print(_table(name, found))
+    return [line for measurement in found for line in measurement.lines]
 
 
 def time_alternating(
@@ -104,21 +106,15 @@ def time_alternating(
 def _load(name: str, *, device: str, quick: bool) -> list[Case]:
     target = CASES.get(name, name if ":" in name else None)
     if target is None:
-        raise ConfigError(
-            f"bench case = {name!r} is unknown: choose one of {', '.join(CASES)}{nearest(name, CASES)}"
-        )
+        raise ConfigError(f"bench case = {name!r} is unknown: choose one of {', '.join(CASES)}{nearest(name, CASES)}")
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"bench --device = {device!r} is unknown: choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(
-            "bench --device = 'cuda' needs a CUDA device, and torch sees none: use --device cpu"
-        )
+        raise UnsupportedError("bench --device = 'cuda' needs a CUDA device, and torch sees none: use --device cpu")
     try:
         make = load_object(target)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"bench case = {name!r} cannot be loaded from {target!r}: {_one_line(error)}"
-        ) from error
+        raise ConfigError(f"bench case = {name!r} cannot be loaded from {target!r}: {_one_line(error)}") from error
     return make(device=device, quick=quick)
 
 
@@ -132,9 +128,7 @@ def _refuse_unknown(name: str, cases: Sequence[Case], against: Sequence[str] | N
             )
 
 
-def _measure(
-    case: Case, baselines: Sequence[str], *, device: str, quick: bool, out: Path | None
-) -> list[Measurement]:
+def _measure(case: Case, baselines: Sequence[str], *, device: str, quick: bool, out: Path | None) -> list[Measurement]:
     calls = {impl: set_up() for impl, set_up in case.impls.items()}
     times = time_alternating(
         calls,
@@ -148,14 +142,14 @@ def _measure(
     found = []
     for impl, seconds in times.items():
         scaled = [s * _PER_SECOND[case.unit] for s in seconds]
-        line = record(case.name, impl, case.params, case.metric, scaled, case.unit, device=device, out=out)
+        lines = [record(case.name, impl, case.params, case.metric, scaled, case.unit, device=device, out=out)]
         state = case.sizes[impl]() if impl in case.sizes else None
         for metric, count in (("peak memory", memory.get(impl)), ("state", state)):
             if count is not None:
-                record(case.name, impl, case.params, metric, count, "bytes", device=device, out=out)
+                lines.append(record(case.name, impl, case.params, metric, count, "bytes", device=device, out=out))
         found.append(
             Measurement(
-                line=line,
+                lines=lines,
                 rate=case.flops / medians[impl] if case.flops else None,
                 bandwidth=case.bytes / medians[impl] if case.bytes else None,
                 memory_bytes=memory.get(impl),
@@ -192,7 +186,7 @@ def _peak_bytes(call: Callable[[], object]) -> int:
 
 
 def _table(name: str, found: Sequence[Measurement]) -> Table:
-    device = found[0].line["device"] if found else ""
+    device = found[0].lines[0]["device"] if found else ""
     table = Table(title=f"{name} on {device}", title_justify="left")
     extra = {
         "GFLOP/s": lambda m: None if m.rate is None else f"{m.rate / 1e9:.1f}",
@@ -208,7 +202,7 @@ def _table(name: str, found: Sequence[Measurement]) -> Table:
         table.add_column(head, justify="right")
     last = ""
     for m in found:
-        line = m.line
+        line = m.lines[0]
         shape = _shape(line["params"])
         table.add_row(
             "" if shape == last else shape,

@@ -6,7 +6,6 @@ import json
 import sys
 
 import pytest
-from rich.console import Console
 
 from whimbrel.bench import CASES
 from whimbrel.bench.case import Case
@@ -25,7 +24,7 @@ class Called(list):
 events = Called()
 
 
-def cases(*, device, quick):
+def cases(*, device, quick):  # the signature that the runner calls
     def check():
         events.append("check")
 
@@ -59,12 +58,12 @@ def _importable(monkeypatch):
     events.clear()
 
 
-def quiet():
-    return Console(file=open("/dev/null", "w"))
+def quick(case="cases", **options):
+    return run_case(f"{HERE}:{case}", quick=True, **options)
 
 
 def test_rivals_alternate_after_the_check(tmp_path):
-    run_case(f"{HERE}:cases", device="cpu", quick=True, out=tmp_path, console=quiet())
+    quick(out=tmp_path, table=False)
     assert events[0] == "check"
     timed = events[1 + 4 :]
     assert len(timed) >= 6
@@ -72,7 +71,7 @@ def test_rivals_alternate_after_the_check(tmp_path):
 
 
 def test_lines_have_exactly_the_fields_of_the_format(tmp_path):
-    found = run_case(f"{HERE}:cases", device="cpu", quick=True, out=tmp_path, console=quiet())
+    found = quick(out=tmp_path, table=False)
     lines = [json.loads(text) for text in (tmp_path / "toy.jsonl").read_text().splitlines()]
     assert [(x["impl"], x["metric"], x["unit"]) for x in lines] == [
         ("reference", "forward", "ms"),
@@ -83,48 +82,53 @@ def test_lines_have_exactly_the_fields_of_the_format(tmp_path):
         assert list(line) == list(ResultLine.__annotations__)
         assert line["q25"] <= line["value"] <= line["q75"]
         assert line["params"] == {"T": 8, "quick": True, "device": "cpu"}
-    assert lines[:2] == [m.line for m in found]
     assert lines[2]["value"] == 4096
-    assert read_lines(tmp_path / "toy.jsonl") == lines
+    assert lines == found == read_lines(tmp_path / "toy.jsonl")
 
 
-def test_ratios_are_against_the_first_or_the_named(tmp_path):
-    first = run_case(f"{HERE}:cases", quick=True, out=None, console=quiet())
-    assert [list(m.ratios) for m in first] == [["reference"], ["reference"]]
-    assert first[0].ratios["reference"] == 1.0
-    assert first[1].ratios["reference"] == pytest.approx(first[0].line["value"] / first[1].line["value"])
-    named = run_case(f"{HERE}:cases", quick=True, against=["fast"], out=None, console=quiet())
-    assert named[1].ratios == {"fast": 1.0}
+def test_nothing_is_written_or_printed_unless_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(quick(table=False)) == 3
     assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
 
 
-def test_rates_follow_from_the_median():
-    for m in run_case(f"{HERE}:cases", quick=True, out=None, console=quiet()):
-        assert m.rate == pytest.approx(1e6 / (m.line["value"] / 1e3))
-        assert m.bandwidth == pytest.approx(2e6 / (m.line["value"] / 1e3))
+def test_table_states_medians_rates_and_ratios(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        "whimbrel.bench.runner.time_alternating", lambda calls, **_: {"reference": [4e-3], "fast": [2e-3]}
+    )
+    quick()
+    printed = capsys.readouterr().out
+    reference, fast = (
+        next(row for row in printed.splitlines() if name in row and " ms" in row) for name in ("reference", "fast")
+    )
+    for expected in ("T=8", "4 ms", "0.2", "0.5", "1.00"):  # 1e6 operations and 2e6 bytes in 4 ms
+        assert expected in reference
+    for expected in ("2 ms", "0.5", "1.0", "2.00", "0.00"):
+        assert expected in fast
+    for head in ("GFLOP/s", "GB/s", "state MiB", "times as fast as reference"):
+        assert head in printed
 
 
-def test_table_names_what_was_measured():
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    run_case(f"{HERE}:cases", quick=True, out=None, console=console)
-    text = console.export_text()
-    for expected in (
-        "reference",
-        "fast",
-        "T=8",
-        "GFLOP/s",
-        "GB/s",
-        "state MiB",
-        "times as fast as reference",
-    ):
-        assert expected in text
+def test_ratios_are_against_the_named(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        "whimbrel.bench.runner.time_alternating", lambda calls, **_: {"reference": [4e-3], "fast": [2e-3]}
+    )
+    quick(against=["fast", "reference"])
+    printed = capsys.readouterr().out
+    assert "times as fast as fast" in printed
+    assert "times as fast as reference" in printed
+    reference = next(row for row in printed.splitlines() if "reference" in row and " ms" in row)
+    assert "0.50" in reference
 
 
 def test_a_red_check_prints_and_writes_no_time(tmp_path, capsys):
     with pytest.raises(
         CheckError, match=r"^bench red: the check failed, so nothing is timed: fast differs by 0.5 \(T=8\)$"
     ):
-        run_case(f"{HERE}:red", quick=True, out=tmp_path)
+        quick("red", out=tmp_path)
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
     assert events == []
@@ -143,7 +147,7 @@ def test_errors_name_what_is_allowed():
         match=r"^bench --against = 'fats' is no implementation of .*: "
         r"choose from reference, fast; did you mean 'fast'\?$",
     ):
-        run_case(f"{HERE}:cases", quick=True, against=["fats"])
+        quick(against=["fats"])
     with pytest.raises(
         ConfigError, match=r"^bench case = 'no_such:thing' cannot be loaded from 'no_such:thing': No module"
     ):
@@ -178,13 +182,9 @@ def test_record_states_median_and_quartiles(tmp_path):
 def test_record_refuses_what_would_spoil_a_file(tmp_path):
     with pytest.raises(ConfigError, match=r"^case = '\.\./x' cannot name a results file"):
         record("../x", "a", {}, "loss", 1.0, "nats", out=tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got \[\]"
-    ):
+    with pytest.raises(ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got \[\]"):
         record("toy", "a", {}, "loss", [], "nats", out=tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got nan"
-    ):
+    with pytest.raises(ConfigError, match=r"^toy/a loss: values must be finite numbers, at least one; got nan"):
         record("toy", "a", {}, "loss", float("nan"), "nats", out=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -41,7 +41,7 @@ class TrainPoint(TypedDict):
 
     step: int
     tokens: int
-    """Tokens seen since the start of the main run; a branch goes on from the tokens of its branching point."""
+    """Tokens seen since the start of the main run; a branch counts on from where it left that run."""
     loss: float
     """Training loss of the step, nats per token."""
     lr: float
@@ -292,7 +292,7 @@ class Report(TypedDict):
 
 
 def check(data: object) -> Report:
-    """Return `data` as a Report, or raise DataError naming the first key that is missing, unknown or wrong."""
+    """`data` as a Report; raises DataError naming the first key that is missing, unknown or wrong."""
     _check(data, Report, "report")
     return typing.cast(Report, data)
 
@@ -330,9 +330,7 @@ def _check_keys(value: object, wanted: Any, where: str) -> None:
     hints = typing.get_type_hints(wanted, include_extras=True)
     for key in value:
         if key not in hints:
-            raise DataError(
-                f"{where}.{key} is unknown: allowed are {', '.join(hints)}{nearest(str(key), hints)}"
-            )
+            raise DataError(f"{where}.{key} is unknown: allowed are {', '.join(hints)}{nearest(str(key), hints)}")
     for key in hints:
         if key in value:
             _check(value[key], hints[key], f"{where}.{key}")
