@@ -266,14 +266,13 @@ def _equal_tensors(folder: TensorFolder, a: str, b: str) -> bool:
     one, other = folder.entry(a), folder.entry(b)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with _Handles() as handles:
-        for start in range(0, one.stop - one.start, _LARGEST_PIECE):
-            size = min(_LARGEST_PIECE, one.stop - one.start - start)
-            left, right = bytearray(size), bytearray(size)
-            handles.read(folder.file(a).path, memoryview(left), one.start + start)
-            handles.read(folder.file(b).path, memoryview(right), other.start + start)
-            if left != right:
-                return False
+    for start in range(0, one.stop - one.start, _LARGEST_PIECE):
+        size = min(_LARGEST_PIECE, one.stop - one.start - start)
+        left, right = bytearray(size), bytearray(size)
+        _read(folder.file(a).path, memoryview(left), one.start + start)
+        _read(folder.file(b).path, memoryview(right), other.start + start)
+        if left != right:
+            return False
     return True
 
 
@@ -335,27 +334,14 @@ def _extent_bytes(extent: _Extent) -> int:
     return extent.elements * ITEM_BYTES[extent.dtype]
 
 
-class _Handles:
-    """Open files, shared by threads: positioned reads do not disturb each other."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Handles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._open.values():
-            os.close(handle)
-
-    def read(self, path: Path, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from the file's bytes at `offset`."""
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is None:
-                handle = self._open[path] = os.open(path, os.O_RDONLY)
+def _read(path: Path, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from the file's bytes at `offset`."""
+    # Opened anew for every piece: sources times shards may exceed the files that a process can hold open.
+    handle = os.open(path, os.O_RDONLY)
+    try:
         read_exactly(handle, buffer, offset, path)
+    finally:
+        os.close(handle)
 
 
 class _Worker:
@@ -382,7 +368,6 @@ def _stream(
     local = threading.local()
     done = 0
     with ExitStack() as stack:
-        handles = stack.enter_context(_Handles())
         outputs = {
             name: _create(folder / name, header, plan.sizes[name], stack) for name, header in plan.headers.items()
         }
@@ -390,7 +375,7 @@ def _stream(
         def work(extent: _Extent, start: int, stop: int) -> int:
             if not hasattr(local, "worker"):
                 local.worker = _Worker(len(sources), piece, weights)
-            return _merge_piece(extent, start, stop, sources, local.worker, handles, outputs[extent.out_file])
+            return _merge_piece(extent, start, stop, sources, local.worker, outputs[extent.out_file])
 
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
         stack.callback(pool.shutdown, cancel_futures=True)
@@ -436,14 +421,13 @@ def _merge_piece(
     stop: int,
     sources: list[TensorFolder],
     worker: _Worker,
-    handles: _Handles,
     output: int,
 ) -> int:
     """Merge elements [start, stop) of an extent; returns the bytes read."""
     width = ITEM_BYTES[extent.dtype]
     inputs = [memoryview(buffer)[: (stop - start) * width] for buffer in worker.inputs]
     for (path, offset), buffer in zip(extent.reads, inputs, strict=True):
-        handles.read(path, buffer, offset + start * width)
+        _read(path, buffer, offset + start * width)
     out_width = ITEM_BYTES[extent.out_dtype]
     result = memoryview(worker.output)[: (stop - start) * out_width]
     if extent.dtype in FLOATS:
