@@ -12,8 +12,9 @@ _SLAB_LOGITS = 1 << 19
 products."""
 
 _LEAST = -87.0
-"""Smallest exponent of a weight: e^-87 adds nothing to a sum that holds a 1, and exp of less, -inf too, is
-computed three to seven times slower on a CPU because its result is not a normal number."""
+"""Least exponent of a weight. e^-87 is lost when added to a sum that holds a 1, in fp64 too, so it stands for
+the zero of a masked key. On a CPU exp of less, -inf too, takes three to seven times longer: its result is
+subnormal."""
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,6 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
             logits[..., -size:].add_(future)
             top = logits.detach().amax(-1, keepdim=True)
             weights = logits.sub_(top).clamp_(min=_LEAST).exp_()
-            weights[..., -size:].tril_()
             total = weights.sum(-1, keepdim=True)
             y[rows] = torch.bmm(weights, values) / total
             lse[rows] = (top + total.log()).squeeze(-1)

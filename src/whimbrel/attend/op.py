@@ -29,9 +29,7 @@ class Out(NamedTuple):
     """[B, Tq, H], fp32: natural logarithm of the sum of exp(logit) over the keys attended to."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, impl: str = "auto"
-) -> Out:
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, impl: str = "auto") -> Out:
     """Causal softmax attention over the key blocks that `plan` selects.
 
     Args:
@@ -57,9 +55,7 @@ def attend(
     if impl == "auto":
         impl = _auto()
     elif impl == "triton":
-        raise UnsupportedError(
-            "attend: impl='triton' is not built yet; use impl='blocks', or impl='reference' in fp64"
-        )
+        raise UnsupportedError("attend: impl='triton' is not built yet; use impl='blocks', or impl='reference' in fp64")
     elif impl not in _IMPLS:
         raise ConfigError(
             f"attend: impl = '{impl}' is not known{nearest(impl, _NAMES)}; use one of {', '.join(_NAMES)}"
@@ -70,9 +66,7 @@ def attend(
 
 @functools.cache
 def _auto() -> str:
-    logging.getLogger("whimbrel.attend").info(
-        "attend: impl='auto' runs 'blocks', the one fast path of this version"
-    )
+    logging.getLogger("whimbrel.attend").info("attend: impl='auto' runs 'blocks', the one fast path of this version")
     return "blocks"
 
 
@@ -85,9 +79,7 @@ def check_fit(plan: Plan, shape: Shape, device: torch.device) -> None:
         ("k_len", plan.k_len, shape.k_len),
     ):
         if planned != given:
-            raise ConfigError(
-                f"plan.{name} = {planned} does not fit q and k, which have {given}; plan these tensors"
-            )
+            raise ConfigError(f"plan.{name} = {planned} does not fit q and k, which have {given}; plan these tensors")
     if plan.indices.device != device or plan.offsets.device != device:
         raise ConfigError(f"plan lies on {plan.indices.device} but q on {device}; bring them to one device")
 
@@ -103,8 +95,7 @@ def merge_parts(parts: Sequence[Out]) -> Out:
     shapes = {(tuple(part.y.shape), tuple(part.lse.shape)) for part in parts}
     if len(shapes) > 1 or parts[0].y.shape[:-1] != parts[0].lse.shape:
         raise ConfigError(
-            f"merge_parts got parts of shapes {sorted(shapes)}; "
-            "give y [B, T, H, D] and lse [B, T, H], all equal"
+            f"merge_parts got parts of shapes {sorted(shapes)}; give y [B, T, H, D] and lse [B, T, H], all equal"
         )
     lses = torch.stack([part.lse for part in parts])
     lse = lses.logsumexp(0)

@@ -29,13 +29,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
-            raise ConfigError(
-                f"block_size = {self.block_size} is not allowed; use a positive number of tokens"
-            )
+            raise ConfigError(f"block_size = {self.block_size} is not allowed; use a positive number of tokens")
         if not 1 <= self.q_len <= self.k_len:
-            raise ConfigError(
-                f"q_len = {self.q_len} with k_len = {self.k_len} is not allowed; use 1 <= q_len <= k_len"
-            )
+            raise ConfigError(f"q_len = {self.q_len} with k_len = {self.k_len} is not allowed; use 1 <= q_len <= k_len")
 
     @property
     def offset(self) -> int:
@@ -202,11 +198,7 @@ class Plan:
         A row without its diagonal block could hold queries that attend to nothing.
         """
         grid, counts = self.grid, self.offsets.diff()
-        if (
-            int(self.offsets[0]) != 0
-            or int(self.offsets[-1]) != len(self.indices)
-            or bool((counts < 0).any())
-        ):
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.indices) or bool((counts < 0).any()):
             raise ConfigError(
                 f"plan.offsets must rise from 0 to the number of indices, {len(self.indices)}; they run from "
                 f"{int(self.offsets[0])} to {int(self.offsets[-1])}, smallest step {int(counts.min())}"

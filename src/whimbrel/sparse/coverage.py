@@ -12,9 +12,7 @@ from whimbrel.errors import ConfigError
 from whimbrel.sparse.blocks import block_mass, heads_first
 
 
-def coverage(
-    q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None, rows: Tensor | None = None
-) -> Tensor:
+def coverage(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None, rows: Tensor | None = None) -> Tensor:
     """Exact softmax mass inside the plan, per query: [B, H, R] in fp32 (fp64 for fp64 inputs).
 
     Args:
@@ -33,13 +31,10 @@ def coverage(
     if rows is None:
         rows = torch.arange(grid.q_len, device=q.device)
     if rows.dim() != 1 or rows.is_floating_point() or len(rows) == 0:
-        raise ConfigError(
-            f"rows is {rows.dtype} of shape {tuple(rows.shape)}; give a list of at least one int64 index"
-        )
+        raise ConfigError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}; give a list of at least one int64 index")
     if int(rows.min()) < 0 or int(rows.max()) >= grid.q_len or bool((rows.diff() < 0).any()):
         raise ConfigError(
-            f"rows runs from {int(rows.min())} to {int(rows.max())}; "
-            f"give ascending indices from 0 to {grid.q_len - 1}"
+            f"rows runs from {int(rows.min())} to {int(rows.max())}; give ascending indices from 0 to {grid.q_len - 1}"
         )
     scale = default_scale(shape.dim, scale)
     query, keys, chosen = heads_first(q), heads_first(k), plan.to_mask()

@@ -99,9 +99,7 @@ def blocky(
     of_block = torch.arange(tokens) // block_size
     query = _unit(g, blocks, dim) * spread[:, None] * math.sqrt(dim)
     key = torch.randn(blocks, dim, generator=g)
-    return Heads(
-        0.1 * noise_q + query[of_block][None, :, None], 0.1 * noise_k + key[of_block][None, :, None], v
-    )
+    return Heads(0.1 * noise_q + query[of_block][None, :, None], 0.1 * noise_k + key[of_block][None, :, None], v)
 
 
 STRUCTURED: dict[str, Callable[..., Heads]] = {
@@ -165,6 +163,4 @@ def _rotate(x: Tensor, theta: float) -> Tensor:
     rate = theta ** (-torch.arange(half) / half)
     angle = (torch.arange(x.shape[1])[:, None] * rate)[:, None]
     first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1
-    )
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)

@@ -116,9 +116,7 @@ def check_monotone(config: Any) -> None:
             mask, achieved = plan.to_mask(), coverage(q, k, plan)
             if previous is not None:
                 assert (mask | ~previous[0]).all(), f"coverage {asked} drops a block that less coverage keeps"
-                assert (achieved >= previous[1] - 1e-6).all(), (
-                    f"coverage {asked} covers less than a lower one"
-                )
+                assert (achieved >= previous[1] - 1e-6).all(), f"coverage {asked} covers less than a lower one"
             previous = mask, achieved
 
 
@@ -134,9 +132,7 @@ def check_row_local(config: Any) -> None:
         for stop in (size, 5 * size, 5 * size + 3, TOKENS - 1):
             complete = stop // size
             part = select(q[:, :stop], k[:, :stop]).to_mask()[:, :, :complete, :complete]
-            assert torch.equal(part, whole[:, :, :complete, :complete]), (
-                f"a suffix changes rows before {stop}"
-            )
+            assert torch.equal(part, whole[:, :, :complete, :complete]), f"a suffix changes rows before {stop}"
         for chunk in (size, 3 * size, 7 * size):
             for start in range(0, TOKENS, chunk):
                 stop = min(start + chunk, TOKENS)
@@ -152,7 +148,5 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense causal attention in fp64, the queries being the last positions: [B, Tq, H, D]."""
     q_len, k_len, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     mask = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
-    q, k, v = (
-        x.double().transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
-    )
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

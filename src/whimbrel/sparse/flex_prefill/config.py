@@ -40,16 +40,12 @@ class FlexPrefillConfig(SelectorConfig):
         require(0 < self.coverage <= 1, "flex_prefill.coverage", self.coverage, "a share above 0 and up to 1")
         modes = ("corrected", "official")
         require(self.mode in modes, "flex_prefill.mode", self.mode, " or ".join(map(repr, modes)))
-        require(
-            self.tau >= 0, "flex_prefill.tau", self.tau, "0 (no query-aware head) or a positive divergence"
-        )
+        require(self.tau >= 0, "flex_prefill.tau", self.tau, "0 (no query-aware head) or a positive divergence")
         require(self.min_budget >= 0, "flex_prefill.min_budget", self.min_budget, "0 or more tokens")
         most = self.max_budget
         at_least = f"None or at least min_budget = {self.min_budget} tokens, and at least 1"
         require(most is None or most >= max(1, self.min_budget), "flex_prefill.max_budget", most, at_least)
-        require(
-            self.block_size > 0, "flex_prefill.block_size", self.block_size, "a positive number of tokens"
-        )
+        require(self.block_size > 0, "flex_prefill.block_size", self.block_size, "a positive number of tokens")
 
     def build(self) -> Selector:
         """The selector (q, k, *, scale) -> Plan."""

@@ -50,11 +50,12 @@ def select(
     vertical = mass.mean(2)
     slash = slash_mass(mass, positions // block_size)
 
-    key_means, key_counts = block_means(keys, block_size)
-    pooled_logits = per_key_head(probe.mean(2, keepdim=True) * scale, key_means) + key_counts.log()
-    query_aware = js_distance(pooled_logits.squeeze(2).softmax(-1), vertical) < tau
+    key_means = block_means(keys, block_size)[0]
+    seen = visible_keys(positions, grid).to(keys.dtype).mean(0)
+    probe_logits = per_key_head(probe.mean(2, keepdim=True) * scale, key_means).squeeze(2) + seen.log()
+    query_aware = js_distance(probe_logits.softmax(-1), vertical) < tau
 
-    pooled = _pooled_mass(query, key_means, key_counts, grid, scale)
+    pooled = _pooled_mass(query, key_means, grid, scale)
     for block in (positions // block_size).unique().tolist():
         # The probe's own rows are known exactly, so no estimate stands for them.
         exact = mass[:, :, positions // block_size == block].mean(2)
@@ -97,14 +98,17 @@ def slash_mass(mass: Tensor, own_block: Tensor) -> Tensor:
     return (shifted * (back >= 0)).mean(2)
 
 
-def _pooled_mass(query: Tensor, key_means: Tensor, key_counts: Tensor, grid: Grid, scale: float) -> Tensor:
-    """Estimated mass [B, H, query blocks, key blocks]: softmax of mean query . mean key over causal
-    blocks."""
-    front = grid.offset - grid.first_block * grid.block_size
-    padded = torch.nn.functional.pad(query, (0, 0, front, 0))
-    lengths = [stop - first for first, stop in map(grid.query_span, range(grid.query_blocks))]
-    means = block_means(padded, grid.block_size)[0]
-    if front:
-        means[:, :, 0] *= min(grid.block_size, front + grid.q_len) / lengths[0]
-    logits = per_key_head(means * scale, key_means) + key_counts.log()
-    return logits.masked_fill(~grid.causal(query.device), -torch.inf).softmax(-1)
+def visible_keys(positions: Tensor, grid: Grid) -> Tensor:
+    """Keys of every block that queries at these positions see: [..., R] -> [..., R, key blocks]."""
+    starts = torch.arange(grid.key_blocks, device=positions.device) * grid.block_size
+    return (positions[..., None] + 1 - starts).clamp(0, grid.block_size)
+
+
+def _pooled_mass(query: Tensor, key_means: Tensor, grid: Grid, scale: float) -> Tensor:
+    """Estimated mass [B, H, query blocks, key blocks]: softmax of mean query . mean key + log(keys seen)."""
+    spans = [grid.query_span(row) for row in range(grid.query_blocks)]
+    means = torch.stack([query[:, :, first:stop].mean(2) for first, stop in spans], 2)
+    # Keys seen by the middle query are the mean over the block, since only the diagonal block is partly seen.
+    middle = torch.tensor([(first + stop - 1) / 2 for first, stop in spans], device=query.device) + grid.offset
+    logits = per_key_head(means * scale, key_means) + visible_keys(middle, grid).to(query.dtype).log()
+    return logits.softmax(-1)

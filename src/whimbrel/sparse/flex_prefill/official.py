@@ -47,9 +47,7 @@ def select(
     probe = query[:, :, -block_size:] * factor
     vertical, slash = _probe_distributions(probe, keys)
     num_vertical, num_slash = (
-        _block_budget(x, coverage).clamp(
-            floor, blocks if max_budget is None else blocks_of(max_budget, block_size)
-        )
+        _block_budget(x, coverage).clamp(floor, blocks if max_budget is None else blocks_of(max_budget, block_size))
         for x in (vertical, slash)
     )
     vertical, slash = pool(vertical, block_size), pool(slash, block_size)

@@ -49,9 +49,7 @@ class RowLocalConfig(SelectorConfig):
             only,
         )
         positive = "a positive number of queries"
-        require(
-            self.probe_rows is None or self.probe_rows > 0, "row_local.probe_rows", self.probe_rows, positive
-        )
+        require(self.probe_rows is None or self.probe_rows > 0, "row_local.probe_rows", self.probe_rows, positive)
         require(self.min_budget >= 0, "row_local.min_budget", self.min_budget, "0 or more tokens")
         most = self.max_budget
         at_least = f"None or at least min_budget = {self.min_budget} tokens, and at least 1"

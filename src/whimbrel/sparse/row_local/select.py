@@ -82,9 +82,7 @@ def _sample(at: Tensor, block_size: int, probe_rows: int) -> Tensor:
     return at[chosen]
 
 
-def _mean_mass(
-    rows: Tensor, means: Tensor, here: Tensor, within: Tensor, block_size: int, scale: float
-) -> Tensor:
+def _mean_mass(rows: Tensor, means: Tensor, here: Tensor, within: Tensor, block_size: int, scale: float) -> Tensor:
     """Estimated mass [B, H, R, earlier blocks + 1] of rows [B, H, R, D] at places `within` [R] of their own
     block.
 

@@ -28,9 +28,7 @@ class WindowConfig(SelectorConfig):
 
     def __post_init__(self) -> None:
         require(self.sink_tokens >= 0, "window.sink_tokens", self.sink_tokens, "0 or more tokens")
-        require(
-            self.window_tokens > 0, "window.window_tokens", self.window_tokens, "a positive number of tokens"
-        )
+        require(self.window_tokens > 0, "window.window_tokens", self.window_tokens, "a positive number of tokens")
         require(self.block_size > 0, "window.block_size", self.block_size, "a positive number of tokens")
 
     def build(self) -> Selector:
