@@ -14,7 +14,9 @@ class Draws:
     """The stream that belongs to the given non-negative integers, such as a seed, a purpose and a step."""
 
     def __init__(self, *counters: int) -> None:
-        key = np.random.SeedSequence(counters).generate_state(2, np.uint64)
+        # Two words for each counter and their number in front: a seed sequence does not tell (1) from (1, 0).
+        words = [word for counter in counters for word in (counter & 0xFFFFFFFF, counter >> 32)]
+        key = np.random.SeedSequence([len(counters), *words]).generate_state(2, np.uint64)
         self._bits = np.random.Philox(key=key)
 
     def raw(self, *shape: int) -> np.ndarray:
