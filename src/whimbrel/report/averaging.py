@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from whimbrel.report.block import NARROW, Block, Table
 from whimbrel.report.numbers import count, fixed, percent, short_count, signed
 from whimbrel.report.schema import Averaging, AveragingRow, Interval, Run, Training
-from whimbrel.report.svg import Box, Svg, scale, spread, text_width, x_axis, y_axis
+from whimbrel.report.svg import Box, Svg, fit, scale, spread, text_width, x_axis, y_axis
 
 _COLOUR = {"last": 5, "merge": 0, "annealed": 1}
 
@@ -139,6 +139,7 @@ def _draw_end(averaging: Averaging, training: Training, width: float) -> Svg:
     rows = [row for row in averaging["rows"] if row["kind"] != "last"]
     labels = {row["name"]: f"{row['name']} {fixed(row['loss'], 3)}" for row in rows}
     narrow = width < NARROW
+    labels = {name: fit(text, width / 3) for name, text in labels.items()}
     room = max((text_width(text) for text in labels.values()), default=0) + 28
     box = Box(50, 34, width - room, 250 if narrow else 310)
     svg = Svg(width, box.bottom + 42, label=_ranking(averaging))
@@ -175,7 +176,7 @@ def _draw_differences(averaging: Averaging, width: float) -> Svg:
     last = next(row for row in averaging["rows"] if row["kind"] == "last")
     narrow = width < NARROW
     step, top = (54.0, 30.0) if narrow else (44.0, 40.0)
-    label = 0.0 if narrow else max(text_width(row["name"]) for row in averaging["rows"]) + 12
+    label = 0.0 if narrow else min(200.0, max(text_width(row["name"]) for row in rows) + 12) if rows else 0.0
     bars = 64.0
     numbers = 0.0 if narrow else 150.0
     box = Box(label + bars + 18, top, width - numbers - 8, top + step * len(rows))
@@ -198,11 +199,12 @@ def _draw_differences(averaging: Averaging, width: float) -> Svg:
         colour, change = _COLOUR[row["kind"]], _difference(row, averaging)
         middle = box.top + step * (i + 0.5) + (9 if narrow else 0)
         if narrow:
-            svg.text(0, middle - 20, row["name"], "start ink bold", plate=True)
             figures = f"{fixed(row['loss'], 4)} nats, {fixed(row['bits_per_byte'], 4)} bits/byte"
+            name = fit(row["name"], width - text_width(figures) - 12)
+            svg.text(0, middle - 20, name, "start ink bold", plate=True)
             svg.text(width, middle - 20, figures, "end", plate=True)
         else:
-            svg.text(0, middle + 4, row["name"], "start ink")
+            svg.text(0, middle + 4, fit(row["name"], label - 12), "start ink")
             svg.text(width - 76, middle + 4, fixed(row["loss"], 4), "end ink")
             svg.text(width, middle + 4, fixed(row["bits_per_byte"], 4), "end ink")
         _weight_bars(svg, label, middle, bars, row.get("weights", []), colour)

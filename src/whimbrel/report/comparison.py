@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from whimbrel.report.block import NARROW, Block, Table
 from whimbrel.report.numbers import fixed, listed, percent, significant
 from whimbrel.report.schema import Comparison, ComparisonRow, Metric
-from whimbrel.report.svg import Box, Svg, scale, text_width, x_axis
+from whimbrel.report.svg import Box, Svg, fit, scale, text_width, x_axis
 
 
 def blocks(comparison: Comparison) -> list[Block]:
@@ -103,7 +103,7 @@ def _fact(value: str | int | float) -> str:
 def _draw(comparison: Comparison, width: float) -> Svg:
     rows, metrics = comparison["rows"], comparison["metrics"]
     narrow = width < NARROW
-    name_room = max(text_width(row["name"]) for row in rows) + 14
+    name_room = min(220.0, max(text_width(row["name"]) for row in rows) + 14)
     across = 1 if narrow else min(len(metrics), 2)
     gap, step, head, foot = 36.0, (40.0 if narrow else 32.0), 30.0, 46.0
     left = 0.0 if narrow else name_room
@@ -118,14 +118,20 @@ def _draw(comparison: Comparison, width: float) -> Svg:
         _panel(svg, box, rows, metric, narrow)
         if not narrow and column == 0:
             for i, row in enumerate(rows):
-                svg.text(0, box.top + step * (i + 0.5) + 4, row["name"], f"start ink{' bold' if i == 0 else ''}")
+                svg.text(
+                    0,
+                    box.top + step * (i + 0.5) + 4,
+                    fit(row["name"], left - 14),
+                    f"start ink{' bold' if i == 0 else ''}",
+                )
     return svg
 
 
 def _panel(svg: Svg, box: Box, rows: Sequence[ComparisonRow], metric: Metric, narrow: bool) -> None:
     values = [v for row in rows for v in _seeds(row, metric)]
     direction = "lower is better" if metric["lower_is_better"] else "higher is better"
-    svg.text(box.left - 6, box.top - 14, f"{metric['name']} ({direction})", "start ink")
+    title = fit(f"{metric['name']} ({direction})", box.right - box.left + 68)
+    svg.text(box.left - 6, box.top - 14, title, "start ink")
     if not values:
         return
     chance = metric.get("chance")
@@ -142,7 +148,8 @@ def _panel(svg: Svg, box: Box, rows: Sequence[ComparisonRow], metric: Metric, na
         colour = 0 if i == 0 else 5
         middle = box.top + step * (i + 0.5) + (7 if narrow else 0)
         if narrow:
-            svg.text(box.left - 6, middle - 12, row["name"], f"start ink{' bold' if i == 0 else ''}", plate=True)
+            name = fit(row["name"], box.right - box.left)
+            svg.text(box.left - 6, middle - 12, name, f"start ink{' bold' if i == 0 else ''}", plate=True)
         seeds, mean = _seeds(row, metric), _mean(row, metric)
         lost = row["values"].get(metric["name"], []).count(None)
         if lost:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from whimbrel.report.block import NARROW, Block, Table
 from whimbrel.report.numbers import fixed, listed, percent, seconds, significant
 from whimbrel.report.schema import LongContext, PlanPicture, Prefill, Sample, Timing
-from whimbrel.report.svg import Box, Scale, Svg, text_width, x_axis
+from whimbrel.report.svg import Box, Scale, Svg, fit, text_width, x_axis
 
 
 def blocks(long: LongContext) -> list[Block]:
@@ -20,7 +20,8 @@ def blocks(long: LongContext) -> list[Block]:
                 title="Sparse prefill of the softmax layers",
                 finding=prefill_finding(prefills),
                 note="Bars: causal blocks read, as a share of all causal blocks. Circles: attention mass covered, "
-                "the smallest over the rows that were measured. Upright marks: the coverage asked for.",
+                "the smallest over the rows that were measured. Upright marks: the coverage asked for. Next tokens "
+                "and logits are compared with dense prefill of the same prompt.",
                 draw=lambda width: _draw_prefill(prefills, width),
                 table=_table(prefills),
             )
@@ -159,7 +160,7 @@ def _draw_prefill(prefills: Sequence[Prefill], width: float) -> Svg:
     x_axis(svg, box, x, title="share", ticks=ticks, text=lambda v: percent(v, 0), grid=True)
     y = box.top
     for p in prefills:
-        svg.text(0, y + 17, f"{p['selector']}, {p['tokens']:,} tokens", "start ink bold", plate=True)
+        svg.text(0, y + 17, _heading(p, 330 if not narrow else width), "start ink bold", plate=True)
         same = f"same next token at {percent(p['top1_agreement'])}, logits within {_logit(p)}"
         if narrow:
             svg.text(0, y + 33, same, "start", plate=True)
@@ -172,7 +173,10 @@ def _draw_prefill(prefills: Sequence[Prefill], width: float) -> Svg:
             svg.text(box.left - 10, middle + 4, name, "end ink")
             tip = f"{p['selector']}, {name}: {percent(layer['density'])} of the causal blocks read"
             svg.rect(box.left, middle - 6, x(layer["density"]) - box.left, 12, "f0 soft", tip=tip)
-            svg.text(x(layer["density"]) - 5, middle + 4, percent(layer["density"], 0), "end ink small")
+            end = x(layer["density"])
+            inside = end - box.left > 40
+            place = (end - 5, "end") if inside else (end + 5, "start")
+            svg.text(place[0], middle + 4, percent(layer["density"], 0), f"{place[1]} ink small")
             svg.line(x(layer["coverage_asked"]), middle - 10, x(layer["coverage_asked"]), middle + 10, "line s5")
             asked, reached = layer["coverage_asked"], layer["coverage_achieved"]
             tip = f"{name}: covers {percent(reached)}, {percent(asked)} asked"
@@ -195,7 +199,7 @@ def _draw_times(timed: Sequence[tuple[Prefill, Timing, Timing]], width: float) -
     x_axis(svg, box, x, title="seconds", ticks=ticks, grid=True)
     y = box.top
     for p, dense, sparse in timed:
-        svg.text(0, y + 17, f"{p['selector']}, {p['tokens']:,} tokens", "start ink bold", plate=True)
+        svg.text(0, y + 17, _heading(p, width), "start ink bold", plate=True)
         y += title
         for key, timing, colour in (("dense", dense, 5), ("sparse", sparse, 0)):
             middle = y + step / 2
@@ -222,8 +226,7 @@ def _draw_plans(plans: Sequence[PlanPicture], width: float) -> Svg:
     for k, plan in enumerate(plans):
         left, top = (k % across) * (side + gap), (k // across) * (side + head + gap)
         name = f"layer {plan['layer']}, head {plan['head']}: {percent(_density(plan), 0)}"
-        fits = text_width(plan["selector"]) <= side
-        svg.text(left, top + 13, plan["selector"] if fits else plan["selector"].split(" (")[0], "start ink bold")
+        svg.text(left, top + 13, fit(plan["selector"], side), "start ink bold")
         svg.text(left, top + 30, name, "start")
         _draw_mask(svg, plan["mask"], left, top + head, side)
     return svg
@@ -250,6 +253,11 @@ def _draw_mask(svg: Svg, mask: Sequence[Sequence[int]], left: float, top: float,
 
 def _strip(x: float, y: float, width: float, height: float) -> str:
     return f"M{x:.2f} {y:.2f}h{width:.2f}v{height:.2f}h{-width:.2f}z"
+
+
+def _heading(prefill: Prefill, room: float) -> str:
+    tokens = f", {prefill['tokens']:,} tokens"
+    return fit(prefill["selector"], room - text_width(tokens)) + tokens
 
 
 def _logit(prefill: Prefill) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from whimbrel.report.block import NARROW, Block, Table
 from whimbrel.report.numbers import percent, power_count, significant, size
 from whimbrel.report.schema import Memory, MethodMemory, StateByLength
-from whimbrel.report.svg import Box, Scale, Svg, legend, log_ticks, scale, text_width, x_axis, y_axis
+from whimbrel.report.svg import Box, Scale, Svg, fit, legend, log_ticks, scale, text_width, x_axis, y_axis
 
 _PARTS = ("weights", "gradients", "optimizer state")
 _STYLES = ("f5", "f5 soft", "f0")
@@ -96,7 +96,7 @@ def _draw_methods(memory: Memory, methods: list[MethodMemory], width: float) -> 
     narrow = width < NARROW
     step, tall = (50.0, 22.0) if narrow else (42.0, 26.0)
     total_room = max(text_width(size(_total(m))) for m in methods) + 10
-    left = 0.0 if narrow else max(text_width(m["method"]) for m in methods) + 16
+    left = 0.0 if narrow else min(200.0, max(text_width(m["method"]) for m in methods) + 16)
     top = 34.0
     svg = Svg(width, top + step * len(methods) + 2, label=training_finding(memory))
     at = left
@@ -109,9 +109,9 @@ def _draw_methods(memory: Memory, methods: list[MethodMemory], width: float) -> 
         y = top + step * i + (18 if narrow else 6)
         style = "ink bold" if method["method"] == memory.get("used") else "ink"
         if narrow:
-            svg.text(0, y - 6, method["method"], f"start {style}")
+            svg.text(0, y - 6, fit(method["method"], width), f"start {style}")
         else:
-            svg.text(0, y + tall / 2 + 4, method["method"], f"start {style}")
+            svg.text(0, y + tall / 2 + 4, fit(method["method"], left - 16), f"start {style}")
         start = 0
         for name, amount, part_style in zip(_PARTS, _amounts(method), _STYLES, strict=True):
             wide = x(start + amount) - x(start)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from whimbrel.report.block import NARROW, Block, Table
 from whimbrel.report.numbers import listed, percent, power_count
 from whimbrel.report.schema import DepthGrid, Recall, RecallPoint, RecallSeries, RecallTask
-from whimbrel.report.svg import Box, Scale, Svg, legend, scale, x_axis, y_axis
+from whimbrel.report.svg import Box, Scale, Svg, fit, legend, scale, x_axis, y_axis
 
 
 def blocks(recall: Recall) -> list[Block]:
@@ -179,7 +179,7 @@ def _draw_grids(grids: Sequence[DepthGrid], width: float) -> Svg:
 
 
 def _draw_grid(svg: Svg, grid: DepthGrid, left: float, top: float, room: float) -> float:
-    svg.text(left, top + 13, grid["name"], "start ink bold")
+    svg.text(left, top + 13, fit(grid["name"], room), "start ink bold")
     svg.text(left, top + 31, "depth", "start small")
     x0, y0, tall = left + 46, top + 38, 30.0
     wide = (room - 46) / len(grid["lengths"])

@@ -294,7 +294,37 @@ class Report(TypedDict):
 def check(data: object) -> Report:
     """`data` as a Report; raises DataError naming the first key that is missing, unknown or wrong."""
     _check(data, Report, "report")
-    return typing.cast(Report, data)
+    report = typing.cast(Report, data)
+    _check_sizes(report)
+    return report
+
+
+def _check_sizes(report: Report) -> None:
+    """What types cannot say: lists that must be as long as one another."""
+    if "averaging" in report:
+        last = sum(row["kind"] == "last" for row in report["averaging"]["rows"])
+        if last != 1:
+            raise DataError(f"report.averaging.rows must hold exactly one row of kind 'last', not {last}")
+    by_length = report.get("memory", {}).get("by_length")
+    if by_length:
+        for i, series in enumerate(by_length["series"]):
+            where = f"report.memory.by_length.series[{i}].bytes"
+            _check_length(series["bytes"], len(by_length["lengths"]), where)
+    recall = report.get("recall", {})
+    for name, task in (("mqar", recall.get("mqar", {})), ("needle", recall.get("needle", {}))):
+        for i, grid in enumerate(task.get("grids", [])):
+            where = f"report.recall.{name}.grids[{i}].accuracy"
+            _check_length(grid["accuracy"], len(grid["depths"]), where)
+            for j, row in enumerate(grid["accuracy"]):
+                _check_length(row, len(grid["lengths"]), f"{where}[{j}]")
+    for i, plan in enumerate(report.get("long_context", {}).get("plans", [])):
+        for j, row in enumerate(plan["mask"]):
+            _check_length(row, len(plan["mask"][0]), f"report.long_context.plans[{i}].mask[{j}]")
+
+
+def _check_length(found: list[Any], wanted: int, where: str) -> None:
+    if len(found) != wanted:
+        raise DataError(f"{where} has {len(found)} entries, want {wanted}")
 
 
 def _check(value: object, wanted: Any, where: str) -> None:

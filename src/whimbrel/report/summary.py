@@ -12,8 +12,8 @@ def summary(report: Report) -> str:
     if "summary" in header:
         return header["summary"]
     text = (
-        f"In {seconds(header['seconds'])} a model of {count(header['parameters'])} parameters learned from "
-        f"{count(header['tokens'])} tokens"
+        f"A model of {count(header['parameters'])} parameters, {count(header['tokens'])} tokens of training and "
+        f"{seconds(header['seconds'])} for everything on this page"
     )
     parts = []
     if "averaging" in report:

@@ -113,6 +113,12 @@ def text_width(text: str, *, pixels: float = _CHARACTER) -> float:
     return len(text) * pixels
 
 
+def fit(text: str, room: float) -> str:
+    """The text, cut with an ellipsis where it would need more than `room` pixels."""
+    most = max(1, int(room / _CHARACTER))
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions as near as can be to `wanted` with at least `gap` between them, inside `low..high`."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -278,6 +284,7 @@ def legend(svg: Svg, items: Sequence[tuple[str, int]], *, x: float, y: float, ri
     """Names with their colour (and shape) in rows from `x, y`; returns the height used."""
     at, row = x, 0
     for name, colour in items:
+        name = fit(name, right - x - 18)
         width = 18 + text_width(name) + 14
         if at > x and at + width - 14 > right:
             at, row = x, row + 1

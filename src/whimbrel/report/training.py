@@ -83,7 +83,7 @@ def _draw(training: Training, width: float) -> Svg:
     names = [(run["name"], i) for i, run in enumerate(runs)]
     legend(svg, names, x=left, y=14, right=right, marks=False)
 
-    last = max(p["tokens"] for run in runs for p in run["points"])
+    last = max(p["tokens"] for run in runs for p in run["points"]) or 1
     x = Scale(0, last, left, right)
     losses = [p["loss"] for run in runs for p in run["points"]]
     losses += [v["loss"] for run in runs for v in run.get("validation", [])]
