@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/whimbrel demo --run $(RUN)
+	$(BIN)/whimbrel demo --run-dir $(RUN)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)

@@ -93,7 +93,7 @@ def tiny_overrides(corpus: Path) -> dict[str, object]:
         "steps": 6,
         "batch_tokens": 256,
         "log_every": 1,
-        "model.vocab_size": 384,
+        "model.vocab_size": 448,
         "model.hidden_size": 32,
         "model.num_layers": 2,
         "model.mlp_size": 64,

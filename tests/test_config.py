@@ -84,7 +84,7 @@ def test_kind_from_outside(monkeypatch) -> None:
         ("steps = true", "steps = True is a bool; it must be a int"),
         ("steps = 0", "steps = 0 is not allowed; use a positive number"),
         ("model = 3", "model = 3 is not a table; write [model] with its settings"),
-        ('dtype = "float16"', "dtype = 'float16' is not allowed; did you mean 'float32'?; use one of"),
+        ('dtype = "float16"', "dtype = 'float16' is not allowed; did you mean 'bfloat16'?; use one of"),
         ("[eval]\nmqar_pairs = 4", "eval.mqar_pairs = 4 is not a list"),
         ('[eval]\nmqar_pairs = ["x"]', "eval.mqar_pairs[0] = 'x' is a str"),
         (

@@ -39,7 +39,7 @@ def train_command(config: Config, run_dir: Path, *, processes: int = 1) -> list[
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*start, "whimbrel", "train", str(file), "--run", str(run_dir)]
+    return [*start, "whimbrel", "train", str(file), "--run-dir", str(run_dir)]
 
 
 def test_a_run_writes_its_configuration_metrics_and_checkpoints(tiny: Config, tmp_path: Path) -> None:
@@ -205,4 +205,4 @@ def test_missing_corpus_exits_3(tiny: Config, tmp_path: Path) -> None:
 
     file = tmp_path / "c.toml"
     file.write_text(to_toml(load_config_with(tiny, {"data.corpus": str(tmp_path / "none")})))
-    assert main(["train", str(file), "--run", str(tmp_path / "run")]) == 3
+    assert main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 3

@@ -342,12 +342,13 @@ def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, wher
     """
     hints = _hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    values: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in names}
+    start = cls() if base is None else base
+    values: dict[str, Any] = {name: getattr(start, name) for name in names}
     for name, value in data.items():
         path = f"{where}{name}"
         if name not in names:
             raise ConfigError(f"unknown setting '{path}'{nearest(name, names)}")
-        values[name] = _decode_value(hints[name], value, values.get(name), path)
+        values[name] = _decode_value(hints[name], value, values[name], path)
     return cls(**values)
 
 
@@ -370,8 +371,6 @@ def _decode_kind(hint: Any, value: Mapping[str, Any], base: Any, path: str) -> A
     settings = dict(value)
     kind = settings.pop("kind", None)
     if kind is None:
-        if base is None:
-            raise ConfigError(f"{path}.kind is missing; use one of {', '.join(kinds(hint.FAMILY))}")
         cls = type(base)
     else:
         cls = kind_class(hint.FAMILY, kind, where=f"{path}.kind")

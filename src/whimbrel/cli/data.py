@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Make shards; a second call with the same settings does no work."""
     args = parse(Args, argv, verb="data")
     from whimbrel.config import DataConfig
-    from whimbrel.data.prepare import prepare
+    from whimbrel.data import prepare
     from whimbrel.data.shards import read_manifest
 
     data = DataConfig(corpus=args.corpus, validation_fraction=args.validation_fraction)

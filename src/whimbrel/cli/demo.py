@@ -17,7 +17,7 @@ from whimbrel.config import Config
 class Args:
     """Train a small hybrid model on real text, average it, judge it, prefill it sparsely, and write a report."""
 
-    run: Path = Path("runs/demo")
+    run_dir: Path = Path("runs/demo")
     """Folder for everything; a second run of the same settings keeps what is there."""
     config: Annotated[Config, tyro.conf.arg(name="")] = Config()
     """Settings"""
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="demo", default_source="demo")
     from whimbrel.demo import run_demo
 
-    report = run_demo(args.config, args.run)
+    report = run_demo(args.config, args.run_dir)
     if report is None:
         return INTERRUPTED
     print(f"report    {report.resolve()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from whimbrel.config import Config
 class Args:
     """Train from a recipe or a TOML file (the first argument); goes on where the run folder left off."""
 
-    run: Path | None = None
+    run_dir: Path | None = None
     """Run folder; default runs/NAME."""
     branch_from: Path | None = None
     """Checkpoint of another run whose whole state a new run starts from."""
@@ -30,15 +31,18 @@ def main(argv: list[str]) -> int:
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="train")
     from whimbrel.training.loop import train
 
-    result = train(args.config, run_dir=args.run, branch_from=args.branch_from)
+    result = train(args.config, run_dir=args.run_dir, branch_from=args.branch_from)
+    status = INTERRUPTED if result.interrupted else 0
+    if os.environ.get("RANK", "0") != "0":
+        return status
     if result.interrupted:
         print(
             f"stopped at step {result.step} of {args.config.steps}; saved {result.checkpoint}; "
             "run the same command again to go on"
         )
-        return INTERRUPTED
+        return status
     print(
         f"trained {result.step} steps, {result.tokens:,} tokens; loss {result.loss:.4f} nats a token; "
         f"newest checkpoint {result.checkpoint}"
     )
-    return 0
+    return status

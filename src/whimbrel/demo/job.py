@@ -236,8 +236,8 @@ class _Job:
         run, first = self.run_dir, next(iter(self.config.averaging.methods))
         last = self.config.averaging.last
         return [
-            f"whimbrel demo --run {run}",
-            f"whimbrel train {run}/constant/config.toml --run {run}/constant",
+            f"whimbrel demo --run-dir {run}",
+            f"whimbrel train {run}/constant/config.toml --run-dir {run}/constant",
             f"whimbrel merge $(ls -d {run}/constant/step-* | tail -{last}) --method {first} --out {run}/again",
             f"whimbrel eval {run}/merged-{first}",
             f"whimbrel generate {run}/merged-{first} --prompt 'In the beginning'",

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from whimbrel import checkpoint as checkpoints
 from whimbrel.config import Config, encode, parse_toml, to_toml
-from whimbrel.data import Loader, TokenShards
-from whimbrel.data.corpus import default_cache
-from whimbrel.data.prepare import prepare
+from whimbrel.data import Loader, TokenShards, default_cache, prepare
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.files import atomic_write
@@ -152,6 +150,7 @@ class _Trainer:
         if source is None:
             return 0
         extra = checkpoints.load_checkpoint(source, model=self.model, optimizer=self.optimizer)
+        checkpoints.restore_rng(extra)
         step = int(extra["step"])
         if step > self.config.steps:
             raise CheckpointError(
@@ -178,14 +177,16 @@ class _Trainer:
             # FSDP2 averages gradients over the processes; the loss is a sum of shares.
             (part * processes.world).backward()
             total += part.detach()
-        limit = config.clip_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         # The only wait for the device in a step: a step that is not finite must not reach the weights.
         loss, norm_value = torch.stack([processes.sum(total), norm.to(total.device)]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             self._refuse(step, loss)
+        if config.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
         return loss, norm_value
 
@@ -228,7 +229,7 @@ class _Trainer:
             tokens=step * config.batch_tokens,
             model=self.model,
             optimizer=self.optimizer,
-            extra={"step": step},
+            extra={"step": step, **checkpoints.rng_state()},
             config_toml=to_toml(config),
             tokenizer_path=self.data_dir / "tokenizer.json",
         )
