@@ -1,0 +1,34 @@
+"""Options of Gated DeltaNet. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from whimbrel.mixers.linear_config import LinearMixerConfig
+
+if TYPE_CHECKING:
+    from whimbrel.mixers.gdn.layer import GDN
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDNConfig(LinearMixerConfig):
+    """Gated DeltaNet (arXiv 2412.06464): one state under a gated delta rule."""
+
+    NUM_GATES: ClassVar[int] = 2
+    NUM_STATES: ClassVar[int] = 1
+
+    def build(self, hidden_size: int, norm_eps: float) -> GDN:
+        """The layer."""
+        from whimbrel.mixers.gdn.layer import GDN
+
+        return GDN(
+            hidden_size,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_value_heads=self.value_heads,
+            value_head_dim=self.value_dim,
+            conv_size=self.conv_size,
+            norm_eps=norm_eps,
+            impl=self.impl,
+        )

@@ -1,0 +1,208 @@
+"""The block around a linear recurrence: projections, short convolution, gates, recurrence, gated norm.
+
+The macro design is that of Gated DeltaNet (arXiv 2412.06464, figure 1), the decay parametrisation that of Mamba-2
+(arXiv 2405.21060). One class serves every recurrence; the folders beside this file bind it to theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from whimbrel.errors import ConfigError
+from whimbrel.mixers.base import LayerState, Out, State
+from whimbrel.mixers.norm import RMSNorm, l2_norm
+from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
+
+
+class LinearMixer(nn.Module):
+    """A token mixer whose state has a constant size.
+
+    `recurrence(q, k, v, log_decay, beta[, gamma], *, state, cu_seqlens) -> Out` gets q, k [B, T, num_heads,
+    head_dim] of unit length, v [B, T, num_value_heads, value_head_dim], and `num_gates` gates
+    [B, T, num_value_heads] in fp32: the log of the decay, then rates from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        recurrence: Callable[..., Out],
+        *,
+        num_gates: int,
+        num_heads: int,
+        head_dim: int,
+        num_value_heads: int | None = None,
+        value_head_dim: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.recurrence = recurrence
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_value_heads = num_value_heads or num_heads
+        self.value_head_dim = value_head_dim or head_dim
+        if self.num_value_heads % num_heads:
+            raise ConfigError(
+                f"num_value_heads = {num_value_heads} is not allowed; use a multiple of num_heads = {num_heads}"
+            )
+        keys, values = num_heads * head_dim, self.num_value_heads * self.value_head_dim
+        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(hidden_size, values, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, values, bias=False)
+        self.gates = nn.Linear(hidden_size, num_gates * self.num_value_heads, bias=False)
+        self.conv = ShortConv((keys, keys, values), conv_size)
+        self.A_log, self.dt_bias = _decay_parameters(self.num_value_heads)
+        self.norm = RMSNorm(self.value_head_dim, eps=norm_eps)
+        self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None) -> Out:
+        """x [B, T, hidden_size] -> Out(y [B, T, hidden_size], LayerState).
+
+        `state` is that of an earlier call, None at the start of a sequence. cu_seqlens [N + 1] marks N packed
+        sequences in a batch of 1; states then have N rows. Raises ConfigError for cu_seqlens that do not fit x.
+        """
+        batch, time, _ = x.shape
+        if cu_seqlens is not None:
+            check_cu_seqlens(type(self).__name__, cu_seqlens, batch, time)
+        streams = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        (q, k, v), conv = self.conv(streams, None if state is None else state.conv, cu_seqlens=cu_seqlens)
+        y, recurrent = self.recurrence(
+            l2_norm(q.view(batch, time, self.num_heads, self.head_dim)),
+            l2_norm(k.view(batch, time, self.num_heads, self.head_dim)),
+            v.view(batch, time, self.num_value_heads, self.value_head_dim),
+            *self._gates(x),
+            state=None if state is None else state.recurrent,
+            cu_seqlens=cu_seqlens,
+        )
+        y = self.norm(y).flatten(2) * F.silu(self.gate_proj(x))
+        return Out(self.o_proj(y), LayerState(conv, recurrent))
+
+    def _gates(self, x: Tensor) -> list[Tensor]:
+        decay, *rates = _at_least_fp32(self.gates(x)).split(self.num_value_heads, dim=-1)
+        decay = -_at_least_fp32(self.A_log).exp() * F.softplus(decay + self.dt_bias)
+        return [decay, *(rate.sigmoid() for rate in rates)]
+
+
+def one_state(
+    scan: Callable[..., Out],
+    *tensors: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    impl: Literal["auto", "reference", "chunked", "triton"],
+) -> Out:
+    """A scan over a single state as a recurrence of LinearMixer: its state is the base, there is no residual."""
+    y, base = scan(*tensors, state=None if state is None else state.base, cu_seqlens=cu_seqlens, impl=impl)
+    return Out(y, State(base, None))
+
+
+def _decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_log and dt_bias: A uniform in [1, 16], softplus(dt_bias) log-uniform in [1e-3, 0.1]; never decayed."""
+    a_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log_())
+    dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+    dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+    for parameter in (a_log, dt_bias):
+        parameter._no_weight_decay = True  # pyrefly: ignore
+    return a_log, dt_bias
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution followed by SiLU, over several streams of channels with one weight."""
+
+    def __init__(self, widths: tuple[int, ...], size: int) -> None:
+        super().__init__()
+        self.widths = widths
+        self.weight = nn.Parameter(torch.empty(sum(widths), 1, size).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(
+        self, streams: tuple[Tensor, ...], state: Tensor | None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Streams [B, T, width] -> the same shapes, and the state [N, channels, size - 1] after them."""
+        if state is not None and cu_seqlens is None and streams[0].shape[1] == 1:
+            return self._step(torch.cat(streams, -1), state)
+        # One row per tap, so that every product below runs along contiguous memory.
+        taps = _at_least_fp32(self.weight)[:, 0].t().contiguous().split(self.widths, dim=1)
+        states = (None,) * len(streams) if state is None else state.split(self.widths, dim=1)
+        done = [_conv_stream(x, w, s, cu_seqlens) for x, w, s in zip(streams, taps, states, strict=True)]
+        return tuple(y for y, _ in done), torch.cat([after for _, after in done], 1)
+
+    def _step(self, x: Tensor, state: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        window = torch.cat((state, x.transpose(1, 2)), 2)
+        y = F.silu((window * _at_least_fp32(self.weight)[:, 0]).sum(-1, keepdim=True)).to(x.dtype)
+        return y.transpose(1, 2).split(self.widths, dim=-1), window[:, :, 1:]
+
+    def extra_repr(self) -> str:
+        """Channels and size, for print(model)."""
+        return f"{self.weight.shape[0]}, size={self.weight.shape[2]}"
+
+
+def _conv_stream(x: Tensor, taps: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One stream x [B, T, C] with taps [size, C] and state [N, C, size - 1] -> (y [B, T, C], state after)."""
+    time, past = x.shape[1], taps.shape[0] - 1
+    if cu_seqlens is not None:
+        return _conv_packed(x, taps, state, cu_seqlens)
+    if state is not None:
+        x = torch.cat((state.transpose(1, 2), x), 1)
+    y = _ConvSiLU.apply(x, taps)[:, x.shape[1] - time :]
+    last = x[:, max(0, x.shape[1] - past) :]
+    return y, F.pad(last, (0, 0, past - last.shape[1], 0)).transpose(1, 2).contiguous()
+
+
+def _conv_packed(x: Tensor, taps: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for packed sequences: each gets its own past in front of it, which keeps the others out."""
+    time, past, sequences = x.shape[1], taps.shape[0] - 1, cu_seqlens.shape[0] - 1
+    cu_seqlens = cu_seqlens.long()
+    number = torch.arange(sequences, device=x.device)
+    slots = torch.arange(past, device=x.device)
+    tokens = torch.arange(time, device=x.device)
+    owner = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    rows = tokens + (owner + 1) * past
+    spaced = x[0].new_zeros(time + sequences * past, x.shape[2]).index_copy(0, rows, x[0])
+    if state is not None:
+        heads = (cu_seqlens[:-1] + number * past)[:, None] + slots
+        spaced = spaced.index_copy(0, heads.flatten(), state.transpose(1, 2).flatten(0, 1))
+    y = _ConvSiLU.apply(spaced[None], taps)[:, rows]
+    tails = (cu_seqlens[1:] + number * past)[:, None] + slots
+    return y, spaced[tails].transpose(1, 2).contiguous()
+
+
+class _ConvSiLU(torch.autograd.Function):
+    """silu(sum_j taps[size - 1 - j] * x[t - j]) for x [B, T, C], taps [size, C], zeros before the first token.
+
+    Shifted products along contiguous channels: on the CPU twice as fast as a grouped conv1d, forward and backward.
+    The sums are formed in the dtype of `taps`; the result has that of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+        time, last = x.shape[1], taps.shape[0] - 1
+        pre = x * taps[last]
+        for j in range(1, min(last, time - 1) + 1):
+            pre[:, j:].addcmul_(x[:, : time - j], taps[last - j])
+        ctx.save_for_backward(x, taps, pre)
+        return F.silu(pre).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        x, taps, pre = ctx.saved_tensors
+        time, last = x.shape[1], taps.shape[0] - 1
+        grad = torch.ops.aten.silu_backward(grads[0].to(pre.dtype), pre)
+        dx, dtaps = grad * taps[last], torch.zeros_like(taps)
+        dtaps[last] = (grad * x).sum((0, 1))
+        product = torch.empty_like(grad)
+        for j in range(1, min(last, time - 1) + 1):
+            later, earlier = grad[:, j:], x[:, : time - j]
+            dx[:, : time - j].addcmul_(later, taps[last - j])
+            dtaps[last - j] = torch.mul(later, earlier, out=product[:, j:]).sum((0, 1))
+        return dx.to(x.dtype), dtaps
