@@ -11,13 +11,13 @@ from torch import Tensor
 
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from whimbrel.optim import lowrank
-from whimbrel.optim.adamw.optimizer import adamw_step
+from whimbrel.optim.adamw.optimizer import adamw_step, decay
 from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.options import check_options, check_rank
 from whimbrel.optim.sharding import full, local, local_grad, local_part
 
-BATCH_ELEMENTS = 1 << 22
-"""Largest stack of gradients, in elements: matrices above half of it go one by one and are never copied."""
+BATCH_ELEMENTS = 1 << 20
+"""Largest stack of gradients, in elements: matrices above half of it go one by one."""
 
 ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side"}
 """Group keys of the packages `fira` and `galore-torch`, by our names."""
@@ -86,17 +86,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         group = dict(param_group)
         for alias, name in ALIASES.items():
             if alias in group and name in group:
-                raise ConfigError(
-                    f"a group has both '{alias}' and '{name}', which mean the same; keep one of them"
-                )
+                raise ConfigError(f"a group has both '{alias}' and '{name}', which mean the same; keep one of them")
             if alias in group:
                 group[name] = group.pop(alias)
         known = [*self.defaults, *ACCEPTED]
         for name in group:
             if name not in known:
-                raise ConfigError(
-                    f"unknown key '{name}' in a group of {type(self).__name__}{nearest(name, known)}"
-                )
+                raise ConfigError(f"unknown key '{name}' in a group of {type(self).__name__}{nearest(name, known)}")
         # always written, as torch fills in "rank" from the arguments in every group
         group.setdefault("low_rank", "rank" in group)
         check_options(group)
@@ -250,12 +246,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _project(self, group: dict[str, Any], batch: list[Tensor]) -> Projected:
         side = resolve_side(group["side"], batch[0].shape)
-        grad = _stack([full(param.grad) for param in batch if param.grad is not None]).float()
+        # stack copies, so that the mask below does not reach the gradients
+        grad = torch.stack([full(param.grad) for param in batch if param.grad is not None]).float()
         slice_norm = torch.linalg.vector_norm(grad, dim=lowrank.slice_dim(side))
         norm = torch.linalg.vector_norm(slice_norm, dim=-1)
         active = norm.isfinite() & (norm > 0)
         return Projected(
-            torch.where(active[:, None, None], grad, 0.0),
+            grad.masked_fill_(~active[:, None, None], 0.0),
             torch.where(active[:, None], slice_norm, 0.0),
             active,
             _stack([self.state[param]["basis"] for param in batch]),
@@ -322,8 +319,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         torch._foreach_sub_(weights, updates)
         if group["weight_decay"]:
             # after the update, on the updated weights, as in the authors' code
-            factors = 1 - group["lr"] * group["weight_decay"] * projected.active.float()
-            torch._foreach_mul_(weights, list(factors.unbind()))
+            shares = group["lr"] * group["weight_decay"] * projected.active.float()
+            decay(weights, list(shares.unbind()))
 
 
 def _names(group: dict[str, Any], index: int) -> Sequence[str]:

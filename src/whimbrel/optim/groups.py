@@ -47,9 +47,7 @@ def param_groups(
     )
     groups = []
     for kind in ("low_rank", "decay", "no_decay"):
-        params = [
-            (name, param) for name, param in named.items() if kinds[name] == kind and param.requires_grad
-        ]
+        params = [(name, param) for name, param in named.items() if kinds[name] == kind and param.requires_grad]
         group: dict[str, Any] = {"params": params, "name": kind, "low_rank": kind == "low_rank"}
         if kind == "no_decay":
             group["weight_decay"] = 0.0

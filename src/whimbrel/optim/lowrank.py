@@ -156,7 +156,9 @@ def adam(low: Tensor, moments: Moments, active: Tensor, *, betas: tuple[float, f
     on = active.to(low.dtype)
     step = step + on
     exp_avg = exp_avg.lerp(low, (on * (1 - betas[0]))[:, None, None])
-    exp_avg_sq = exp_avg_sq.lerp(low.square(), (on * (1 - betas[1]))[:, None, None])
+    # low is zero where not active; rounded as in torch.optim.AdamW, which multiplies by beta2
+    kept = torch.where(active, betas[1], 1.0)[:, None, None]
+    exp_avg_sq = (exp_avg_sq * kept).addcmul_(low, low, value=1 - betas[1])
     direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
     return AdamOut(direction, bias_correction(step, betas), Moments(step, exp_avg, exp_avg_sq))
 

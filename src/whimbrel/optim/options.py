@@ -58,10 +58,7 @@ def check_rank(rank: int, shape: tuple[int, ...], name: str) -> None:
     """Raise ConfigError unless `name` of this shape is a matrix whose sides are both at least `rank`."""
     if len(shape) != 2:
         raise ConfigError(
-            f"{name} has shape {list(shape)}, but a low-rank group takes matrices; "
-            "put it into a group without a rank"
+            f"{name} has shape {list(shape)}, but a low-rank group takes matrices; put it into a group without a rank"
         )
     if rank > min(shape):
-        raise ConfigError(
-            f"rank = {rank} exceeds the smaller side {min(shape)} of {name}; choose at most {min(shape)}"
-        )
+        raise ConfigError(f"rank = {rank} exceeds the smaller side {min(shape)} of {name}; choose at most {min(shape)}")

@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from whimbrel.optim.lowrank import bias_correction
 
-__all__ = ["AdamW", "adamw_step"]
+__all__ = ["AdamW", "adamw_step", "decay"]
 
 
 def adamw_step(
@@ -40,4 +40,12 @@ def adamw_step(
     torch._foreach_mul_(updates, list((lr * bias_correction(torch.stack(steps), betas)).unbind()))
     torch._foreach_sub_(params, updates)
     if weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        decay(params, [torch.as_tensor(lr * weight_decay, device=params[0].device)] * len(params))
+
+
+def decay(params: list[Tensor], shares: list[Tensor]) -> None:
+    """Take the share of each parameter off it, in place; shares are scalars.
+
+    A product with 1 - share would round the share to the spacing of numbers near 1, the same way at every step.
+    """
+    torch._foreach_sub_(params, torch._foreach_mul(params, shares))

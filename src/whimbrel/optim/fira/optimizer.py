@@ -66,9 +66,7 @@ def fira_step(
     # paper: alpha acts on the whole update, and the correction before the limiter
     official = residual_mode == "official"
     kept = alpha if official else 1.0
-    before, after = (
-        (torch.ones_like(correction), correction) if official else (correction, torch.ones_like(correction))
-    )
+    before, after = (torch.ones_like(correction), correction) if official else (correction, torch.ones_like(correction))
     low_norm = torch.linalg.vector_norm(low, dim=dim)
     direction_norm = torch.linalg.vector_norm(direction, dim=dim)
     if scaling == "matrix":
@@ -85,7 +83,7 @@ def fira_step(
     size = (lr * after * active)[:, None]
     on_grad = (factor * limited.scale[:, None] * size * (1.0 if official else alpha)).unsqueeze(dim)
     on_direction = (before[:, None] * size * alpha).unsqueeze(dim)
-    inside = direction * on_direction - low * on_grad * kept
+    inside = torch.addcmul(direction * on_direction, low, on_grad, value=-kept)
     update = lowrank.up(inside, basis, side, add=grad * on_grad)
     return FiraOut(update, *moments, torch.where(active, limited.norm, limiter_norm))
 

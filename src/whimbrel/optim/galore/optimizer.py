@@ -38,9 +38,7 @@ def galore_step(
     is in units of the gradient.
     """
     low = lowrank.down(projected.grad, projected.basis, projected.side)
-    adam = lowrank.adam(
-        low, lowrank.Moments(step, exp_avg, exp_avg_sq), projected.active, betas=betas, eps=eps
-    )
+    adam = lowrank.adam(low, lowrank.Moments(step, exp_avg, exp_avg_sq), projected.active, betas=betas, eps=eps)
     size = lr * alpha * adam.correction * projected.active
     update = lowrank.up(adam.direction * size[:, None, None], projected.basis, projected.side)
     return GaLoreOut(update, *adam.moments)

@@ -1,0 +1,163 @@
+"""The low-rank ground: projection, fits and what becomes of the moments at a new basis."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from whimbrel.optim import lowrank
+from whimbrel.optim.groups import resolve_side
+from whimbrel.testing.budget import assert_close
+
+SIDES = ("left", "right")
+
+
+def with_spectrum(batch, m, n, values, seed=0):
+    """Matrices [batch, m, n] with these singular values and random singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    k = len(values)
+    left = torch.linalg.qr(torch.randn(batch, m, k, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(batch, n, k, generator=generator, dtype=torch.float64))[0]
+    return (left * torch.as_tensor(values, dtype=torch.float64)) @ right.mT
+
+
+def energy(grad, basis, side):
+    """Share of the best possible energy that the basis keeps, per matrix."""
+    low = lowrank.down(grad.double(), basis.double(), side)
+    best = torch.linalg.svdvals(grad.double()).square()[..., : basis.shape[-1]].sum(-1)
+    return low.square().sum((-2, -1)) / best
+
+
+def draw_noise(grad, rank, side, seed=0):
+    rows, _ = lowrank.basis_shape(grad.shape, rank, side)
+    columns = lowrank.noise_columns(grad.shape, rank, side)
+    return torch.stack([lowrank.noise(rows, columns, seed=seed, index=i) for i in range(len(grad))])
+
+
+def test_sides_of_every_shape():
+    table = {
+        (8, 3): ("right", "left"),
+        (3, 8): ("left", "right"),
+        (5, 5): ("right", "left"),
+    }
+    for shape, (std, reverse) in table.items():
+        assert resolve_side("std", shape) == std
+        assert resolve_side("reverse_std", shape) == reverse
+        assert resolve_side("left", shape) == "left"
+        assert resolve_side("right", shape) == "right"
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_down_and_up_project_on_the_basis(side):
+    grad = with_spectrum(2, 9, 14, [3, 2, 1, 0.5])
+    basis = lowrank.fit_exact(grad, side, 2)
+    assert basis.shape == (2, *lowrank.basis_shape(grad.shape, 2, side))
+    low = lowrank.down(grad, basis, side)
+    assert low.shape == (2, *lowrank.low_shape(grad.shape, 2, side))
+    again = lowrank.up(low, basis, side)
+    left, values, right = torch.linalg.svd(grad, full_matrices=False)
+    assert_close("truncated SVD", (left[..., :2] * values[..., None, :2]) @ right[..., :2, :], again, 1e-12)
+    assert_close("sum", again + grad, lowrank.up(low, basis, side, add=grad.clone()), 1e-12)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_power_keeps_the_energy_that_the_exact_fit_keeps(side, decay):
+    # spectra k^-0.5 and k^-1 stand for the flat and the steep end of what weight gradients show
+    rank, shape = 24, (96, 131)
+    values = torch.arange(1.0, 97.0) ** -decay
+    first = with_spectrum(3, *shape, values, seed=1).float()
+    basis = lowrank.fit_first(first, draw_noise(first, rank, side), side, rank)
+    assert energy(first, basis, side).min() > 0.97
+    # the gradient turns by about a tenth; a stale basis loses energy, one warm fit wins it back
+    later = first + 0.3 * with_spectrum(3, *shape, values, seed=2).float()
+    warm = lowrank.fit_warm(later, basis, side)
+    assert energy(later, warm, side).min() > 0.98
+    assert (energy(later, warm, side) > energy(later, basis, side) + 0.004).all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bases_are_orthonormal_where_the_gradient_has_lost_rank(side):
+    grad = with_spectrum(2, 20, 31, [1, 1e-3, 1e-6]).float()
+    rank = 8
+    first = lowrank.fit_first(grad, draw_noise(grad, rank, side), side, rank)
+    for basis in (first, lowrank.fit_warm(grad, first, side), lowrank.fit_exact(grad, side, rank)):
+        gram = basis.mT @ basis
+        assert_close("gram", torch.eye(rank).expand_as(gram), gram, 1e-5)
+        assert energy(grad, basis, side).min() > 1 - 1e-5
+
+
+def test_steep_spectra_do_not_break_the_power_iteration():
+    # condition 1e6: a Cholesky factorisation of the Gram matrix of one double multiplication fails here
+    grad = with_spectrum(1, 200, 150, torch.logspace(0, -6, 150)).float()
+    basis = lowrank.fit_first(grad, draw_noise(grad, 60, "right"), "right", 60)
+    warm = lowrank.fit_warm(grad, basis, "right")
+    gram = warm.mT @ warm
+    assert_close("gram", torch.eye(60)[None], gram, 1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_full_rank_fits_span_everything(side):
+    grad = with_spectrum(1, 7, 11, torch.arange(1.0, 8.0)).float()
+    for basis in (
+        lowrank.fit_exact(grad, side, 7),
+        lowrank.fit_first(grad, draw_noise(grad, 7, side), side, 7),
+    ):
+        assert_close("all of it", grad, lowrank.up(lowrank.down(grad, basis, side), basis, side), 1e-5)
+
+
+def test_a_warm_fit_keeps_order_and_signs():
+    grad = with_spectrum(4, 30, 40, 0.7 ** torch.arange(30))
+    for side in SIDES:
+        old = lowrank.fit_exact(grad, side, 5)
+        new = lowrank.fit_warm(grad + 1e-3 * with_spectrum(4, 30, 40, [1.0] * 30, seed=3), old, side)
+        assert (old * new).sum(-2).min() > 0.9
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    state = torch.get_rng_state()
+    one = lowrank.noise(5, 3, seed=1, index=2)
+    torch.manual_seed(7)
+    assert torch.equal(one, lowrank.noise(5, 3, seed=1, index=2))
+    assert not torch.equal(one, lowrank.noise(5, 3, seed=1, index=3))
+    assert not torch.equal(one, lowrank.noise(5, 3, seed=2, index=2))
+    torch.set_rng_state(state)
+    lowrank.noise(5, 3, seed=1, index=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_overlap_counts_shared_directions():
+    basis = torch.eye(6)[None]
+    assert lowrank.overlap(basis[..., :4], basis[..., 2:6]).item() == pytest.approx(0.5)
+    assert lowrank.overlap(basis[..., :4], -basis[..., :4]).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_moments_at_a_new_basis(side):
+    shape, rank = (10, 12), 4
+    generator = torch.Generator().manual_seed(0)
+    low = lowrank.low_shape(shape, rank, side)
+    moments = lowrank.Moments(
+        torch.full((2,), 5.0), torch.randn(2, *low, generator=generator), torch.rand(2, *low, generator=generator)
+    )
+    d, _ = lowrank.basis_shape(shape, rank, side)
+    old = lowrank.orthonormal(torch.randn(2, d, rank, generator=generator))
+    # the same subspace with directions swapped and flipped: rotating must swap and flip the moments with them
+    order, signs = torch.tensor([2, 0, 3, 1]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    new = old[..., order] * signs
+    dim = -2 if side == "left" else -1
+    turned = lowrank.carry(moments, old, new, side, "rotate")
+    spread = signs[:, None] if side == "left" else signs
+    assert_close("mean", moments.exp_avg.index_select(dim, order) * spread, turned.exp_avg, 1e-5)
+    assert_close("square", moments.exp_avg_sq.index_select(dim, order), turned.exp_avg_sq, 1e-5)
+    assert torch.equal(turned.step, moments.step)
+    assert lowrank.carry(moments, old, new, side, "keep") is moments
+    assert all(not value.any() for value in lowrank.carry(moments, old, new, side, "reset"))
+
+
+def test_bias_correction_is_exact_from_the_first_step_to_the_millionth():
+    steps = [1, 2, 10, 1000, 1_000_000]
+    for betas in ((0.9, 0.999), (0.0, 0.95)):
+        got = lowrank.bias_correction(torch.tensor([float(s) for s in steps]), betas)
+        want = torch.tensor([(1 - betas[1] ** s) ** 0.5 / (1 - betas[0] ** s) for s in steps])
+        assert_close("correction", want, got, 3e-7)
