@@ -41,7 +41,8 @@ def metric_finding(rows: Sequence[ComparisonRow], metric: Metric) -> str:
         other = subject if subject != best and subject in means else order[1]
         by_name = {row["name"]: _seeds(row, metric) for row in rows}
         gap = abs(means[best] - means[other])
-        text += f", {_gap(gap, metric)} {'below' if metric['lower_is_better'] else 'above'} {other}"
+        side = f"{_gap(gap, metric)} {'below' if metric['lower_is_better'] else 'above'}"
+        text += f", {side if float(_gap(gap, metric).split()[0]) else 'level with'} {other}"
         one = len(by_name[best]) == 1 and len(by_name[other]) == 1
         if one:
             text += " (one seed each)"
@@ -133,6 +134,7 @@ def _panel(svg: Svg, box: Box, rows: Sequence[ComparisonRow], metric: Metric, na
     title = fit(f"{metric['name']} ({direction})", box.right - box.left + 68)
     svg.text(box.left - 6, box.top - 14, title, "start ink")
     if not values:
+        svg.text(box.left - 6, box.top + 14, "every seed diverged", "start f1")
         return
     chance = metric.get("chance")
     share = metric["unit"] == "share"

@@ -320,6 +320,9 @@ def test_comparison_names_the_winner_whoever_it_is():
         "Lowest mean loss: theirs, 1.5000 bits per byte, 0.5500 below ours (no seed overlaps). "
         "theirs diverged on some seed, which no mean counts."
     )
+    assert compared(("ours", [2.0, 2.1]), ("theirs", [2.0, 2.1])) == (
+        "Lowest mean loss: ours, 2.0500 bits per byte, level with theirs (their seeds overlap)."
+    )
     assert compared(("ours", [None]), ("theirs", [None])) == (
         "No row has a loss. ours and theirs diverged on some seed, which no mean counts."
     )
@@ -329,6 +332,8 @@ def test_training_says_when_the_loss_rose():
     points: Any = [{"step": i, "tokens": 100 * i, "loss": 3.0 + i, "lr": 0.1} for i in range(3)]
     (block,) = training_blocks({"runs": [{"name": "constant", "points": points}]})
     assert block.finding == "Training loss rose from 3.00 to 5.00 nats per token over 200 tokens."
+    (block,) = training_blocks({"runs": [{"name": "constant", "points": points[:1]}]})
+    assert block.finding == "Training loss stayed at 3.00 nats per token over 0 tokens."
 
 
 def broken(edit):

@@ -44,11 +44,11 @@ def _finding(training: Training) -> str:
     main = training["runs"][0]
     points = main["points"]
     smooth = _smoothed([p["loss"] for p in points], _window(training))
-    verb = "fell" if smooth[-1] < smooth[0] else "rose"
-    text = (
-        f"Training loss {verb} from {fixed(points[0]['loss'], 2)} to {fixed(smooth[-1], 2)} nats per token over "
-        f"{count(points[-1]['tokens'])} tokens"
-    )
+    first, last = fixed(points[0]["loss"], 2), fixed(smooth[-1], 2)
+    course = f"fell from {first} to {last}" if smooth[-1] < points[0]["loss"] else f"rose from {first} to {last}"
+    if first == last:
+        course = f"stayed at {last}"
+    text = f"Training loss {course} nats per token over {count(points[-1]['tokens'])} tokens"
     speeds = [p["tokens_per_second"] for p in points if "tokens_per_second" in p]
     if speeds:
         text += f", at a median of {count(round(statistics.median(speeds)))} tokens per second"
