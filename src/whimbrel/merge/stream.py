@@ -171,14 +171,14 @@ def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> Non
 def _open_sources(sources: Sequence[str | Path]) -> list[_Source]:
     require(len(sources) > 0, "number of checkpoints to merge", 0, "at least one")
     opened: list[_Source] = []
-    owners: dict[tuple[int, int], str | Path] = {}
-    for source in sources:
+    owners: dict[tuple[int, int], int] = {}
+    for number, source in enumerate(sources):
         folder = read_folder(source)
         for file in folder.files.values():
             status = file.path.stat()
-            first = owners.setdefault((status.st_dev, status.st_ino), source)
-            if first is not source:
-                raise ConfigError(f"source {source} is the same as source {first}; name each checkpoint once")
+            first = owners.setdefault((status.st_dev, status.st_ino), number)
+            if first != number:
+                raise ConfigError(f"source {source} is the same as source {sources[first]}; name each checkpoint once")
         is_step = Path(source).is_dir() and (folder.path / META).is_file()
         opened.append(_Source(folder, read_meta(folder.path) if is_step else None))
     return opened
