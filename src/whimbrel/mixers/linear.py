@@ -194,10 +194,10 @@ class _ConvSiLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore [bad-override]
         x, taps, pre = ctx.saved_tensors
         time, last = x.shape[1], taps.shape[0] - 1
-        grad = torch.ops.aten.silu_backward(grads[0].to(pre.dtype), pre)
+        grad = torch.ops.aten.silu_backward(grad.to(pre.dtype), pre)
         dx, dtaps = grad * taps[last], torch.zeros_like(taps)
         dtaps[last] = (grad * x).sum((0, 1))
         product = torch.empty_like(grad)

@@ -29,8 +29,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        (grad,), (y, inverse) = grads, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore [bad-override]
+        y, inverse = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True).div_(-ctx.divisor)
         return torch.addcmul(grad.to(y.dtype), y, along).mul_(inverse).to(ctx.dtype), None, None
 

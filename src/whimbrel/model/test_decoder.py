@@ -191,15 +191,15 @@ def test_set_prefill_reaches_the_softmax_blocks_and_can_be_taken_off():
 
 def test_bf16_and_autocast_stay_near():
     tokens, targets = make_tokens(2, 40), make_tokens(2, 40, seed=1)
-    expected = float(make_model().loss(tokens, targets))
-    assert abs(float(make_model().bfloat16().loss(tokens, targets)) - expected) < 0.03 * expected
+    expected = make_model().loss(tokens, targets).item()
+    assert abs(make_model().bfloat16().loss(tokens, targets).item() - expected) < 0.03 * expected
     model = make_model().float()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(tokens, targets)
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in model.parameters())
-    assert abs(float(loss) - expected) < 0.03 * expected
+    assert abs(loss.item() - expected) < 0.03 * expected
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (4,), (1, 2, 3)])

@@ -1,0 +1,177 @@
+"""The block around the recurrences against its formulas written out with elementary operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from whimbrel.errors import ConfigError
+from whimbrel.mixers.base import Out, State
+from whimbrel.mixers.gdn.config import GDNConfig
+from whimbrel.mixers.linear import LinearMixer, ShortConv
+from whimbrel.mixers.rdn.config import RDNConfig
+from whimbrel.mixers.rla.config import RLAConfig
+from whimbrel.mixers.sgla.config import SGLAConfig
+from whimbrel.testing.budget import assert_close
+
+CONFIGS = [RLAConfig, RDNConfig, GDNConfig, SGLAConfig]
+WIDTH = 12
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def conv_written_out(x, weight, state=None):
+    """x [B, T, C], weight [C, 1, size], state [B, C, size - 1] through PyTorch's grouped convolution."""
+    size = weight.shape[2]
+    past = x.new_zeros(x.shape[0], x.shape[2], size - 1) if state is None else state
+    padded = torch.cat((past, x.transpose(1, 2)), 2)
+    return F.silu(F.conv1d(padded, weight, groups=x.shape[2])).transpose(1, 2), padded[:, :, x.shape[1] :]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("time", [1, 2, 3, 9])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_short_conv(size, time, with_state):
+    torch.manual_seed(0)
+    conv = ShortConv((5, 2), size).double()
+    x = randn(3, time, 7).requires_grad_()
+    state = randn(3, 7, size - 1, seed=1).requires_grad_() if with_state else None
+    inputs = [x, conv.weight, *([state] if with_state else [])]
+    probe = randn(3, time, 7, seed=2)
+    expected, want_after = conv_written_out(x, conv.weight, state)
+    want = torch.autograd.grad((expected * probe).sum() + want_after.sin().sum(), inputs)
+    streams, after = conv(x.split((5, 2), -1), state)
+    got = torch.autograd.grad((torch.cat(streams, -1) * probe).sum() + after.sin().sum(), inputs)
+    assert [s.shape[-1] for s in streams] == [5, 2]
+    results = ((expected, torch.cat(streams, -1)), (want_after, after), *zip(want, got, strict=True))
+    for name, (a, b) in zip(("y", "state", "dx", "dweight", "dstate"), results, strict=False):
+        assert_close(name, a, b, 1e-12)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_short_conv_keeps_packed_sequences_apart(with_state):
+    torch.manual_seed(0)
+    conv = ShortConv((5, 2), 4).double()
+    x, lengths = randn(1, 11, 7), (2, 0, 1, 8)
+    state = randn(4, 7, 3, seed=1) if with_state else None
+    streams, after = conv(x.split((5, 2), -1), state, cu_seqlens=torch.tensor([0, 2, 2, 3, 11], dtype=torch.int32))
+    for i, piece in enumerate(x.split(lengths, 1)):
+        past = None if state is None else state[i : i + 1]
+        if piece.shape[1] == 0:
+            assert_close("untouched state", randn(1, 7, 3) * 0 if past is None else past, after[i : i + 1], 0.0)
+            continue
+        y, last = conv_written_out(piece, conv.weight, past)
+        start = sum(lengths[:i])
+        assert_close(f"y {i}", y, torch.cat(streams, -1)[:, start : start + lengths[i]], 1e-12)
+        assert_close(f"state {i}", last, after[i : i + 1], 1e-12)
+
+
+def test_the_recurrence_gets_what_the_formulas_say():
+    torch.manual_seed(0)
+    seen = {}
+
+    def recurrence(q, k, v, log_decay, beta, gamma, *, state, cu_seqlens):
+        seen.update(q=q, k=k, v=v, log_decay=log_decay, beta=beta, gamma=gamma)
+        return Out(v + 1, State(v[:, 0, :, :, None], None))
+
+    layer = LinearMixer(
+        WIDTH, recurrence, num_gates=3, num_heads=2, head_dim=4, num_value_heads=4, value_head_dim=3, norm_eps=1e-2
+    ).double()
+    x = randn(2, 5, WIDTH)
+    y = layer(x).y
+
+    def projected(linear, channels):
+        return conv_written_out(linear(x), layer.conv.weight[channels])[0]
+
+    q = projected(layer.q_proj, slice(0, 8)).view(2, 5, 2, 4)
+    k = projected(layer.k_proj, slice(8, 16)).view(2, 5, 2, 4)
+    v = projected(layer.v_proj, slice(16, 28)).view(2, 5, 4, 3)
+    a, b, g = layer.gates(x).split(4, -1)
+    expected = {
+        "q": q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt(),
+        "k": k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt(),
+        "v": v,
+        "log_decay": -layer.A_log.exp() * torch.log1p((a + layer.dt_bias).exp()),
+        "beta": 1 / (1 + (-b).exp()),
+        "gamma": 1 / (1 + (-g).exp()),
+    }
+    for name, value in expected.items():
+        assert_close(name, value, seen[name], 1e-9)
+    normed = (v + 1) / ((v + 1).square().mean(-1, keepdim=True) + 1e-2).sqrt() * layer.norm.weight
+    gate = layer.gate_proj(x)
+    assert_close("y", layer.o_proj(normed.flatten(2) * gate * gate.sigmoid()), y, 1e-12)
+
+
+def test_gates_are_fp32_in_a_bf16_layer():
+    seen = []
+
+    def recurrence(q, k, v, *gates, state, cu_seqlens):
+        seen.extend(gate.dtype for gate in gates)
+        return Out(v, State(v, None))
+
+    layer = LinearMixer(WIDTH, recurrence, num_gates=2, num_heads=2, head_dim=4).bfloat16()
+    layer(randn(1, 3, WIDTH).bfloat16())
+    assert seen == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_decay_starts_in_its_range_and_is_marked(config):
+    torch.manual_seed(0)
+    layer = config(num_heads=64, head_dim=2).build(WIDTH, 1e-5)
+    assert 0 <= layer.A_log.min().item() < 0.8
+    assert 2.6 < layer.A_log.max().item() <= torch.tensor(16.0).log()
+    step = F.softplus(layer.dt_bias.detach())
+    assert 0.99e-3 <= float(step.min()) < 3e-3
+    assert 0.03 < float(step.max()) <= 0.101
+    assert {name for name, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)} == {
+        "A_log",
+        "dt_bias",
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_named_impl_gives_the_same_in_every_shape_of_heads(config, impl):
+    options = {"num_heads": 2, "head_dim": 4, "num_value_heads": 6, "value_head_dim": 5, "conv_size": 3}
+    layers = []
+    for chosen in ("auto", impl):
+        torch.manual_seed(0)
+        layers.append(config(**options, impl=chosen).build(WIDTH, 1e-5).double())
+    x = randn(2, 9, WIDTH)
+    (y, state), (other, other_state) = (layer(x) for layer in layers)
+    assert_close("y", y, other, 1e-9)
+    assert_close("state", state.recurrent.base, other_state.recurrent.base, 1e-9)
+    assert state.conv.shape == (2, 2 * 8 + 30, 2)
+    assert state.recurrent.base.shape == (2, 6, 4, 5)
+    assert (state.recurrent.residual is None) == (config in (GDNConfig, SGLAConfig))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 0}, r"mixer.num_heads = 0 is not allowed; use a positive number"),
+        ({"head_dim": -1}, r"mixer.head_dim = -1 is not allowed; use a positive number"),
+        ({"conv_size": 0}, r"mixer.conv_size = 0 is not allowed; use a positive number"),
+        (
+            {"num_heads": 4, "num_value_heads": 6},
+            r"mixer.num_value_heads = 6 is not allowed; use 0 or a multiple of mixer.num_heads = 4",
+        ),
+        ({"num_value_heads": -3}, r"mixer.num_value_heads = -3 is not allowed; use 0 or a multiple"),
+        ({"value_head_dim": -2}, r"mixer.value_head_dim = -2 is not allowed; use 0 or a positive number"),
+    ],
+)
+def test_config_says_what_is_wrong(config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**options)
+
+
+def test_layer_says_what_is_wrong():
+    with pytest.raises(ConfigError, match="num_value_heads = 3 is not allowed; use a multiple of num_heads = 2"):
+        LinearMixer(WIDTH, print, num_gates=2, num_heads=2, head_dim=4, num_value_heads=3)  # pyrefly: ignore
+    layer = GDNConfig().build(WIDTH, 1e-5)
+    with pytest.raises(ConfigError, match="GDN: cu_seqlens runs from 0 to 4; it must rise from 0 to the time length"):
+        layer(torch.zeros(1, 5, WIDTH), cu_seqlens=torch.tensor([0, 4]))
