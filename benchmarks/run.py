@@ -12,9 +12,7 @@ from whimbrel.errors import WhimbrelError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"one or more of {', '.join(CASES)} (default: all)"
-    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one or more of {', '.join(CASES)} (default: all)")
     parser.add_argument("--against", nargs="+", metavar="NAME", help="implementations to take ratios against")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats; writes no lines")

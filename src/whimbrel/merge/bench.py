@@ -44,6 +44,7 @@ class _Checkpoints:
     def __init__(self, sources: int, elements: int, dtype: torch.dtype) -> None:
         self._home = tempfile.TemporaryDirectory()
         self.out = Path(self._home.name) / "merged"
+        self.loose = Path(self._home.name) / "mean.safetensors"
         self.folders = [Path(self._home.name) / f"step-{i}" for i in range(sources)]
         generator = torch.Generator().manual_seed(0)
         for folder in self.folders:
@@ -71,8 +72,7 @@ def _in_memory(checkpoints: _Checkpoints) -> dict[str, Tensor]:
         name: (sum((each[name].double() for each in loaded), torch.zeros(())) / len(loaded)).to(value.dtype)
         for name, value in loaded[-1].items()
     }
-    checkpoints.out.mkdir(exist_ok=True)
-    save_file(mean, checkpoints.out / "model.safetensors")
+    save_file(mean, checkpoints.loose)
     return mean
 
 
