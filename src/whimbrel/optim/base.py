@@ -134,12 +134,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loaded = state_dict["state"].get(next(saved))
                 if not loaded:
                     continue
-                for key, shape in self._state_shapes(group, param).items():
+                shapes = self._state_shapes(group, param)
+                for key in shapes:
                     if key not in loaded:
                         raise CheckpointError(
                             f"optimizer state of {name} lacks '{key}'; "
                             f"load a state that {type(self).__name__} has written"
                         )
+                for key, shape in shapes.items():
                     if tuple(loaded[key].shape) != shape:
                         raise CheckpointError(
                             f"optimizer state '{key}' of {name} has shape {list(loaded[key].shape)}, "
@@ -169,12 +171,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 if param.grad.is_sparse:
                     raise UnsupportedError(f"{type(self).__name__} takes no sparse gradients; use dense ones")
                 for key, shape in self._state_shapes(group, param).items():
-                    if shape == tuple(param.shape):
-                        # also a DTensor where the parameter is one
-                        value = torch.zeros_like(param, dtype=torch.float32)
-                    else:
-                        value = torch.zeros(shape, dtype=torch.float32, device=param.device)
-                    self.state[param][key] = value
+                    self.state[param][key] = (
+                        torch.zeros(shape, dtype=torch.float32, device=param.device)
+                        if group["low_rank"] or key == "step"
+                        # a DTensor where the parameter is one
+                        else torch.zeros_like(param, dtype=torch.float32)
+                    )
 
     def _start(self) -> set[Tensor]:
         """Note the parameters that are stepped from now on; returns the matrices that need their first basis.

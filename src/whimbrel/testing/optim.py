@@ -103,12 +103,17 @@ def state_tensors(optimizer: optim.Optimizer) -> Iterator[Tensor]:
 
 @contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Raise AssertionError where torch reads a tensor's value on the host, which stalls a CUDA stream."""
+    """Raise AssertionError where torch reads a tensor's value on the host, which stalls a CUDA stream.
+
+    `Tensor.tolist` and `Tensor.numpy` pass unseen on the CPU.
+    """
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             reads = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")
-            assert func.overloadpacket.__name__ not in reads, f"{func} reads a value on the host"
+            name = func.overloadpacket.__name__
+            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            assert name not in reads and not by_mask, f"{func} reads a value on the host"
             return func(*args, **(kwargs or {}))
 
     with Mode():
