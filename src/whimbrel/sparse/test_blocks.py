@@ -82,6 +82,7 @@ def test_top_p_keeps_the_entry_that_crosses():
     assert blocks.top_p(mass, 0.5, allowed=everything, forced=nothing).tolist() == [True, False, False]
     assert blocks.top_p(mass, 0.51, allowed=everything, forced=nothing).tolist() == [True, True, False]
     assert blocks.top_p(mass, 1.0, allowed=everything, forced=nothing).all()
+    assert blocks.top_p(torch.tensor([1.0, 0, 0]), 1.0, allowed=everything, forced=nothing).all()
 
 
 def test_top_p_never_takes_what_is_not_allowed():

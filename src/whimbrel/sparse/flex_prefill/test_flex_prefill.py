@@ -54,6 +54,19 @@ def test_corrected_covers_the_probe_as_asked(asked, q_len, tau):
         assert (probe_coverage(part, k, plan) >= asked - 1e-5).all()
 
 
+@pytest.mark.parametrize("mode", ["corrected", "official"])
+def test_heads_that_pooling_describes_are_query_aware(mode):
+    for make, same_as in ((blocky, 9.0), (slashes, 0.0)):
+        q, k, _ = make(17, tokens=4096)
+        settings = {"coverage": 0.8, "min_budget": 128, "mode": mode}
+        masks = {tau: plan_of(q, k, tau=tau, **settings).to_mask() for tau in (0.0, 0.1, 9.0)}
+        assert torch.equal(masks[0.1], masks[same_as])
+        goes_on = {tau: mask[..., 1:, 1:] | mask[..., 1:, :-1] for tau, mask in masks.items()}
+        ends = {tau: (mask[..., :-1, :-1] & ~goes_on[tau]).any() for tau, mask in masks.items()}
+        assert not ends[0.0], "without query-aware heads every block lies on a whole column or a whole diagonal"
+        assert ends[9.0], "query-aware rows choose for themselves"
+
+
 def test_corrected_skips_what_it_need_not_read():
     q, k, _ = local(3, tokens=4096)
     plan = plan_of(q, k, coverage=0.95)

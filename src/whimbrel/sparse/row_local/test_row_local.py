@@ -12,6 +12,7 @@ from whimbrel.sparse import RowLocalConfig
 from whimbrel.sparse.blocks import always_kept, block_mass, heads_first
 from whimbrel.sparse.coverage import coverage
 from whimbrel.sparse.row_local import row_local
+from whimbrel.sparse.row_local.select import _sample
 from whimbrel.testing import selectors
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.heads import STRUCTURED, gaussian, mixed, structured
@@ -65,6 +66,15 @@ def test_mean_keys_keep_the_promise_only_where_blocks_are_smooth():
     assert worst["local"] >= 0.95 - 1e-4
     assert worst["diffuse"] >= 0.95 - 1e-3
     assert worst["slashes"] < 0.7
+
+
+def test_samples_lie_at_fixed_places_of_the_block():
+    block = torch.arange(32, 48)
+    assert _sample(block, 16, 4).tolist() == [35, 39, 43, 47]
+    assert _sample(block[5:], 16, 4).tolist() == [39, 43, 47]
+    assert _sample(block[:6], 16, 4).tolist() == [35, 37]
+    assert _sample(block[:2], 16, 4).tolist() == [33]
+    assert _sample(block, 16, 99).tolist() == block.tolist()
 
 
 def test_all_rows_sampled_is_exact():
