@@ -205,10 +205,10 @@ def full_disk_as(error: type[Exception], path: str | Path, needed: int, what: st
     try:
         yield
     except Exception as caught:
-        reason = _full_reason(caught)
-        if reason is None:
+        full = full_disk_error(caught)
+        if full is None:
             raise
-        raise error(_full_message(path, what, reason, needed, free_bytes(path))) from caught
+        raise error(_full_message(path, what, _FULL[full.errno or 0], needed, free_bytes(path))) from caught
 
 
 def _full_message(path: str | Path, what: str, reason: str, needed: int, free: int) -> str:
@@ -218,12 +218,13 @@ def _full_message(path: str | Path, what: str, reason: str, needed: int, free: i
     )
 
 
-def _full_reason(error: BaseException | None) -> str | None:
-    """Why nothing more can be written, if `error` or what caused it says so."""
+def full_disk_error(error: BaseException) -> OSError | None:
+    """The failure to write for lack of room that is `error` or lies behind it, if there is one."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return _FULL[error.errno]
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, OSError) and link.errno in _FULL:
+            return link
+        link = link.__cause__ or link.__context__
     return None

@@ -30,6 +30,7 @@ from whimbrel.checkpoint.weights import read_into, save_weights, weights_of
 from whimbrel.errors import CheckpointError
 from whimbrel.files import (
     full_disk_as,
+    full_disk_error,
     publish_folder,
     remove,
     remove_leftovers,
@@ -144,10 +145,24 @@ def _torch_checkpoint() -> Iterator[None]:
         raise CheckpointError(str(cause)) from None
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, but a full disk is reported as such and not as the odd file position that it leads to."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            full = full_disk_error(error)
+            if full is None:
+                raise
+            # A fresh one: what an exception was raised from is lost on the way to another process.
+            raise OSError(full.errno, full.strerror) from None
+
+
 def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     on_first(lambda: folder.mkdir(exist_ok=True))
     with _torch_checkpoint():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=not is_joined())
+        dcp.save(tensors, storage_writer=_Writer(folder), no_dist=not is_joined())
 
 
 def _hash_own(folder: Path) -> dict[str, str]:
@@ -167,9 +182,7 @@ def _list_files(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, Any
     return files
 
 
-def load_checkpoint(
-    path: str | Path, *, model: nn.Module, optimizer: Optimizer, verify: bool = True
-) -> Extra:
+def load_checkpoint(path: str | Path, *, model: nn.Module, optimizer: Optimizer, verify: bool = True) -> Extra:
     """Put the state of the step folder `path` into `model` and `optimizer`; returns this process's `extra`.
 
     The number of processes and the sharding may differ from those that saved; then a process takes the extra

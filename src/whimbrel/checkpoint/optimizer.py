@@ -92,8 +92,7 @@ def _plain(value: Any, what: str) -> Any:
     except (TypeError, ValueError):
         pass
     raise CheckpointError(
-        f"optimizer {what} is a {type(value).__name__};"
-        " only tensors, numbers, texts and lists of them can be saved"
+        f"optimizer {what} is a {type(value).__name__}; only tensors, numbers, texts and lists of them can be saved"
     )
 
 
@@ -108,9 +107,7 @@ def allocate(model: nn.Module, optimizer: Optimizer, layout: dict[str, Any]) -> 
     """
     _check_fit(model, optimizer, layout)
     names = _parameter_names(model, optimizer)
-    parameters = dict(
-        zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True)
-    )
+    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
     tensors: dict[str, Tensor] = {}
     for name, values in layout["state"].items():
         for key, value in values.items():
@@ -140,9 +137,7 @@ def _check_fit(model: nn.Module, optimizer: Optimizer, layout: dict[str, Any]) -
     groups = [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
     saved = [group["params"] for group in layout["groups"]]
     if len(groups) != len(saved):
-        raise CheckpointError(
-            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(groups)}"
-        )
+        raise CheckpointError(f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(groups)}")
     for i, (have, want) in enumerate(zip(groups, saved, strict=True)):
         if have != want:
             odd = sorted(set(have) ^ set(want)) or [a for a, b in zip(have, want) if a != b]
@@ -165,8 +160,7 @@ def unpack(optimizer: Optimizer, layout: dict[str, Any], tensors: dict[str, Tens
                 group[key] = _like(value["value"], group.get(key))
     packed["state"] = {
         numbers[name]: {
-            key: tensors[f"optim/{name}/{key}"] if "shape" in value else value["value"]
-            for key, value in values.items()
+            key: tensors[f"optim/{name}/{key}"] if "shape" in value else value["value"] for key, value in values.items()
         }
         for name, values in layout["state"].items()
     }

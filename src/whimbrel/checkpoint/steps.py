@@ -49,23 +49,17 @@ def read_meta(path: str | Path) -> Meta:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data["format"]
         if version != FORMAT:
-            raise CheckpointError(
-                f"{file} has format {version}; this version of Whimbrel reads format {FORMAT}"
-            )
+            raise CheckpointError(f"{file} has format {version}; this version of Whimbrel reads format {FORMAT}")
         return Meta(*(data[name] for name in Meta._fields))
     except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error.strerror}); {path} is no complete checkpoint"
-        ) from None
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); {path} is no complete checkpoint") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{file} is damaged; {path} is no complete checkpoint") from None
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Write `meta.json` into `folder`; the last file of a checkpoint to be written."""
-    (folder / META).write_text(
-        json.dumps({"format": FORMAT, **meta._asdict()}, indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / META).write_text(json.dumps({"format": FORMAT, **meta._asdict()}, indent=1) + "\n", encoding="utf-8")
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:

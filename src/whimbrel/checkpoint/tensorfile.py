@@ -136,9 +136,7 @@ def read_file(path: str | Path) -> TensorFile:
         metadata = header.pop("__metadata__", {})
         entries = {str(name): _entry(value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors file: its header cannot be read ({error})"
-        ) from None
+        raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read ({error})") from None
     _check_extents(path, entries, 8 + length, status.st_size)
     digest = hashlib.sha256(raw).hexdigest()
     return TensorFile(path, entries, metadata, status.st_size, status.st_mtime_ns, digest)
@@ -189,9 +187,7 @@ def make_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    entries = {
-        name: Entry(*tensors[name], base + start, base + stop) for name, (start, stop) in spans.items()
-    }
+    entries = {name: Entry(*tensors[name], base + start, base + stop) for name, (start, stop) in spans.items()}
     return len(text).to_bytes(8, "little") + text, entries
 
 

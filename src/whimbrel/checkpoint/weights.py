@@ -146,22 +146,17 @@ def read_into(path: str | Path, model: nn.Module, *, verify: bool, same_dtype: b
         entry, where = folder.entry(names[name]), folder.file(names[name]).path
         if tuple(tensor.shape) != entry.shape:
             raise CheckpointError(
-                f"tensor '{name}' has shape {list(entry.shape)} in {where},"
-                f" but {list(tensor.shape)} in the model"
+                f"tensor '{name}' has shape {list(entry.shape)} in {where}, but {list(tensor.shape)} in the model"
             )
         if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"tensor '{name}' in {where} has type {entry.dtype}, which torch cannot hold"
-            )
+            raise CheckpointError(f"tensor '{name}' in {where} has type {entry.dtype}, which torch cannot hold")
         if same_dtype and DTYPES[entry.dtype] != tensor.dtype:
             raise CheckpointError(
                 f"tensor '{name}' is {DTYPES[entry.dtype]} in {where}, but {tensor.dtype} in the model;"
                 " going on exactly needs the same dtype"
             )
         if tensor.is_meta:
-            raise CheckpointError(
-                f"tensor '{name}' of the model is on the meta device; give the model memory first"
-            )
+            raise CheckpointError(f"tensor '{name}' of the model is on the meta device; give the model memory first")
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             value = _read(folder, names[name])
@@ -200,8 +195,7 @@ def _match(folder: TensorFolder, weights: Weights) -> dict[str, str]:
         for other in stored[1:]:
             if not torch.equal(_read(folder, stored[0]), _read(folder, other)):
                 raise CheckpointError(
-                    f"tensors '{stored[0]}' and '{other}' are one weight in the model,"
-                    f" but differ in {folder.path}"
+                    f"tensors '{stored[0]}' and '{other}' are one weight in the model, but differ in {folder.path}"
                 )
     return names
 
