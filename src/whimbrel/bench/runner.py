@@ -134,7 +134,7 @@ def _measure(case: Case, baselines: Sequence[str], *, device: str, quick: bool, 
         calls,
         device=device,
         budget_seconds=0.3 if quick else 5.0,
-        least=3 if quick else 7,
+        least=3 if quick else 5,
         most=20 if quick else 200,
     )
     memory = {impl: _peak_bytes(call) for impl, call in calls.items()} if device == "cuda" else {}
