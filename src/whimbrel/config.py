@@ -341,7 +341,7 @@ def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, wher
     Raises ConfigError for an unknown name (with the nearest one), a wrong type, or a value that the class refuses.
     """
     hints = _hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = list(hints)
     start = cls() if base is None else base
     values: dict[str, Any] = {name: getattr(start, name) for name in names}
     for name, value in data.items():
@@ -354,7 +354,9 @@ def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, wher
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """Type of each field, in order."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _decode_value(hint: Any, value: Any, base: Any, path: str) -> Any:

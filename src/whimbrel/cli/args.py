@@ -49,10 +49,9 @@ def parse_with_config(
     chosen, rest = _kind_flags(args)
     config = load_config(source, chosen)
     start = make(source, config)
-    parsed = parse(type(start), rest, verb=verb, default=start)
-    # Rules between settings are checked again over the final tree.
-    settings = getattr(parsed, "config", config)
-    return dataclasses.replace(parsed, config=with_overrides(settings, {})) if hasattr(parsed, "config") else parsed
+    parsed: Any = parse(type(start), rest, verb=verb, default=start)
+    # Rules between two settings are checked again over the final tree.
+    return dataclasses.replace(parsed, config=with_overrides(parsed.config, {}))
 
 
 def _kind_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -25,6 +26,8 @@ class Args:
     """Seed of the generated tasks; default: the run's."""
     num_sequences: int | None = None
     """Generated sequences for each cell; default: the run's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a CUDA device where there is one."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -38,8 +41,9 @@ def main(argv: list[str]) -> int:
     from whimbrel.evals import run_evals
     from whimbrel.infer.load import load_model, load_run_config, load_tokenizer
     from whimbrel.training.loop import shards_for
+    from whimbrel.training.processes import pick_device
 
-    model = load_model(args.model)
+    model = load_model(args.model, device=pick_device(args.device))
     config = load_run_config(args.model)
     given = {name: getattr(args, name) for name in ("seed", "num_sequences") if getattr(args, name) is not None}
     results = run_evals(

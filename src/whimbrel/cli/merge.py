@@ -36,11 +36,6 @@ class Args:
 def main(argv: list[str]) -> int:
     """Merge."""
     args = parse(Args, argv, verb="merge")
-    from whimbrel.config import MergeConfig, decode, kind_class
-
-    settings = {"alpha": args.alpha, "weights": list(args.weights) or None}
-    cls = kind_class(MergeConfig.FAMILY, args.method, where="--method")
-    method = decode(cls, {name: value for name, value in settings.items() if value is not None}, where="--")
     from whimbrel.merge import merge_checkpoints
     from whimbrel.progress import track
 
@@ -53,13 +48,23 @@ def main(argv: list[str]) -> int:
         report = merge_checkpoints(
             args.sources,
             args.out,
-            method=method,
+            method=args.method,
+            alpha=args.alpha,
+            weights=args.weights or None,
             memory_limit=args.memory_limit * 2**20,
             overwrite=args.overwrite,
             progress=progress,
         )
+    weights = report.weights.floats()
     if args.json:
-        print(json.dumps(report._asdict(), default=str))
-    else:
-        print(f"merged {len(args.sources)} checkpoints by {args.method} into {args.out}")
+        fields = {"out", "tensors", "read_bytes", "written_bytes", "seconds"}
+        data = {name: value for name, value in report._asdict().items() if name in fields}
+        print(json.dumps(data | {"sources": report.sources, "weights": weights}, default=str))
+        return 0
+    rate = report.read_bytes / max(report.seconds, 1e-9) / 1e9
+    print(
+        f"merged {len(report.sources)} checkpoints by {args.method} "
+        f"({', '.join(f'{weight:.4g}' for weight in weights)}) into {report.out}: {report.tensors} tensors, "
+        f"{report.read_bytes:,} bytes read at {rate:.2f} GB/s"
+    )
     return 0

@@ -12,7 +12,7 @@ import torch
 
 from whimbrel.bench.results import commit, device_name
 from whimbrel.checkpoint import list_checkpoints
-from whimbrel.config import Config, to_toml
+from whimbrel.config import Config, kind_of, to_toml
 from whimbrel.data import TokenShards
 from whimbrel.data.shards import read_manifest
 from whimbrel.demo import page
@@ -21,7 +21,7 @@ from whimbrel.errors import ConfigError
 from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb, run_evals
 from whimbrel.infer import compare_prefill, generate, load_model, load_tokenizer
 from whimbrel.infer.prefill import PrefillComparison, SparsePrefill
-from whimbrel.merge import merge_checkpoints, merge_weights
+from whimbrel.merge import merge_checkpoints
 from whimbrel.model import cache_bytes, set_prefill
 from whimbrel.model.memory import parameter_counts
 from whimbrel.report import write_report
@@ -134,9 +134,12 @@ class _Job:
         merges = {}
         for method in self.config.averaging.methods:
             out = self.run_dir / f"merged-{method}"
-            merge_checkpoints(sources, out, method=method, overwrite=True)
-            weights = [float(w) for w in merge_weights(method, len(sources)).values]
-            merges[method] = {"path": str(out), "sources": [str(s) for s in sources], "weights": weights}
+            made = merge_checkpoints(sources, out, method=method, overwrite=True)
+            merges[method] = {
+                "path": str(out),
+                "sources": [str(source) for source in sources],
+                "weights": list(made.weights.floats()),
+            }
         return merges
 
     def _judge(self, merges: Result) -> Result:
@@ -179,9 +182,9 @@ class _Job:
         model = load_model(_first(merges)["path"])
         tokens = self._held_out(PREFILL_TOKENS)
         block = getattr(self.config.prefill, "block_size", 128)
-        selectors = {"row-local": self.config.prefill}
+        selectors = {kind_of(self.config.prefill): self.config.prefill}
         for mode in ("corrected", "official"):
-            selectors[f"FlexPrefill, {mode}"] = FlexPrefillConfig(
+            selectors[f"flex_prefill ({mode})"] = FlexPrefillConfig(
                 coverage=getattr(self.config.prefill, "coverage", 0.95),
                 mode=mode,
                 min_budget=4 * block,

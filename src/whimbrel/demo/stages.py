@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +29,16 @@ class Stages:
         """The result of `work`, kept or made now; one line on stdout says what was done and with what figure."""
         path = self._folder / f"{name}.json"
         kept = self._kept(path)
-        if kept is None:
+        if kept is not None:
+            seconds, result = kept["seconds"], kept["result"]
+        else:
             start = time.perf_counter()
             result = work()
-            kept = {"key": self._key, "seconds": time.perf_counter() - start, "result": result}
-            atomic_write_text(path, json.dumps(kept))
-            note = ""
-        else:
-            note = ", kept"
-        self.seconds += kept["seconds"]
-        print(f"{name:<9} {say(kept['result'])} ({kept['seconds']:.1f} s{note})")
-        sys.stdout.flush()
-        return kept["result"]
+            seconds = time.perf_counter() - start
+            atomic_write_text(path, json.dumps({"key": self._key, "seconds": seconds, "result": result}))
+        self.seconds += seconds
+        print(f"{name:<9} {say(result)} ({seconds:.1f} s{'' if kept is None else ', kept'})", flush=True)
+        return result
 
     def _kept(self, path: Path) -> dict[str, Any] | None:
         try:

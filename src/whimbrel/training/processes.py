@@ -7,16 +7,18 @@ WORLD_SIZE, joined by NCCL on CUDA and gloo on the CPU.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from whimbrel.config import Config
 from whimbrel.errors import ConfigError
+from whimbrel.model import Decoder
 
 
 class Processes(NamedTuple):
@@ -78,13 +80,15 @@ def joined(config: Config) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def shard(model: nn.Module, processes: Processes) -> None:
+def shard(model: Decoder, processes: Processes) -> None:
     """Spread the parameters over the processes with FSDP2: one unit for each block and one for the rest."""
     if processes.world == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # A block returns its state beside its output; nobody changes either in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
