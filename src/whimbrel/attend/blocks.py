@@ -11,7 +11,7 @@ _SLAB_LOGITS = 1 << 19
 """Logits computed at a time: 2 MB in fp32, so that most stay in the second-level cache between the two
 products."""
 
-_LEAST = -87.0
+LEAST_EXPONENT = -87.0
 """Least exponent of a weight. e^-87 is lost when added to a sum that holds a 1, in fp64 too, so it stands for
 the zero of a masked key. On a CPU exp of less, -inf too, takes three to seven times longer: its result is
 subnormal."""
@@ -50,7 +50,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
             logits = torch.bmm(q_blocks[rows], keys.mT)
             logits[..., -size:].add_(future)
             top = logits.detach().amax(-1, keepdim=True)
-            weights = logits.sub_(top).clamp_(min=_LEAST).exp_()
+            weights = logits.sub_(top).clamp_(min=LEAST_EXPONENT).exp_()
             total = weights.sum(-1, keepdim=True)
             y[rows] = torch.bmm(weights, values) / total
             lse[rows] = (top + total.log()).squeeze(-1)

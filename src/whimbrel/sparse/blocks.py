@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whimbrel.attend.blocks import LEAST_EXPONENT
 from whimbrel.attend.plan import Grid
 
-_SLAB_LOGITS = 1 << 23
-"""Logits held at a time, 32 MB in fp32."""
+_SLAB_LOGITS = 1 << 19
+"""Logits held at a time, 2 MB in fp32: about what the second-level cache takes."""
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -28,22 +29,26 @@ def per_key_head(q_BHRD: Tensor, k_BHTD: Tensor) -> Tensor:
 
 def pool(x: Tensor, block_size: int) -> Tensor:
     """Sums over runs of `block_size` along the last axis; the last run may be short."""
-    short = -x.shape[-1] % block_size
-    return torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, block_size)).sum(-1)
+    whole = x.shape[-1] // block_size * block_size
+    sums = x[..., :whole].unflatten(-1, (-1, block_size)).sum(-1)
+    return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], -1)
 
 
 def block_mass(q_BHRD: Tensor, k_BHTD: Tensor, positions: Tensor, *, block_size: int, scale: float) -> Tensor:
-    """Exact attention mass of every key block for some queries: [B, H, R, ceil(T / block_size)], rows sum to
-    1.
+    """Exact attention mass of every key block for some queries: [B, H, R, ceil(T / block_size)], rows sum to 1.
 
     `positions` int64 [R], ascending: absolute positions of the queries; keys behind a query get no mass.
     """
     slab = max(1, _SLAB_LOGITS // (q_BHRD.shape[0] * q_BHRD.shape[1] * k_BHTD.shape[2]))
     parts = []
-    keys = torch.arange(k_BHTD.shape[2], device=q_BHRD.device)
     for q, at in zip(q_BHRD.split(slab, 2), positions.split(slab), strict=True):
-        logits = per_key_head(q * scale, k_BHTD).masked_fill_(keys > at[:, None], -torch.inf)
-        parts.append(pool(logits.softmax(-1), block_size))
+        logits = per_key_head(q * scale, k_BHTD)
+        seen_by_all = int(at[0]) + 1
+        keys = torch.arange(seen_by_all, k_BHTD.shape[2], device=at.device)
+        logits[..., seen_by_all:].masked_fill_(keys > at[:, None], -torch.inf)
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=LEAST_EXPONENT).exp_()
+        sums = pool(weights, block_size)
+        parts.append(sums / sums.sum(-1, keepdim=True))
     return torch.cat(parts, 2)
 
 
