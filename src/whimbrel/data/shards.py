@@ -164,7 +164,10 @@ class TokenShards:
         self.split = split
         self.manifest = read_manifest(self.folder)
         try:
-            info = self.manifest["splits"][split]
+            splits = self.manifest["splits"]
+            if split not in splits:
+                raise DataError(f"{self.folder} has no split '{split}'; use one of {', '.join(splits)}")
+            info = splits[split]
             self._dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
             self.vocab_size: int = self.manifest["vocab_size"]
             self.end_of_text: int = self.manifest["end_of_text"]
@@ -175,7 +178,9 @@ class TokenShards:
             ]
             self.num_tokens: int = info["tokens"]
         except KeyError as error:
-            raise DataError(f"{self.folder / MANIFEST} has no entry {error} for split '{split}'") from error
+            raise DataError(
+                f"{self.folder / MANIFEST} has no entry {error} for split '{split}'; make the shards again"
+            ) from error
         self._ends = np.cumsum([len(m) for m in self._maps])
         found = int(self._ends[-1]) if self._maps else 0
         if found != self.num_tokens:
