@@ -119,9 +119,7 @@ def _token_nats(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, seq_l
     with evaluating(model) as device:
         for part in row_chunks(len(rows), seq_len):
             logits = model(to_tokens(rows[part], device)).logits.float()
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), to_tokens(wanted[part], device).flatten(), reduction="none"
-            )
+            loss = F.cross_entropy(logits.flatten(0, 1), to_tokens(wanted[part], device).flatten(), reduction="none")
             nats[part] = loss.view(-1, seq_len).double().cpu().numpy()
     return nats.reshape(-1)[: len(targets)]
 

@@ -103,4 +103,4 @@ def accuracy_interval(hits: np.ndarray, trials: np.ndarray, *, level: float = LE
     else:
         between = float(count / (count - 1) * np.square(hits - share * trials).sum() / total**2)
         effective = total / max(1.0, between / (share * (1 - share) / total))
-    return wilson(share * effective, effective, level=level)
+    return wilson(share * effective, effective, level=level)._replace(value=share)

@@ -51,14 +51,10 @@ def run_evals(
                 )
                 results[task] = found.summary()
             elif task == "mqar":
-                cells = evaluate_mqar(
-                    model, tokenizer.symbols, pairs=config.mqar_pairs, seq_len=seq_len, **sizes
-                )
+                cells = evaluate_mqar(model, tokenizer.symbols, pairs=config.mqar_pairs, seq_len=seq_len, **sizes)
                 results[task] = [cell._asdict() for cell in cells]
             else:
-                cells = evaluate_needle(
-                    model, shards, tokenizer.symbols, lengths=config.needle_lengths, **sizes
-                )
+                cells = evaluate_needle(model, shards, tokenizer.symbols, lengths=config.needle_lengths, **sizes)
                 results[task] = [cell._asdict() for cell in cells]
             bar.advance()
     return results
