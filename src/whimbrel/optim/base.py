@@ -16,8 +16,8 @@ from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.options import check_options, check_rank
 from whimbrel.optim.sharding import full, local, local_grad, local_part
 
-BATCH_ELEMENTS = 1 << 20
-"""Largest stack of gradients, in elements: matrices above half of it go one by one."""
+BATCH_ELEMENTS = 1 << 18
+"""Largest stack of gradients, in elements, about what a core's cache holds; larger matrices go one by one."""
 
 ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side"}
 """Group keys of the packages `fira` and `galore-torch`, by our names."""
