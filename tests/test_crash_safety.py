@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -147,33 +146,42 @@ def test_disk_that_fills_up_while_saving(tmp_path: Path) -> None:
     assert checkpoint.latest_checkpoint(run) == run / "step-000004"
 
 
-@pytest.mark.parametrize("moment", ["before the swap", "after the swap"])
-def test_killed_while_a_step_is_replaced(moment: str, tmp_path: Path) -> None:
-    """A step saved again is swapped in at once: at every moment one whole version has the name."""
-    code = f"""
+REPLACED = """
 import os, signal, sys, torch
 from torch import nn
 from whimbrel import checkpoint, files
-model = nn.Linear(4, 4)
-optimizer = torch.optim.SGD(model.parameters())
-def save(value):
+
+def save(run, value):
     with torch.no_grad():
         model.weight.fill_(value)
-    checkpoint.save_checkpoint(sys.argv[1], step=5, tokens=0, model=model, optimizer=optimizer, extra={{}},
-                               config_toml="")
-save(1)
-swap = files._exchange
+    checkpoint.save_checkpoint(run, step=5, tokens=0, model=model, optimizer=optimizer, extra={}, config_toml="")
+
 def dying(a, b):
-    if {moment == "after the swap"}:
+    if moment == "after":
         swap(a, b)
     os.kill(os.getpid(), signal.SIGKILL)
-files._exchange = dying
-save(2)
+
+torch.set_num_threads(1)
+model = nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters())
+swap = files._exchange
+for moment in ("before", "after"):
+    run = f"{sys.argv[1]}/{moment}"
+    save(run, 1)
+    child = os.fork()
+    if child == 0:
+        files._exchange = dying
+        save(run, 2)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
-    run = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert checkpoint.latest_checkpoint(run) == run / "step-000005"
-    model = nn.Linear(4, 4)
-    checkpoint.load_checkpoint(run / "step-000005", model=model, optimizer=torch.optim.SGD(model.parameters()))
-    assert bool((model.weight == (2 if moment == "after the swap" else 1)).all())
+
+
+def test_killed_while_a_step_is_replaced(tmp_path: Path) -> None:
+    """A step saved again is swapped in at once: before and after, one whole version has the name."""
+    subprocess.run([sys.executable, "-c", REPLACED, str(tmp_path)], check=True)
+    for moment, value in (("before", 1), ("after", 2)):
+        path = checkpoint.latest_checkpoint(tmp_path / moment)
+        assert path == tmp_path / moment / "step-000005"
+        model = nn.Linear(4, 4)
+        checkpoint.load_checkpoint(path, model=model, optimizer=torch.optim.SGD(model.parameters()))
+        assert bool((model.weight == value).all())
