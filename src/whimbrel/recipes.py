@@ -57,7 +57,7 @@ def tiny_rdn() -> Config:
 def tiny_gdn() -> Config:
     """A plain stack of gated delta-rule layers with the parameters of `tiny-rdn`."""
     base = demo()
-    model = replace(base.model, mixer=GDNConfig(num_heads=3, head_dim=64), softmax_every=0)
+    model = replace(base.model, mixer=GDNConfig(num_heads=3, head_dim=64), softmax_every=0, mlp_size=474)
     return replace(base, name="tiny-gdn", model=model)
 
 
@@ -68,7 +68,7 @@ def tiny_softmax() -> Config:
         base.model,
         mixer=SoftmaxConfig(num_heads=3, num_kv_heads=3, head_dim=64),
         softmax_every=0,
-        mlp_size=576,
+        mlp_size=544,
     )
     return replace(base, name="tiny-softmax", model=model)
 
@@ -105,7 +105,7 @@ def _fira(
             tie_embeddings=False,
             norm_eps=1e-6,
         ),
-        optim=FiraConfig(lr=1e-2, rank=rank, alpha=0.25, refresh_steps=200),
+        optim=FiraConfig(lr=1e-2, rank=rank, min_dim=rank, alpha=0.25, refresh_steps=200),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=steps // 10, min_ratio=0.1),
         data=DataConfig(corpus="data/shards", seq_len=256),
         checkpoint=CheckpointConfig(every_steps=1000),
@@ -179,7 +179,7 @@ def _rdn(
             softmax_every=softmax_every,
             softmax=SoftmaxConfig(num_heads=num_heads, num_kv_heads=max(num_heads // 4, 1), head_dim=128),
         ),
-        optim=FiraConfig(lr=5e-3, rank=256, alpha=0.25, refresh_steps=200),
+        optim=FiraConfig(lr=5e-3, rank=256, min_dim=256, alpha=0.25, refresh_steps=200),
         schedule=ScheduleConfig(warmup_steps=1000),
         data=DataConfig(corpus="data/shards", seq_len=4096),
         checkpoint=CheckpointConfig(every_steps=1000),

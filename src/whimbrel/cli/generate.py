@@ -55,13 +55,13 @@ def main(argv: list[str]) -> int:
 
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     sparse = SparsePrefill(selector or load_run_config(args.model).prefill)
-    ids = tokenizer.encode(text).ids
-    if not ids:
+    ids = tokenizer.encode(text)
+    if not len(ids):
         raise ConfigError("the prompt is empty; give --prompt TEXT or --prompt-file FILE")
     set_prefill(model, sparse)
     out = generate(
         model,
-        torch.tensor([ids]),
+        torch.from_numpy(ids)[None],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import whimbrel
 from whimbrel.bench.results import commit, device_name
 from whimbrel.checkpoint import list_checkpoints
 from whimbrel.config import Config, kind_of, to_toml
@@ -28,6 +29,7 @@ from whimbrel.report import write_report
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.training.loop import annealed, shards_for, train
 from whimbrel.training.metrics import read_metrics
+from whimbrel.training.processes import pick_device
 
 PREFILL_TOKENS = 4096
 PROMPT_TOKENS = 1024
@@ -72,6 +74,7 @@ class _Job:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
         self.constant, self.branch = run_dir / "constant", run_dir / "annealed"
+        self.device = pick_device(config.device)
         self.stages = Stages(run_dir / "stages", to_toml(config))
 
     def run(self) -> Path:
@@ -151,7 +154,7 @@ class _Job:
         scores: dict[str, BpbResult] = {}
         for name, path in models.items():
             scores[name] = evaluate_bpb(
-                load_model(path),
+                load_model(path, device=self.device),
                 shards,
                 seq_len=self.config.data.seq_len,
                 max_tokens=self.config.eval.validation_tokens,
@@ -170,7 +173,7 @@ class _Job:
         merged = _first(merges)
         shards = TokenShards(shards_for(self.config, quiet=True), "validation")
         return run_evals(
-            load_model(merged["path"]),
+            load_model(merged["path"], device=self.device),
             load_tokenizer(merged["path"]),
             shards,
             self.config.eval,
@@ -227,11 +230,14 @@ class _Job:
         return {
             "name": f"Whimbrel {self.config.name}",
             "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-            "hardware": f"{device_name('cpu')}, {memory:.0f} GiB",
+            "hardware": f"{device_name(self.device.type)}, {memory:.0f} GiB",
             "seconds": seconds,
             "tokens": training["tokens"],
             "parameters": training["parameters"],
-            "versions": {name: metadata.version(name) for name in ("whimbrel", "torch", "tokenizers", "safetensors")},
+            "versions": {
+                "whimbrel": whimbrel.__version__,
+                **{name: metadata.version(name) for name in ("torch", "tokenizers", "safetensors")},
+            },
             "commit": commit(),
         }
 

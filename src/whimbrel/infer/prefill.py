@@ -48,7 +48,7 @@ class SparsePrefill:
             rows = torch.linspace(0, q.shape[1] - 1, min(self._audit_rows, q.shape[1])).long().unique()
             mass = plan_coverage(q, k, plan, scale=scale, rows=rows).float()
             mean, low = float(mass.mean()), float(mass.min())
-        self.layers.append(LayerPrefill(float(plan.density().mean()), mean, low, plan))
+        self.layers.append(LayerPrefill(plan.mean_density(), mean, low, plan))
         return y
 
 

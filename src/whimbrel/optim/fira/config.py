@@ -21,7 +21,7 @@ class FiraConfig(OptimConfig):
 
     lr: float = 1e-2
     """Full learning rate, per step, of every group; the schedule scales it."""
-    rank: int = 256
+    rank: int = 128
     """Columns of the basis; at most the smaller side of every low-rank matrix."""
     alpha: float = 0.25
     """Factor on the update inside the basis (`official`) or on the whole update (`paper`)."""

@@ -21,7 +21,7 @@ class GaLoreConfig(OptimConfig):
 
     lr: float = 1e-2
     """Full learning rate, per step, of every group; the schedule scales it."""
-    rank: int = 256
+    rank: int = 128
     """Columns of the basis; at most the smaller side of every low-rank matrix."""
     alpha: float = 0.25
     """Factor on the update of low-rank matrices (arXiv 2403.03507, section 5: 0.25)."""

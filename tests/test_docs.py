@@ -1,0 +1,70 @@
+"""README and docs: every Python block runs, every command of the README runs, every link has a target."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from whimbrel import cli, recipes
+from whimbrel.config import Config, with_overrides
+from whimbrel.testing.tiny import tiny_overrides, write_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "src/whimbrel/**/README.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+
+
+def test_readme_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With every recipe shrunk, in a folder with a text, as a user would type them."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "my-text")
+    monkeypatch.setattr(recipes, "get", tiny_recipe)
+    commands = [line for code in blocks(ROOT / "README.md", "bash") for line in code.splitlines()]
+    commands = [line.partition("#")[0] for line in commands if line.startswith("whimbrel ")]
+    assert len(commands) >= 8
+    for command in commands:
+        argv = [part for word in shlex.split(command)[1:] for part in expand(tmp_path, word)]
+        assert cli.main(argv) == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def tiny_recipe(wanted: str) -> Config:
+    overrides = {key: value for key, value in tiny_overrides(Path("my-text")).items() if key != "name"}
+    # The shards of the README have room for 4096 ids.
+    tiny = with_overrides(recipes.RECIPES["demo"](), overrides | {"model.vocab_size": 4096})
+    return replace(tiny, name=wanted, data=replace(tiny.data, recall_fraction=0.0))
+
+
+def expand(folder: Path, word: str) -> list[str]:
+    """As the shell does it for a pattern."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob(word)) if "*" in word else [word]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_have_targets(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
