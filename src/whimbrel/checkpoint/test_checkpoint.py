@@ -138,6 +138,32 @@ def test_resume_is_exact(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert same_state(optimizer.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.gpu
+def test_resume_is_exact_on_cuda(tmp_path: Path) -> None:
+    """State on the device, step counters in main memory, the device's random state for dropout."""
+    torch.manual_seed(1)
+    model = Net().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(model: Net, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.randint(0, 20, (4, 5), device="cuda")).square().mean().backward()
+        optimizer.step()
+
+    step(model, optimizer)
+    path = save(tmp_path, model, optimizer)
+    step(model, optimizer)
+    again = Net().cuda()
+    resumed = torch.optim.AdamW(again.parameters(), lr=1.0)
+    extra = checkpoint.load_checkpoint(path, model=again, optimizer=resumed)
+    assert {"rng.cpu", "rng.cuda"} <= extra.keys()
+    checkpoint.restore_rng(extra)
+    step(again, resumed)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert same_state(optimizer.state_dict(), resumed.state_dict())
+
+
 def test_state_keeps_its_dtype_and_bits(tmp_path: Path) -> None:
     """torch's own load_state_dict would round float32 state to a bfloat16 parameter's type."""
     model = Net().bfloat16()
