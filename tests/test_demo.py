@@ -1,0 +1,94 @@
+"""The main job on a tiny model: every stage, the page, and no work done twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from whimbrel.config import Config, with_overrides
+from whimbrel.demo import run_demo
+from whimbrel.errors import ConfigError
+from whimbrel.report.schema import check
+
+STAGES = ["data", "train", "anneal", "merge", "judge", "recall", "prefill", "generate"]
+
+
+def test_demo_runs_every_stage_once(tiny: Config, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = run_demo(tiny, tmp_path / "run")
+    assert report is not None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == STAGES
+    judged = json.loads((tmp_path / "run" / "stages" / "judge.json").read_text())["result"]
+    assert set(judged["rows"]) == {"last checkpoint", "SMA", "WMA", "EMA", "annealed"}
+    assert judged["rows"]["last checkpoint"]["difference"] == [0.0, 0.0, 0.0]
+    page = report.read_text(encoding="utf-8")
+    assert f"{judged['rows']['SMA']['bits_per_byte']:.3f}" in page
+    sample = json.loads((tmp_path / "run" / "stages" / "generate.json").read_text())["result"]
+    assert sample["state_bytes_start"] == sample["state_bytes_end"] > 0
+
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step-*/model.safetensors")}
+    start = time.monotonic()
+    assert run_demo(tiny, tmp_path / "run") == report
+    assert time.monotonic() - start < 10
+    again = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("kept)") for line in again)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_demo_that_was_cut_off_goes_on(tiny: Config, tmp_path: Path, capsys, monkeypatch) -> None:
+    from whimbrel.demo import job
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "merge_checkpoints", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tiny, tmp_path / "run")
+    capsys.readouterr()
+    assert run_demo(tiny, tmp_path / "run") is not None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("kept)") for line in lines] == [name in ("data", "train", "anneal") for name in STAGES]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"averaging.last": 9}, "averaging.last = 9 checkpoints every 2 steps reach back beyond steps = 6"),
+        ({"averaging.anneal_steps": 3}, "averaging.anneal_steps = 3 must be below steps = 6 and a multiple of"),
+    ],
+)
+def test_settings_that_leave_nothing_to_compare(
+    tiny: Config, tmp_path: Path, overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        run_demo(with_overrides(tiny, overrides), tmp_path / "run")
+
+
+def test_recorded_comparisons_become_tables(tmp_path: Path) -> None:
+    from whimbrel.bench.results import record
+    from whimbrel.demo.page import comparisons
+
+    assert comparisons(tmp_path) == []
+    for name, values in (("a", (1.0, 1.1)), ("b", (2.0, 2.1))):
+        for seed, value in enumerate(values):
+            params = {"tokens": 100, "seed": seed, "parameters": 7, "chance": 0.1, "setting": "equal"}
+            record("quality-mixers", name, params, "validation loss", value, "bits per byte", out=tmp_path)
+    (table,) = comparisons(tmp_path)
+    assert [row["name"] for row in table["rows"]] == ["a", "b"]
+    assert table["rows"][1]["values"] == {"validation loss": [2.0, 2.1]}
+    header = {
+        "name": "x",
+        "date": "2026-01-01",
+        "hardware": "h",
+        "seconds": 1.0,
+        "tokens": 1,
+        "parameters": 1,
+        "versions": {},
+        "commit": "c",
+    }
+    check({"header": header, "comparisons": [table]})
