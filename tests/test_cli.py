@@ -84,3 +84,28 @@ def test_show_json_and_kinds(capsys) -> None:
     kinds = json.loads(run(capsys, "show", "kinds", "--json")[1])
     assert {"rla", "rdn", "softmax"} <= set(kinds["mixers"])
     assert "fira" in kinds["optim"]
+
+
+def test_merge_by_a_decay_curve_and_by_fractions(capsys, tmp_path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folders = []
+    for i in range(3):
+        folder = tmp_path / f"c{i}"
+        folder.mkdir()
+        save_file({"w": torch.full((5,), float(i))}, folder / "model.safetensors")
+        folders.append(str(folder))
+    explicit = ["merge", *folders, "--method", "explicit", "--weights", "1/3", "1/3", "1/3"]
+    status, out, _ = run(capsys, *explicit, "--out", str(tmp_path / "a"))
+    assert status == 0
+    assert "merged 3 checkpoints by explicit (0.3333, 0.3333, 0.3333)" in out
+    assert load_file(tmp_path / "a" / "model.safetensors")["w"].tolist() == [1.0] * 5
+    status, out, _ = run(
+        capsys, "merge", *folders, "--method", "decay", "--curve", "cosine", "--json", "--out", str(tmp_path / "b")
+    )
+    assert status == 0
+    assert sum(json.loads(out)["weights"]) == pytest.approx(1)
+    status, _, err = run(capsys, "merge", *folders, "--curve", "cosine", "--out", str(tmp_path / "c"))
+    assert status == 2
+    assert "--curve is for --method decay, not 'sma'" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from whimbrel import __version__
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if not debug:
+        warnings.formatwarning = _one_line_warning
     try:
         return _dispatch(args)
     except WhimbrelError as error:
@@ -67,6 +70,12 @@ def _usage() -> str:
         f"commands:\n{verbs}\n\n"
         "whimbrel COMMAND --help tells a command's options; --debug shows the traceback of an error."
     )
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"whimbrel: warning: {' '.join(str(message).split())}\n"
 
 
 def _complain(message: str, status: int) -> int:

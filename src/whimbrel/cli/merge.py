@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from whimbrel.cli.args import parse
+from whimbrel.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,12 @@ class Args:
     """sma, wma, ema, or another kind of the merge family (`whimbrel show kinds`)."""
     alpha: float | None = None
     """Weight of the newest checkpoint in the recursion of `ema`."""
-    weights: tuple[float, ...] = ()
-    """Weights for `--method explicit`, oldest first."""
+    curve: Literal["linear", "cosine", "minus-sqrt"] | None = None
+    """Decay of the learning rate that `--method decay` imitates."""
+    weights: tuple[str, ...] = ()
+    """Weights for `--method explicit`, oldest first: 0.25 or 1/3."""
+    dtype: str | None = None
+    """Type of the averaged floats, e.g. float32 or bfloat16; default: the sources'."""
     memory_limit: int = 256
     """Most memory for buffers, MiB."""
     overwrite: bool = False
@@ -36,9 +42,16 @@ class Args:
 def main(argv: list[str]) -> int:
     """Merge."""
     args = parse(Args, argv, verb="merge")
+    from whimbrel.config import MergeConfig
     from whimbrel.merge import merge_checkpoints
+    from whimbrel.merge.config import DecayConfig
     from whimbrel.progress import track
 
+    method: str | MergeConfig = args.method
+    if args.curve is not None:
+        if args.method != "decay":
+            raise ConfigError(f"--curve is for --method decay, not '{args.method}'; leave it out")
+        method = DecayConfig(curve=args.curve)
     with track("merge", 1, "B") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -48,7 +61,8 @@ def main(argv: list[str]) -> int:
         report = merge_checkpoints(
             args.sources,
             args.out,
-            method=args.method,
+            method=method,
+            dtype=args.dtype,
             alpha=args.alpha,
             weights=args.weights or None,
             memory_limit=args.memory_limit * 2**20,
