@@ -338,7 +338,7 @@ def _choose(documents: Sequence[Document], fraction: float) -> set[str]:
     room = fraction * sum(sizes.values())
     chosen: set[str] = set()
     for doc in documents:
-        if sizes[doc.name] <= room and len(chosen) < len(documents) - 1:
+        if sizes[doc.name] <= room:
             chosen.add(doc.name)
             room -= sizes[doc.name]
     return chosen or {min(sizes, key=lambda name: (sizes[name], name))}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from whimbrel.data.draws import Draws
 from whimbrel.data.shards import TokenShards
-from whimbrel.data.synthetic import IGNORE, mqar, needle
+from whimbrel.data.synthetic import IGNORE, mqar, scattered
 from whimbrel.data.tokenizer import Symbols
 from whimbrel.errors import ConfigError, DataError
 
@@ -17,10 +18,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Purposes of random streams, so that no two share numbers.
-_EPOCH, _ROWS, _MQAR, _NEEDLE = range(4)
+_EPOCH, _ROWS, _RECALL, _TASK = range(4)
 
-_PAIR_COUNTS = (2, 4, 8, 16, 32)
-_MIN_RECALL_LEN = 16
+_MIN_RECALL_LEN = 20
+_TOKENS_PER_NEEDLE = 20
+_SEGMENT = 32
+
+
+class _Kind(NamedTuple):
+    """Sizes that the episodes of a row are drawn from."""
+
+    pairs: tuple[int, ...]
+    spreads: tuple[int, ...]
+    """Tokens after the bindings for each question; 1 leaves no filler between the questions."""
+
+
+# Recall is learnt all at once or not at all. Many short episodes without filler give each step many bindings to
+# learn from; on the demo's model only such a start led there within a few hundred steps. Long episodes, filler
+# and text come after, and some short ones stay for a model that is late.
+_FIRST = _Kind((1, 2), (1,))
+_SECOND = _Kind((1, 2, 4), (1,))
+_LATER = (_SECOND, _Kind((1, 2, 4, 8, 16, 32), (1,)), _Kind((2, 4, 8, 16, 32), (1, 2, 4, 8)))
 
 
 class Batch(NamedTuple):
@@ -41,8 +59,9 @@ class Loader:
     """Batches of text windows and, where asked for, generated recall sequences.
 
     Text is cut into windows of `seq_len` tokens that do not overlap; each epoch visits every window once, in
-    an order that depends on (seed, epoch) alone. `recall_fraction` of a batch's sequences are recall tasks:
-    half of them (rounded up) MQAR, the others text windows with needles. The position in the data is the
+    an order that depends on (seed, epoch) alone. `recall_fraction` of a batch's sequences are recall tasks: in
+    the first `recall_warmup_steps` short MQAR episodes without filler; then in equal parts such episodes,
+    longer ones, ones with filler, and stretches of the text with needles. The position in the data is the
     step and nothing else.
     """
 
@@ -54,8 +73,10 @@ class Loader:
         batch_sequences: int,
         seed: int,
         recall_fraction: float = 0.0,
+        recall_warmup_steps: int = 200,
     ) -> None:
         """seq_len: tokens of a sequence. batch_sequences: sequences of a batch over all processes.
+        recall_fraction: share of them that are recall tasks. recall_warmup_steps: see the class.
 
         Raises ConfigError for sizes that are not allowed, DataError if the text is shorter than one window.
         """
@@ -80,14 +101,15 @@ class Loader:
         self.seq_len = seq_len
         self.batch_sequences = batch_sequences
         self.seed = seed
+        self.recall_warmup_steps = recall_warmup_steps
         self.rank, self.world = 0, 1
         self._symbols = shards.tokenizer().symbols if self.num_recall else None
         self._epoch_orders: dict[int, np.ndarray] = {}
 
     @property
     def windows_per_batch(self) -> int:
-        """Text windows that a batch takes, those with needles included."""
-        return self.batch_sequences - (self.num_recall + 1) // 2
+        """Text windows of a batch."""
+        return self.batch_sequences - self.num_recall
 
     def epochs(self, steps: int) -> float:
         """Passes over the text in `steps` batches."""
@@ -125,15 +147,24 @@ class Loader:
         return Arrays(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
 
     def _row(self, step: int, index: int) -> Arrays:
-        """Row `index` of the batch before the shuffle: plain text, then text with needles, then MQAR."""
-        if index >= self.windows_per_batch:
-            assert self._symbols is not None
-            return _mqar_row((self.seed, _MQAR, step, index), self.seq_len, self._symbols)
-        window = self._window(step * self.windows_per_batch + index)
-        if index >= self.batch_sequences - self.num_recall:
-            assert self._symbols is not None
-            return _needle_row((self.seed, _NEEDLE, step, index), window[:-1], self._symbols)
-        return Arrays(window[:-1], window[1:])
+        """Row `index` of the batch before the shuffle: text first, then recall tasks."""
+        if index < self.windows_per_batch:
+            window = self._window(step * self.windows_per_batch + index)
+            return Arrays(window[:-1], window[1:])
+        return self._recall_row(step, index)
+
+    def _recall_row(self, step: int, index: int) -> Arrays:
+        assert self._symbols is not None
+        draws = Draws(self.seed, _RECALL, step, index)
+        counters = (self.seed, _TASK, step, index)
+        if step < self.recall_warmup_steps:
+            kind = _FIRST if 2 * step < self.recall_warmup_steps else _SECOND
+            return _episodes(counters, self.seq_len, self._symbols, kind)
+        choice = int(draws.below(len(_LATER) + 1, 1)[0])
+        if choice < len(_LATER):
+            return _episodes(counters, self.seq_len, self._symbols, _LATER[choice])
+        start = int(draws.below(self.shards.num_tokens - self.seq_len + 1, 1)[0])
+        return _needles_in_text(counters, self.shards.read(start, start + self.seq_len), self._symbols)
 
     def _window(self, position: int) -> np.ndarray:
         """The text window at `position` of the endless row of epochs, with the token that follows it."""
@@ -146,41 +177,36 @@ class Loader:
         return self.shards.read(start, start + self.seq_len + 1)
 
 
-def _mqar_row(counters: tuple[int, ...], seq_len: int, symbols: Symbols) -> Arrays:
-    draws = Draws(*counters, 0)
-    pairs = _draw_pairs(draws, seq_len // 4)
-    # A query at every later position, which is the densest signal, or at every second or fourth.
-    queries = (seq_len - 2 * pairs) >> int(draws.below(3, 1)[0])
-    made = mqar(
-        *counters,
-        1,
-        batch=1,
-        seq_len=seq_len,
-        num_pairs=pairs,
-        symbols=symbols,
-        num_queries=queries,
-        power=1.0,
-    )
-    return Arrays(made.tokens[0], made.answers[0])
+def _episodes(counters: tuple[int, ...], seq_len: int, symbols: Symbols, kind: _Kind) -> Arrays:
+    """MQAR episodes one after the other, of one size for at least _SEGMENT tokens; each may bind a key anew."""
+    tokens, answers, filled = [], [], 0
+    while filled < seq_len:
+        draws = Draws(*counters, filled)
+        pairs = _pick(draws, [count for count in kind.pairs if 3 * count <= seq_len])
+        length = 2 * pairs + pairs * _pick(draws, kind.spreads)
+        made = mqar(
+            *(*counters, filled, 1),
+            batch=-(-_SEGMENT // length),
+            seq_len=length,
+            num_pairs=pairs,
+            symbols=symbols,
+            power=1.0,
+        )
+        tokens.append(made.tokens.reshape(-1))
+        answers.append(made.answers.reshape(-1))
+        filled += made.tokens.size
+    return Arrays(np.concatenate(tokens)[:seq_len], np.concatenate(answers)[:seq_len])
 
 
-def _needle_row(counters: tuple[int, ...], text: np.ndarray, symbols: Symbols) -> Arrays:
-    """The text with needles in place of its end; text tokens stay targets of the text before them."""
-    pairs = _draw_pairs(Draws(*counters, 0), len(text) // 8)
-    made = needle(
-        *counters,
-        1,
-        text=text[None, : len(text) - 3 * pairs],
-        num_needles=pairs,
-        symbols=symbols,
-        num_queries=pairs,
-    )
+def _needles_in_text(counters: tuple[int, ...], text: np.ndarray, symbols: Symbols) -> Arrays:
+    """The text with bindings and questions in place of its end; text tokens stay targets of those before them."""
+    count = min(len(text) // _TOKENS_PER_NEEDLE, len(symbols.keys), len(symbols.values))
+    made = scattered(*counters, text=text[None, : len(text) - 3 * count], num_needles=count, symbols=symbols)
     tokens, answers = made.tokens[0], made.answers[0]
     following = np.append(tokens[1:], IGNORE)
     marked = np.isin(following, np.concatenate([symbols.keys, symbols.values]))
     return Arrays(tokens, np.where((answers == IGNORE) & ~marked, following, answers))
 
 
-def _draw_pairs(draws: Draws, most: int) -> int:
-    counts = [count for count in _PAIR_COUNTS if count <= most]
-    return counts[int(draws.below(len(counts), 1)[0])]
+def _pick(draws: Draws, choices: Sequence[int]) -> int:
+    return choices[int(draws.below(len(choices), 1)[0])]

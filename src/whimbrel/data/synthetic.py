@@ -111,6 +111,33 @@ def needle(
     return Recall(tokens, answers)
 
 
+def scattered(*counters: int, text: np.ndarray, num_needles: int, symbols: Symbols) -> Recall:
+    """Needles throughout real text, each asked for once, a log-uniform number of text tokens later.
+
+    text: token ids, int64 [B, n]; the result has n + 3 * num_needles tokens. Meant for training: far more
+    questions a sequence than `needle`, at every distance. Raises ConfigError for too few symbols.
+    """
+    batch, length = text.shape
+    _check_pairs("num_needles", num_needles, symbols)
+    draws = Draws(*counters)
+    keys, values = _bindings(draws, batch, num_needles, symbols)
+    places = draws.below(length + 1, batch, num_needles)
+    gaps = np.exp(draws.uniform(batch, num_needles) * np.log(length - places + 1.0)) - 1.0
+    asked = np.minimum(places + gaps.astype(np.int64), length)
+
+    tokens = np.empty((batch, length + 3 * num_needles), dtype=np.int64)
+    answers = np.empty_like(tokens)
+    nothing = np.full(num_needles, IGNORE)
+    for row in range(batch):
+        # At one place of the text all bindings are inserted before all questions.
+        where = np.concatenate([np.repeat(places[row], 2), asked[row]])
+        pairs = np.stack([keys[row], values[row]], axis=1).reshape(-1)
+        tokens[row] = np.insert(text[row], where, np.concatenate([pairs, keys[row]]))
+        marks = np.concatenate([np.repeat(nothing, 2), values[row]])
+        answers[row] = np.insert(np.full(length, IGNORE), where, marks)
+    return Recall(tokens, answers)
+
+
 def _check_pairs(name: str, pairs: int, symbols: Symbols) -> None:
     most = min(len(symbols.keys), len(symbols.values))
     if not 0 < pairs <= most:

@@ -19,8 +19,15 @@ def shards(tmp_path_factory):
     return TokenShards(make_shards(tmp_path_factory.mktemp("data") / "shards", shard_tokens=700), "train")
 
 
-def loader(shards, **changes):
-    return Loader(shards, **({"seq_len": 33, "batch_sequences": 6, "seed": 5, "recall_fraction": 0.5} | changes))
+def loader(shards, *, seq_len=33, batch_sequences=6, seed=5, recall_fraction=0.5, recall_warmup_steps=4) -> Loader:
+    return Loader(
+        shards,
+        seq_len=seq_len,
+        batch_sequences=batch_sequences,
+        seed=seed,
+        recall_fraction=recall_fraction,
+        recall_warmup_steps=recall_warmup_steps,
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(shards):
@@ -65,6 +72,44 @@ def test_no_window_comes_twice_in_an_epoch_and_all_come(shards, seq_len, batch, 
     assert text.epochs(count) == batch
 
 
+def test_recall_sequences_take_no_text_from_the_epoch(shards):
+    mixed = loader(shards, seq_len=40)
+    count = mixed.num_windows
+    rows = [bytes(mixed._row(step, index).tokens) for step in range(-(-count // 3)) for index in range(3)]
+    assert mixed.windows_per_batch == 3
+    assert len(set(rows[:count])) == count
+    assert mixed.epochs(count) == 3
+
+
+def test_recall_sequences_are_spread_over_the_rows(shards):
+    symbols = load_tokenizer(shards.folder).symbols
+    counts = np.zeros(6)
+    for step in range(60):
+        counts += np.isin(loader(shards).arrays(step).tokens, symbols.keys).any(1)
+    assert counts.sum() == 3 * 60
+    assert counts.min() >= 15
+
+
+def test_recall_starts_with_short_episodes_without_filler(shards):
+    """Half of the warm-up with one and two pairs, half with up to four, then everything."""
+    symbols = load_tokenizer(shards.folder).symbols
+    task = loader(shards, seq_len=200, recall_fraction=1.0, batch_sequences=4, recall_warmup_steps=20)
+    runs: dict[str, set[int]] = {"first": set(), "second": set(), "later": set()}
+    with_filler = dict.fromkeys(runs, 0)
+    for step in range(60):
+        name = "first" if step < 10 else "second" if step < 20 else "later"
+        for row in task.arrays(step).tokens:
+            with_filler[name] += int(np.isin(row, symbols.fillers).any())
+            bindings = np.flatnonzero(np.isin(row, symbols.values))
+            breaks = np.flatnonzero(np.diff(bindings) != 2)
+            runs[name] |= set(np.diff(np.concatenate([[-1], breaks])).tolist())
+    assert runs["first"] == {1, 2}
+    assert runs["second"] == {1, 2, 4}
+    assert runs["later"] >= {1, 2, 4, 8, 16, 32}
+    assert with_filler["first"] == with_filler["second"] == 0
+    assert 0.3 < with_filler["later"] / 160 < 0.7
+
+
 def test_epochs_differ_in_order(shards):
     text = loader(shards, batch_sequences=1, recall_fraction=0.0)
     orders = [[text._window(e * text.num_windows + i).tolist() for i in range(text.num_windows)] for e in range(2)]
@@ -81,7 +126,7 @@ def test_text_targets_are_the_next_tokens(shards):
 def test_the_share_of_recall_sequences_is_as_asked(shards, fraction, batch, count):
     symbols = load_tokenizer(shards.folder).symbols
     mixed = loader(shards, recall_fraction=fraction, batch_sequences=batch, seq_len=64)
-    for step in range(4):
+    for step in (0, 1, 3, 4, 5, 6, 40):
         arrays = mixed.arrays(step)
         assert np.isin(arrays.tokens, symbols.keys).any(1).sum() == count == mixed.num_recall
         answered = np.isin(arrays.targets, symbols.values)
@@ -97,7 +142,7 @@ def test_the_share_of_recall_sequences_is_as_asked(shards, fraction, batch, coun
 def test_targets_of_recall_sequences_are_answers_or_the_text(shards):
     """Bindings and noise cannot be predicted, so nothing asks for them."""
     symbols = load_tokenizer(shards.folder).symbols
-    for step in range(6):
+    for step in range(12):
         arrays = loader(shards, recall_fraction=1.0, seq_len=64).arrays(step)
         assert not np.isin(arrays.targets, symbols.keys).any()
         asked = arrays.targets[:, :-1]
@@ -123,8 +168,8 @@ def test_batches_are_tensors_of_their_own(shards):
         ({"batch_sequences": 0}, "batch_sequences = 0 is not allowed; use a positive number"),
         ({"recall_fraction": 1.5}, "data.recall_fraction = 1.5 is not allowed; use a share from 0 to 1"),
         (
-            {"seq_len": 15},
-            "data.seq_len = 15 is too short for recall tasks; use at least 16, or data.recall_fraction = 0",
+            {"seq_len": 19},
+            "data.seq_len = 19 is too short for recall tasks; use at least 20, or data.recall_fraction = 0",
         ),
     ],
 )

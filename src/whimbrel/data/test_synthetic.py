@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whimbrel.data.draws import Draws
-from whimbrel.data.synthetic import IGNORE, mqar, needle
+from whimbrel.data.synthetic import IGNORE, mqar, needle, scattered
 from whimbrel.data.tokenizer import Symbols
 from whimbrel.errors import ConfigError
 
@@ -114,6 +114,31 @@ def test_needles_keep_the_text_and_are_asked_at_its_end(needles, length, seed, d
         if depth is not None:
             place = row.tolist().index(row[-queries])
             assert np.isin(row[:place], SYMBOLS.fillers).sum() == round(depth * length)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 80), st.integers(0, 9))
+def test_scattered_needles_are_each_asked_once_behind_their_binding(needles, length, seed):
+    text = SYMBOLS.fillers[Draws(seed, 77).below(40, 3, length)]
+    made = scattered(seed, text=text, num_needles=needles, symbols=SYMBOLS)
+    assert made.tokens.shape == made.answers.shape == (3, length + 3 * needles)
+    bound_values(made.tokens, made.answers)
+    for row, answers, original in zip(made.tokens, made.answers, text, strict=True):
+        assert row[np.isin(row, SYMBOLS.fillers)].tolist() == original.tolist()
+        questions = np.flatnonzero(answers != IGNORE)
+        assert len(set(row[questions])) == len(questions) == needles
+        for place in questions:
+            assert row.tolist().index(row[place]) < place
+
+
+def test_scattered_questions_come_at_every_distance():
+    text = np.full((200, 1000), SYMBOLS.fillers[0])
+    made = scattered(1, text=text, num_needles=8, symbols=SYMBOLS)
+    gaps = []
+    for row, answers in zip(made.tokens, made.answers, strict=True):
+        gaps += [p - row.tolist().index(row[p]) for p in np.flatnonzero(answers != IGNORE)]
+    shares = np.histogram(gaps, [0, 4, 16, 64, 256, 2000])[0] / len(gaps)
+    assert shares.min() > 0.08
 
 
 @pytest.mark.parametrize(
