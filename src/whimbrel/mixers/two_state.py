@@ -119,9 +119,13 @@ def chunked(
     chunk_size: int,
 ) -> Out:
     """The chunkwise parallel form; with `delta` both states obey the delta rule (RDN), else they add (RLA)."""
-    layout = chunks.Layout.of(q, cu_seqlens, chunk_size)
-    base, residual = (None, None) if state is None else state
-    y, base, residual = _Chunked.apply(layout, rule, delta, q, k, v, log_decay, beta, gamma, base, residual)
+    y, base, residual = chunks.in_tiles(
+        lambda layout, *tensors: _Chunked.apply(layout, rule, delta, *tensors),
+        (q, k, v, log_decay, beta, gamma),
+        state or (None, None),
+        cu_seqlens,
+        chunk_size,
+    )
     return Out(y, State(base, residual))
 
 
@@ -165,8 +169,10 @@ class _Chunked(torch.autograd.Function):
             first = chunks.scan(g, values, beta_c, layout.enter(base, values, shape), delta=delta, want_seen=True)
             assert first.seen is not None
             left = torch.addcmul(values, g.alpha, first.seen, value=-1) if rule.decayed else values - first.seen
-            inside = None if rule.clip is None else left.abs() <= rule.clip
+            inside = None
             if rule.clip is not None:
+                if any(ctx.needs_input_grad):
+                    inside = left.abs() <= rule.clip
                 left.clamp_(-rule.clip, rule.clip)
             second = chunks.scan(g, left, gamma_c, layout.enter(residual, values, shape), delta=delta, want_seen=False)
             correction = chunks.read_after(g, x, second)

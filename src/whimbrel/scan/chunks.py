@@ -8,7 +8,7 @@ Shapes: X = chunks * value heads, C tokens in a chunk, K and V the dims of keys 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DEFAULT_CHUNK = 64
-"""Tokens in a chunk; measured on CPU for head dims of 32 to 128."""
+DEFAULT_CHUNK = 32
+"""Tokens in a chunk; the fastest of 16, 32, 64 and 128 on a CPU for head dims of 48 and 64."""
+
+TILE = 1 << 18
+"""Elements of a [tokens, heads, dim] tensor that are worked on at a time on a CPU: what its caches hold."""
 
 # exp underflows to 0 in fp64 below -745, so no decay changes; without a floor, -inf would turn into NaN in G_i - G_j.
 _LOG_ZERO = -1000.0
+_LOG_LEAST = -60.0
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
@@ -47,11 +51,6 @@ class Layout:
     """Packed only: [T], the place of each token in `rows`, flattened."""
     order: Tensor | None = None
     """Packed only: [N], the sequences, longest first."""
-
-    @classmethod
-    def of(cls, q: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Layout:
-        """The layout of tensors shaped like q [B, T, ...]."""
-        return cls.dense(q.shape[0], q.shape[1], chunk) if cu_seqlens is None else cls.packed(cu_seqlens, chunk)
 
     @classmethod
     def dense(cls, batch: int, time: int, chunk: int) -> Layout:
@@ -110,18 +109,17 @@ class Layout:
         return out.view(self.batch, len(self.counts) * self.chunk, heads, *tail)[:, : self.time]
 
     def enter(self, state: Tensor | None, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """A state [N, HV, K, V] (zeros where None) as a fresh [N * HV, K, V] in the order of the scan."""
+        """A state [N, HV, K, V] (zeros where None) as [N * HV, K, V] in the order of the scan."""
         if state is None:
             return like.new_zeros(shape).flatten(0, 1)
         state = state.to(like.dtype)
-        ordered = state.clone() if self.order is None else state[self.order]
-        return ordered.reshape(-1, *shape[2:])
+        return (state if self.order is None else state[self.order]).flatten(0, 1)
 
     def leave(self, state: Tensor, value_heads: int) -> Tensor:
         """The inverse of `enter`."""
-        state = state.unflatten(0, (-1, value_heads))
+        state = state.unflatten(0, (self.sequences, value_heads))
         if self.order is None:
-            return state
+            return state.clone()
         out = torch.empty_like(state)
         out[self.order] = state
         return out
@@ -130,6 +128,41 @@ class Layout:
     def sequences(self) -> int:
         """How many sequences there are, empty ones included."""
         return self.batch if self.order is None else self.order.numel()
+
+
+def in_tiles(
+    run: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    """run(layout, *tensors, *states) -> (y, *states), on a CPU in parts that stay in its caches.
+
+    `tensors` begins with q [B, T, H, K], k and v [B, T, HV, V]. Parts are batch rows, and stretches of whole chunks
+    of a row, between which the states are handed on; the results are those of a single run.
+    """
+    q, _, v, *_ = tensors
+    batch, time, value_heads = v.shape[:3]
+    tokens = TILE // (value_heads * max(q.shape[3], v.shape[3], 1))
+    if cu_seqlens is not None:
+        return run(Layout.packed(cu_seqlens, chunk), *tensors, *states)
+    if q.device.type != "cpu" or batch * time <= tokens:
+        return run(Layout.dense(batch, time, chunk), *tensors, *states)
+    rows, stretch = max(1, tokens // time), max(1, tokens // chunk) * chunk
+    parts = []
+    for n, part in enumerate(zip(*(x.split(rows) for x in tensors))):
+        now = [None if s is None else s[n * rows : (n + 1) * rows] for s in states]
+        outputs = []
+        for piece in zip(*(x.split(stretch, 1) for x in part)):
+            y, *now = run(Layout.dense(*piece[0].shape[:2], chunk), *piece, *now)
+            outputs.append(y)
+        parts.append((_joined(outputs, 1), *now))
+    return tuple(_joined(x, 0) for x in zip(*parts))
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 class Ground(NamedTuple):
@@ -162,13 +195,27 @@ def ground(layout: Layout, k: Tensor, log_decay: Tensor) -> Ground:
     log_decay = log_decay.clamp(min=_LOG_ZERO)
     until = log_decay.cumsum(-1)
     before = until - log_decay
-    # The differences are formed in fp64: both terms grow over the chunk while the difference may stay small.
-    between = (before[:, :, None] - until[:, None, :]).to(k.dtype).clamp_(max=0).exp_().tril_(-1)
     total = until[:, -1:]
-    alpha, before, after, whole = (x.exp().to(k.dtype)[..., None] for x in (log_decay, before, total - until, total))
+    alpha = log_decay.exp().to(k.dtype)[..., None]
+    before_, after, whole = (_decay(x).to(k.dtype)[..., None] for x in (before, total - until, total))
+    # Both terms of a difference grow over the chunk while it may stay small, so they come in two parts each.
+    (high_i, low_i), (high_j, low_j) = _parts(before, k.dtype), _parts(until, k.dtype)
+    between = (high_i[:, :, None] - high_j[:, None, :]).add_(low_i[:, :, None]).sub_(low_j[:, None, :])
+    between = _decay(between).tril_(-1)
     keys = torch.bmm(k, k.mT).mul_(between)
     steps = [n * value_heads for n in layout.counts]
-    return Ground(steps, k, alpha, before, after, whole, between, keys, k * before, k * after)
+    return Ground(steps, k, alpha, before_, after, whole, between, keys, k * before_, k * after)
+
+
+def _decay(log: Tensor) -> Tensor:
+    """exp(log), and 1e-26 for anything less: subnormal factors make products 100 times slower."""
+    return log.clamp(_LOG_LEAST, 0).exp_()
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp64 x as a sum of two tensors of `dtype`."""
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)
 
 
 class Stream(NamedTuple):
@@ -178,14 +225,16 @@ class Stream(NamedTuple):
     """[X, C, 1]: how much of the error is written (beta or gamma)."""
     solve: Tensor | None
     """[X, C, C]: `resolvent`, for a stream that obeys the delta rule; None for one that adds its values."""
-    error: Tensor
-    """[X, C, V]: what is written at rate 1: the values, minus alpha * seen for the delta rule."""
+    values: Tensor
+    """[X, C, V]."""
     write: Tensor
-    """[X, C, V]: rate * error."""
+    """[X, C, V]: rate * values, for the delta rule rate * (values - alpha * seen)."""
     seen: Tensor | None
     """[X, C, V]: S_(t-1) k_t, the prediction at the key, before the token's own decay and write."""
     starts: Tensor
     """[X, K, V]: the state at the start of every chunk."""
+    ends: Tensor
+    """[X, K, V]: the state at the end of every chunk."""
     final: Tensor
     """[N * HV, K, V]: the state after the last token."""
 
@@ -196,38 +245,54 @@ def resolvent(g: Ground, rate: Tensor) -> Tensor:
 
 
 def scan(g: Ground, v: Tensor, rate: Tensor, state: Tensor, *, delta: bool, want_seen: bool) -> Stream:
-    """Send a state through the chunks; `state` [N * HV, K, V] is overwritten.
+    """Send a state [N * HV, K, V] through the chunks.
 
     v [X, C, V] and rate [X, C, 1]. With `delta` the delta rule corrects what is written, else v is added as it is.
     `seen` is returned where the delta rule needs it anyhow or `want_seen` asks for it.
     """
-    starts = v.new_empty(v.shape[0], *state.shape[1:])
+    states, blocks = _blocks(g.steps, state)
+    blocks[0].copy_(state)
+    nexts, whole = blocks[1:], g.whole.split(g.steps)
     if not delta:
         write = rate * v
-        _carry(g.steps, starts, torch.bmm(g.tails.mT, write), g.whole, state)
+        for now, added, decay, next_ in zip(blocks, torch.bmm(g.tails.mT, write).split(g.steps), whole, nexts):
+            torch.addcmul(added, now[: len(added)], decay, out=next_)
+        starts, ends, final = _read_blocks(g.steps, states, blocks)
         seen = torch.bmm(g.heads, starts).baddbmm_(g.keys, write) if want_seen else None
-        return Stream(rate, None, v, write, seen, starts, state)
+        return Stream(rate, None, v, write, seen, starts, ends, final)
     solve = resolvent(g, rate)
     scaled, shrink = rate * v, rate * g.alpha
     seen, write = torch.empty_like(v), torch.empty_like(v)
-    parts = (x.split(g.steps) for x in (starts, g.heads, g.tails, solve, scaled, shrink, g.whole, seen, write))
-    for start, head, tail, z, want, cut, whole, p, u in zip(*parts):
-        s = state[: start.shape[0]]
-        start.copy_(s)
-        h = torch.bmm(head, s)
+    parts = (x.split(g.steps) for x in (g.heads, g.tails.mT, solve, scaled, shrink, seen, write))
+    for now, decay, next_, head, tail, z, want, cut, p, u in zip(blocks, whole, nexts, *parts):
+        now = now[: len(head)]
+        h = torch.bmm(head, now)
         torch.baddbmm(h, z, torch.addcmul(want, cut, h, value=-1), out=p)
         torch.addcmul(want, cut, p, value=-1, out=u)
-        s.mul_(whole).baddbmm_(tail.mT, u)
-    return Stream(rate, solve, torch.addcmul(v, g.alpha, seen, value=-1), write, seen, starts, state)
+        torch.mul(now, decay, out=next_).baddbmm_(tail, u)
+    return Stream(rate, solve, v, write, seen, *_read_blocks(g.steps, states, blocks))
 
 
-def _carry(steps: list[int], held: Tensor, added: Tensor, whole: Tensor, state: Tensor, *, back: bool = False) -> None:
-    """For every chunk in turn: held = state, then state = whole * state + added, in place."""
-    parts = list(zip(held.split(steps), added.split(steps), whole.split(steps)))
-    for hold, add, decay in reversed(parts) if back else parts:
-        s = state[: hold.shape[0]]
-        hold.copy_(s)
-        s.mul_(decay).add_(add)
+def _blocks(steps: list[int], state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Room for the states of a scan, and its parts: the initial state, then the ends of the chunks of every step.
+
+    Sequences stand longest first, so the leading entries of a part are the starts of the next step's chunks, and
+    what is left over is final.
+    """
+    sizes = [len(state), *steps]
+    room = state.new_empty(sum(sizes), *state.shape[1:])
+    return room, list(room.split(sizes))
+
+
+def _read_blocks(steps: list[int], room: Tensor, blocks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The starts and the ends of the chunks, and the final states."""
+    ends = room[len(blocks[0]) :]
+    if len(set(steps)) <= 1 and steps[:1] == [len(blocks[0])]:
+        return room[: len(ends)], ends, blocks[-1]
+    counts = [*steps, 0]
+    starts = torch.cat([block[:n] for block, n in zip(blocks, counts)])
+    final = torch.cat([block[n:] for block, n in reversed(list(zip(blocks, counts)))])
+    return starts, ends, final
 
 
 class Pull(NamedTuple):
@@ -251,35 +316,41 @@ def scan_back(g: Ground, stream: Stream, write: Tensor, seen: Tensor | None, sta
     """Carry cotangents back through `scan`.
 
     write [X, C, V], seen [X, C, V] and starts [X, K, V] are the cotangents from outside the scan, final
-    [N * HV, K, V] that of the final state; write and final are overwritten.
+    [N * HV, K, V] that of the final state; write is overwritten.
     """
-    ends = torch.empty_like(starts)
+    room, blocks = _blocks(g.steps, final)
+    for block, n in zip(blocks, [*g.steps, 0]):
+        if n < len(block):
+            block[n:].copy_(final[n : len(block)])
+    ends, initial, whole = room[len(final) :], blocks[0], g.whole.split(g.steps)
     if stream.solve is None:
         if seen is not None:
             starts = torch.baddbmm(starts, g.heads.mT, seen)
-            write = write.baddbmm_(g.keys.mT, seen)
-        _carry(g.steps, ends, starts, g.whole, final, back=True)
+        for now, added, decay, end in reversed(list(zip(blocks, starts.split(g.steps), whole, blocks[1:]))):
+            torch.addcmul(added, end, decay, out=now[: len(added)])
         write = write.baddbmm_(g.tails, ends)
-        return _pull(stream, write, seen, ends, final)
+        if seen is not None:
+            write = write.baddbmm_(g.keys.mT, seen)
+        return _pull(stream, stream.values, write, seen, ends, initial)
     shrink = stream.rate * g.alpha
     outside = torch.zeros_like(write) if seen is None else seen
     total = torch.empty_like(write)
-    parts = (
-        x.split(g.steps) for x in (ends, starts, g.heads, g.tails, stream.solve, shrink, g.whole, write, outside, total)
-    )
-    for end, start, head, tail, z, cut, whole, du, dx, dp in reversed(list(zip(*parts))):
-        s = final[: end.shape[0]]
-        end.copy_(s)
-        du.baddbmm_(tail, s)
-        du.baddbmm_(z.mT, torch.addcmul(dx, cut, du, value=-1))
+    parts = (x.split(g.steps) for x in (starts, g.heads.mT, g.tails, stream.solve.mT, shrink, write, outside, total))
+    for now, decay, end, added, head, tail, z, cut, du, dx, dp in reversed(
+        list(zip(blocks, whole, blocks[1:], *parts))
+    ):
+        du.baddbmm_(tail, end)
+        du.baddbmm_(z, torch.addcmul(dx, cut, du, value=-1))
         torch.addcmul(dx, cut, du, value=-1, out=dp)
-        s.mul_(whole).add_(start).baddbmm_(head.mT, dp)
-    return _pull(stream, write, total, ends, final)
+        torch.addcmul(added, end, decay, out=now[: len(added)]).baddbmm_(head, dp)
+    assert stream.seen is not None
+    error = torch.addcmul(stream.values, g.alpha, stream.seen, value=-1)
+    return _pull(stream, error, write, total, ends, initial)
 
 
-def _pull(stream: Stream, write: Tensor, seen: Tensor | None, ends: Tensor, initial: Tensor) -> Pull:
+def _pull(stream: Stream, error: Tensor, write: Tensor, seen: Tensor | None, ends: Tensor, initial: Tensor) -> Pull:
     level = None if seen is None or stream.seen is None else row_dot(stream.seen, seen)
-    return Pull(write, seen, ends, initial, row_dot(write, stream.error), level)
+    return Pull(write, seen, ends, initial, row_dot(write, error), level)
 
 
 class Query(NamedTuple):
@@ -355,7 +426,7 @@ def shared_gradients(g: Ground, x: Query, reads: Sequence[Read], own: Tensor | N
         if r.pull.level is not None:
             rising += r.pull.level
         falling -= r.stream.rate[..., 0] * r.pull.rate
-        falling[:, -1] += torch.einsum("xkv,xkv->x", r.pull.ends, _ends(g.steps, r.stream))
+        falling[:, -1] += row_dot(r.pull.ends, r.stream.ends).sum(-1)
     # `until` of token i is the sum of log_decay up to i, `before` the same without i.
     total = rising + falling
     return Gradients(dq, dk, log_decay + total.flip(-1).cumsum(-1).flip(-1) - rising)
@@ -368,18 +439,6 @@ def _sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         total = torch.bmm(a, b.mT) if total is None else total.baddbmm_(a, b.mT)
     assert total is not None
     return total
-
-
-def _ends(steps: list[int], stream: Stream) -> Tensor:
-    """[X, K, V]: the state at the end of every chunk: the next start, or the final state where none follows."""
-    starts = stream.starts.split(steps)
-    parts = []
-    for n, here in enumerate(steps):
-        following = steps[n + 1] if n + 1 < len(steps) else 0
-        if following:
-            parts.append(starts[n + 1])
-        parts.append(stream.final[following:here])
-    return torch.cat(parts) if parts else stream.starts
 
 
 def keep(ctx: Any, *parts: tuple) -> None:

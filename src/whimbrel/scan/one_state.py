@@ -55,8 +55,13 @@ def chunked(
     chunk_size: int,
 ) -> Out:
     """The chunkwise parallel form; with `delta` the state obeys the delta rule, else it adds."""
-    layout = chunks.Layout.of(q, cu_seqlens, chunk_size)
-    y, state = _Chunked.apply(layout, scale, delta, q, k, v, log_decay, beta, state)
+    y, state = chunks.in_tiles(
+        lambda layout, *tensors: _Chunked.apply(layout, scale, delta, *tensors),
+        (q, k, v, log_decay, beta),
+        (state,),
+        cu_seqlens,
+        chunk_size,
+    )
     return Out(y, state)
 
 

@@ -55,9 +55,9 @@ def _recur(
     R: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y_BTHV = [v_BTH1V[:, :0, :, 0]]
-    for t in range(v_BTH1V.shape[1]):
-        q, k, v = q_BTH1K[:, t], k_BTH1K[:, t], v_BTH1V[:, t]
-        a, b, c = alpha_BTH11[:, t], beta_BTH11[:, t], gamma_BTH11[:, t]
+    for q, k, v, a, b, c in zip(
+        *(x.unbind(1) for x in (q_BTH1K, k_BTH1K, v_BTH1V, alpha_BTH11, beta_BTH11, gamma_BTH11))
+    ):
         base = q @ S
         p = k @ S
         r = v - a * p if rule.decayed else v - p

@@ -38,8 +38,7 @@ def _recur(
     q_BTH1K: Tensor, k_BTH1K: Tensor, v_BTH1V: Tensor, alpha_BTH11: Tensor, beta_BTH11: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
     y_BTHV = [v_BTH1V[:, :0, :, 0]]
-    for t in range(v_BTH1V.shape[1]):
-        q, k, v, a, b = q_BTH1K[:, t], k_BTH1K[:, t], v_BTH1V[:, t], alpha_BTH11[:, t], beta_BTH11[:, t]
+    for q, k, v, a, b in zip(*(x.unbind(1) for x in (q_BTH1K, k_BTH1K, v_BTH1V, alpha_BTH11, beta_BTH11))):
         S = a * S + b * k.mT @ v
         y_BTHV.append((q @ S).transpose(1, 2))
     return torch.cat(y_BTHV, 1), S
