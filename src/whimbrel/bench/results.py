@@ -6,6 +6,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import os
 import platform
 import re
 import subprocess
@@ -116,7 +117,12 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout this package lies in, with "+" for uncommitted code; "unknown" elsewhere."""
+    """Short hash of the checkout this package lies in, with "+" for uncommitted code; "unknown" elsewhere.
+
+    WHIMBREL_COMMIT names it for a copy that was made without the checkout's history.
+    """
+    if "WHIMBREL_COMMIT" in os.environ:
+        return os.environ["WHIMBREL_COMMIT"]
 
     def git(*arguments: str) -> str | None:
         try:

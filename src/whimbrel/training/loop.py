@@ -102,6 +102,7 @@ class _Trainer:
             batch_sequences=config.batch_sequences,
             seed=config.seed,
             recall_fraction=config.data.recall_fraction,
+            recall_warmup_steps=config.data.recall_warmup_steps,
         ).rank_slice(processes.rank, processes.world)
         self.model = build_model(config.model, seed=config.seed).to(processes.device)
         shard(self.model, processes)
