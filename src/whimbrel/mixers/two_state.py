@@ -63,6 +63,18 @@ def checked_rule(
     return Rule(clip, default_scale(scale, q.shape[3]), combine == "gated", residual == "decayed")
 
 
+def both_states(
+    state: State | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Base and residual [N, HV, K, V] in `dtype`, zeros where `state` is None."""
+    if state is None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        zero = q.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+        return zero, zero
+    assert state.residual is not None
+    return state.base.to(dtype), state.residual.to(dtype)
+
+
 def step(
     q: Tensor,
     k: Tensor,
@@ -84,10 +96,7 @@ def step(
     )
     with torch.autocast(q.device.type, enabled=False):
         alpha, q_ = log_alpha.exp(), q_ * rule.scale
-        if state is None:
-            zero = v_.new_zeros(*k_.shape, v_.shape[-1])
-            state = State(zero, zero)
-        base, residual = (s.to(dtype) for s in state)
+        base, residual = both_states(state, q, v, None, dtype)
         probes = torch.stack((k_, q_), -2)
         p, base_read = (probes @ base).unbind(-2)
         p_residual, residual_read = (probes @ residual).unbind(-2)
@@ -189,7 +198,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dbase: Tensor, dresidual: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
+        dy, dbase, dresidual = grad_outputs
         layout, rule, delta, heads = ctx.layout, ctx.rule, ctx.delta, ctx.heads
         g, x, first, second, rest = chunks.kept(ctx)
         value_heads, dtype = dy.shape[2], g.k.dtype

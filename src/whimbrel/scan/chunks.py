@@ -155,7 +155,7 @@ def in_tiles(
         now = [None if s is None else s[n * rows : (n + 1) * rows] for s in states]
         outputs = []
         for piece in zip(*(x.split(stretch, 1) for x in part)):
-            y, *now = run(Layout.dense(*piece[0].shape[:2], chunk), *piece, *now)
+            y, *now = run(Layout.dense(piece[0].shape[0], piece[0].shape[1], chunk), *piece, *now)
             outputs.append(y)
         parts.append((_joined(outputs, 1), *now))
     return tuple(_joined(x, 0) for x in zip(*parts))

@@ -101,7 +101,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
+        dy, dstate = grad_outputs
         layout, heads, value_heads = ctx.layout, ctx.heads, dy.shape[2]
         g, x, stream, rest = chunks.kept(ctx)
         with torch.autocast(dy.device.type, enabled=False):
@@ -123,12 +124,12 @@ class _Chunked(torch.autograd.Function):
             reads = [chunks.Read(stream, pull, before)]
             dq, dk, dlog = chunks.shared_gradients(g, x, reads, down, dlog)
             *types, state_type = ctx.dtypes
-            grads = (dq.mul_(ctx.scale), dk, stream.rate * pull.write, dlog, pull.rate)
+            results = (dq.mul_(ctx.scale), dk, stream.rate * pull.write, dlog, pull.rate)
             counts = (heads, heads, value_heads, value_heads, value_heads)
             return (
                 None,
                 None,
                 None,
-                *(layout.join(d, n, value_heads, t) for d, n, t in zip(grads, counts, types)),
+                *(layout.join(d, n, value_heads, t) for d, n, t in zip(results, counts, types)),
                 None if state_type is None else layout.leave(pull.initial, value_heads).to(state_type),
             )

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from whimbrel.mixers.two_state import Rule
+from whimbrel.mixers.two_state import Rule, both_states
 from whimbrel.scan.base import Out, State
 from whimbrel.scan.common import by_sequence, compute_dtype, in_rows
 
@@ -30,14 +30,10 @@ def rla_reference(
     """As `whimbrel.mixers.rla.rla` with checked arguments; autograd differentiates it."""
     heads, dtype = v.shape[2], compute_dtype(q, log_decay, beta, gamma, *(state or ()))
     gates = (x[..., None, None] for x in (log_decay.double().exp(), beta.double(), gamma.double()))
-    if state is None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        zero = q.new_zeros(sequences, heads, q.shape[3], v.shape[3])
-        state = State(zero, zero)
     y, base, residual = by_sequence(
         partial(_recur, rule),
         (*in_rows(heads, q.double() * rule.scale, k, v), *gates),
-        [s.double() for s in state],
+        both_states(state, q, v, cu_seqlens, torch.float64),
         cu_seqlens,
     )
     return Out(y.to(v.dtype), State(base.to(dtype), residual.to(dtype)))

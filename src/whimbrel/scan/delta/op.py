@@ -40,7 +40,7 @@ def delta_scan(
     differentiable once in all tensors, the state included.
 
     Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
-    This is the recurrence of Gated DeltaNet (arXiv 2412.06464, equation 10).
+    This is the recurrence of Gated DeltaNet (arXiv 2412.06464).
     """
     gates = {"log_decay": log_decay, "beta": beta}
     check_inputs("delta_scan", q, k, v, gates, {"state": state}, cu_seqlens)

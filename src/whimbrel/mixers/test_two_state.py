@@ -1,0 +1,107 @@
+"""What RLA and RDN have in common: their options, their messages, their single step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from whimbrel.errors import ConfigError
+from whimbrel.mixers.base import State
+from whimbrel.mixers.rdn import rdn, rdn_step
+from whimbrel.mixers.rla import rla, rla_step
+from whimbrel.testing.budget import assert_close
+from whimbrel.testing.recurrence import FP64, RECURRENCES, Shape, make_inputs
+
+BOTH = {"rla": (rla, rla_step), "rdn": (rdn, rdn_step)}
+both = pytest.mark.parametrize("name", BOTH)
+
+
+def inputs_of(name: str, **sizes: int) -> tuple[list[torch.Tensor], State]:
+    inputs = make_inputs(RECURRENCES[name], Shape(**sizes))
+    return inputs.tensors, State(*inputs.states)
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combine": "gate"}, "combine = 'gate' is unknown; choose one of gated, sum; did you mean 'gated'?"),
+        (
+            {"residual": "decay"},
+            "residual = 'decay' is unknown; choose one of undecayed, decayed; did you mean 'decayed'?",
+        ),
+        ({"clip": 0.0}, "clip = 0.0 is not allowed; give a number above 0, or None for no clipping"),
+        ({"clip": float("nan")}, "clip = nan is not allowed; give a number above 0, or None for no clipping"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    tensors, state = inputs_of(name)
+    op, step = BOTH[name]
+    with pytest.raises(ConfigError) as error:
+        op(*tensors, state=state, **options)
+    assert str(error.value) == f"{name}: {message}"
+    with pytest.raises(ConfigError) as error:
+        step(*(x[:, 0] for x in tensors), state=state, **options)
+    assert str(error.value) == f"{name}_step: {message}"
+
+
+@both
+def test_half_a_state_is_refused(name):
+    tensors, state = inputs_of(name)
+    for half in (State(state.base, None), state.base, (state.base,)):
+        with pytest.raises(ConfigError) as error:
+            BOTH[name][0](*tensors, state=half)  # pyrefly: ignore
+        assert (
+            str(error.value) == f"{name}: state lacks one of its two parts; give State(base, residual) of two tensors"
+        )
+
+
+@both
+@pytest.mark.parametrize("with_state", [True, False])
+def test_step_function_is_the_operation_at_one_token(name, with_state):
+    tensors, state = inputs_of(name, time=1, value_heads=4)
+    op, step = BOTH[name]
+    options = {"clip": 0.5, "combine": "sum", "residual": "decayed", "scale": 0.7}
+    want = op(*tensors, state=state if with_state else None, impl="reference", **options)
+    got = step(*(x[:, 0] for x in tensors), state=state if with_state else None, **options)
+    assert_close("y", want.y[:, 0], got.y, FP64)
+    assert_close("base", want.state.base, got.state.base, FP64)
+    assert_close("residual", want.state.residual, got.state.residual, FP64)
+
+
+@both
+def test_without_gamma_only_the_base_is_read(name):
+    """gamma = 0: the second state stays empty, and y is alpha S_(t-1) q, the read before the token's own write."""
+    (q, k, v, log_decay, beta, gamma), _ = inputs_of(name)
+    scan = RECURRENCES["delta" if name == "rdn" else "decay"]
+    out = BOTH[name][0](q, k, v, log_decay, beta, torch.zeros_like(gamma))
+    y, (state,) = scan([q, k, v, log_decay, beta], None)
+    assert not out.state.residual.any()
+    assert_close("base", state, out.state.base, FP64)
+    own = (q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+    _, (before,) = scan([x[:, :-1] for x in (q, k, v, log_decay, beta)], None)
+    seen = torch.einsum("bhkv,bhk->bhv", before, k[:, -1])
+    alpha, rate = log_decay[:, -1].exp()[..., None], beta[:, -1][..., None]
+    write = rate * (v[:, -1] - alpha * seen) if name == "rdn" else rate * v[:, -1]
+    assert_close("y", y[:, -1] - own[:, -1] * write, out.y[:, -1], FP64)
+
+
+@both
+def test_scale_multiplies_q_only(name):
+    (q, k, *others), state = inputs_of(name)
+    want = BOTH[name][0](0.3 * q, k, *others, scale=1.0, state=state)
+    got = BOTH[name][0](q, k, *others, scale=0.3, state=state)
+    assert_close("y", want.y, got.y, FP64)
+    assert torch.equal(want.state.base, got.state.base)
+    default = BOTH[name][0](q, k, *others, state=state)
+    assert_close("y", BOTH[name][0](q, k, *others, scale=8**-0.5, state=state).y, default.y, FP64)
+
+
+@both
+def test_clip_bounds_the_residual_and_not_the_base(name):
+    tensors, state = inputs_of(name)
+    clipped, free = (BOTH[name][0](*tensors, state=state, clip=clip) for clip in (0.2, None))
+    assert torch.equal(clipped.state.base, free.state.base)
+    assert not torch.isclose(clipped.state.residual, free.state.residual, rtol=1e-2).all()
+    wide = BOTH[name][0](*tensors, state=state, clip=1e6)
+    assert torch.equal(wide.y, free.y)

@@ -1,0 +1,158 @@
+"""The checks of arguments and the choice of code: every message that a caller can meet."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+
+from whimbrel.errors import ConfigError, UnsupportedError
+from whimbrel.scan import common
+from whimbrel.testing.recurrence import RECURRENCES, Recurrence, Shape, make_inputs
+
+every = pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=list(RECURRENCES))
+Q, K, V, LOG_DECAY, BETA = range(5)
+
+
+def op_name(recurrence: Recurrence) -> str:
+    return recurrence.target.partition(":")[2]
+
+
+def expect(recurrence: Recurrence, message: str, change, error=ConfigError, **kwargs) -> None:
+    """A good call whose tensors or states `change` alters must fail with "NAME: message"."""
+    inputs = make_inputs(recurrence, Shape(2, 5, 2, 4, 3, 6), dtype=torch.float32)
+    change(inputs.tensors, inputs.states)
+    with pytest.raises(error, match=f"^{op_name(recurrence)}: {re.escape(message)}$"):
+        recurrence(inputs.tensors, inputs.states, **kwargs)
+
+
+def replace(index: int, make):
+    def change(tensors, states):
+        tensors[index] = make(tensors[index])
+
+    return change
+
+
+def nothing(tensors, states):
+    pass
+
+
+@every
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("q has shape [2, 5, 2]; give [batch, time, heads, dim]", replace(Q, lambda x: x[..., 0])),
+        ("v has dtype torch.int32; give a floating dtype", replace(V, lambda x: x.int())),
+        ("k has shape [2, 4, 2, 3], q has [2, 5, 2, 3]; they must be equal", replace(K, lambda x: x[:, :4])),
+        ("v has batch and time [2, 4], q has [2, 5]; they must be equal", replace(V, lambda x: x[:, :4])),
+        (
+            "q, k, v have dtypes torch.float32, torch.float32, torch.float64; give all three the same dtype",
+            replace(V, lambda x: x.double()),
+        ),
+        ("v has 3 heads; give a multiple of the 2 heads of q and k", replace(V, lambda x: x[:, :, :3])),
+        ("v has 0 heads; give a multiple of the 2 heads of q and k", replace(V, lambda x: x[:, :, :0])),
+        ("beta has shape [2, 5, 2]; give [batch, time, value heads] = [2, 5, 4]", replace(BETA, lambda x: x[..., :2])),
+        ("beta has dtype torch.bool; give a floating dtype", replace(BETA, lambda x: x > 0)),
+        (
+            "log_decay has the value 0.5; it is the natural logarithm of the decay and at most 0, pass decay.log()",
+            replace(LOG_DECAY, lambda x: torch.full_like(x, 0.5)),
+        ),
+        ("k is on meta, q is on cpu; move them to one device", replace(K, lambda x: x.to("meta"))),
+    ],
+)
+def test_bad_tensors_are_named(recurrence: Recurrence, message: str, change):
+    expect(recurrence, message, change)
+
+
+@every
+def test_a_state_of_another_shape_is_named(recurrence: Recurrence):
+    def change(tensors, states):
+        states[-1] = states[-1][:, :2]
+
+    name = "state.residual" if recurrence.states == 2 else "state"
+    expect(recurrence, f"{name} has shape [2, 2, 3, 6]; give [sequences, value heads, K, V] = [2, 4, 3, 6]", change)
+
+
+@every
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        (
+            torch.tensor([0.0, 5.0]),
+            "cu_seqlens has shape [2] and dtype torch.float32; give int32 or int64 [sequences + 1]",
+        ),
+        (
+            torch.tensor([[0, 5]]),
+            "cu_seqlens has shape [1, 2] and dtype torch.int64; give int32 or int64 [sequences + 1]",
+        ),
+        (torch.tensor([0]), "cu_seqlens has shape [1] and dtype torch.int64; give int32 or int64 [sequences + 1]"),
+        (
+            torch.tensor([0, 5]),
+            "cu_seqlens goes with batch 1, but the batch is 2; concatenate the sequences along time",
+        ),
+    ],
+)
+def test_bad_cu_seqlens_are_named(recurrence: Recurrence, edges, message):
+    expect(recurrence, message, nothing, cu_seqlens=edges)
+
+
+@every
+@pytest.mark.parametrize("edges", [[1, 5], [0, 4], [0, 3, 2, 5]])
+def test_cu_seqlens_must_rise_from_the_first_token_to_the_last(recurrence: Recurrence, edges):
+    def one_row(tensors, states):
+        tensors[:] = [x[:1] for x in tensors]
+
+    message = f"cu_seqlens runs from {edges[0]} to {edges[-1]}; it must rise from 0 to the time length 5"
+    expect(recurrence, message, one_row, cu_seqlens=torch.tensor(edges))
+
+
+@every
+def test_states_must_match_the_number_of_packed_sequences(recurrence: Recurrence):
+    def one_row(tensors, states):
+        tensors[:] = [x[:1] for x in tensors]
+
+    name = "state.base" if recurrence.states == 2 else "state"
+    message = f"{name} has shape [2, 4, 3, 6]; give [sequences, value heads, K, V] = [3, 4, 3, 6]"
+    expect(recurrence, message, one_row, cu_seqlens=torch.tensor([0, 1, 3, 5]))
+
+
+@every
+def test_a_kernel_that_does_not_exist_is_refused(recurrence: Recurrence):
+    op = op_name(recurrence)
+    message = (
+        f"impl = 'triton' is not available, this build has no Triton kernel for {op}; impl='chunked' runs on any device"
+    )
+    expect(recurrence, message, nothing, error=UnsupportedError, impl="triton")
+
+
+@every
+def test_an_unknown_impl_names_the_nearest(recurrence: Recurrence):
+    message = "impl = 'chunky' is unknown; choose one of auto, reference, chunked, triton; did you mean 'chunked'?"
+    expect(recurrence, message, nothing, impl="chunky")
+
+
+@every
+def test_auto_says_once_what_it_chose(recurrence: Recurrence, caplog, monkeypatch):
+    monkeypatch.setattr(common, "_announced", set())
+    op = op_name(recurrence)
+    with caplog.at_level(logging.INFO, logger="whimbrel"):
+        for time, grad in ((1, True), (5, False), (1, False), (5, True), (1, False)):
+            inputs = make_inputs(recurrence, Shape(time=time))
+            inputs.tensors[V].requires_grad_(grad)
+            recurrence(inputs.tensors, inputs.states)
+        recurrence(inputs.tensors, inputs.states, impl="reference")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{op}: impl='auto' chose 'chunked' (plain PyTorch on any device; no kernel is built for it)",
+        f"{op}: impl='auto' chose 'step' (one token, no gradient)",
+    ]
+
+
+@every
+def test_one_token_with_gradients_is_differentiable(recurrence: Recurrence):
+    inputs = make_inputs(recurrence, Shape(time=1))
+    leaf = inputs.tensors[V].requires_grad_()
+    y, _ = recurrence(inputs.tensors, inputs.states)
+    assert y.requires_grad
+    assert torch.autograd.grad(y.sum(), leaf)[0].abs().sum() > 0
