@@ -45,7 +45,7 @@ def run(config: Config, folder: Path, device: str) -> dict[str, Any]:
     done = folder / "eval.json"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder.with_suffix(".toml")
+        file = folder / "start.toml"
         file.write_text(to_toml(dataclasses.replace(config, device=device)))
         call = [sys.executable, "-m", "whimbrel"]
         with (folder / "log.txt").open("w") as log:
@@ -111,7 +111,7 @@ def write(args: Any, config_for: Any, best: Any, tuning: Any, scores: Any) -> No
             "parameters": parameter_counts(config.model)["total"],
             "state_bytes": config.optim.state_bytes(parameter_shapes(config.model)),
             "chance": result["mqar"][0]["chance"],
-            "setting": f"learning rate tuned on seed 0 over {len(GRID[args.family])} values, seeds {', '.join(map(str, SEEDS))}",
+            "setting": f"rate tuned on seed 0 over {len(GRID[args.family])} values, then {len(SEEDS)} seeds",
         }
         mqar = sum(cell["accuracy"] for cell in result["mqar"]) / len(result["mqar"])
         for metric, value, unit in (
@@ -119,9 +119,8 @@ def write(args: Any, config_for: Any, best: Any, tuning: Any, scores: Any) -> No
             ("MQAR accuracy", mqar, "share"),
         ):
             record(f"quality-{args.family}", name, params, metric, value, unit, device=args.device, out=args.out)
-        print(
-            f"{name:12} seed {seed} lr {best[name]:g}: {result['bpb']['bits_per_byte']:.4f} bits per byte, MQAR {mqar:.1%}"
-        )
+        bits = result["bpb"]["bits_per_byte"]
+        print(f"{name:12} seed {seed} lr {best[name]:g}: {bits:.4f} bits per byte, MQAR {mqar:.1%}")
 
 
 def tokens(config: Config) -> int:
