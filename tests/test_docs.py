@@ -68,3 +68,12 @@ def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
+
+
+def test_readme_figures_are_the_recorded_ones() -> None:
+    """If this fails after new measurements, run python benchmarks/tables.py."""
+    import runpy
+
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page == tables["insert"](page, tables["tables"]())
