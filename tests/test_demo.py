@@ -26,7 +26,7 @@ def test_demo_runs_every_stage_once(tiny: Config, tmp_path: Path, capsys, monkey
     assert set(judged["rows"]) == {"last checkpoint", "SMA", "WMA", "EMA", "annealed"}
     assert judged["rows"]["last checkpoint"]["difference"] == [0.0, 0.0, 0.0]
     page = report.read_text(encoding="utf-8")
-    assert f"{judged['rows']['SMA']['bits_per_byte']:.3f}" in page
+    assert f"{judged['rows']['SMA']['bits_per_byte']:.4f}" in page
     sample = json.loads((tmp_path / "run" / "stages" / "generate.json").read_text())["result"]
     assert sample["state_bytes_start"] == sample["state_bytes_end"] > 0
 
