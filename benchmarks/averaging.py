@@ -1,4 +1,4 @@
-"""Record a demo run's comparison of averages, last checkpoint and annealed branch: python benchmarks/averaging.py runs/demo"""
+"""Record how a demo run's averages compare: python benchmarks/averaging.py runs/demo"""
 
 from __future__ import annotations
 

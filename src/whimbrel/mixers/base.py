@@ -16,8 +16,8 @@ class LayerState(NamedTuple):
 
     conv: Tensor
     """[N, channels, width - 1]: last inputs of the short convolution."""
-    recurrent: State
-    """State of the recurrence."""
+    recurrent: State | Tensor
+    """State of the recurrence: a pair where a second state corrects the first, else one tensor [N, HV, K, V]."""
 
 
 class KVCache(NamedTuple):
