@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
-from whimbrel.config import require
-from whimbrel.mixers.linear_config import LinearMixerConfig
+from whimbrel.mixers.two_state_config import TwoStateConfig
 
 if TYPE_CHECKING:
     from whimbrel.mixers.rdn.layer import RDN
 
 
 @dataclass(frozen=True, kw_only=True)
-class RDNConfig(LinearMixerConfig):
+class RDNConfig(TwoStateConfig):
     """Residual Delta Net (arXiv 2509.25223): a gated delta rule whose second state is fitted to the rest."""
-
-    NUM_GATES: ClassVar[int] = 3
-    NUM_STATES: ClassVar[int] = 2
-
-    clip: float = 1.0
-    """Bound of the residual's elements; 0 turns clipping off."""
-    combine: Literal["gated", "sum"] = "gated"
-    """Weight the two reads by decay and gamma, or sum them."""
-    residual: Literal["undecayed", "decayed"] = "undecayed"
-    """Take the residual against the first state before or after the token's decay."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.clip >= 0, "mixer.clip", self.clip, "0 (off) or a positive bound")
 
     def build(self, hidden_size: int, norm_eps: float) -> RDN:
         """The layer."""
         from whimbrel.mixers.rdn.layer import RDN
 
-        return RDN(
-            hidden_size,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_value_heads=self.value_heads,
-            value_head_dim=self.value_dim,
-            conv_size=self.conv_size,
-            clip=self.clip or None,
-            combine=self.combine,
-            residual=self.residual,
-            norm_eps=norm_eps,
-            impl=self.impl,
-        )
+        return self.make(RDN, hidden_size, norm_eps)
