@@ -47,8 +47,6 @@ def run_demo(config: Config, run_dir: Path) -> Path | None:
     Raises ConfigError for settings that leave nothing to compare, and what the stages raise.
     """
     _check(config)
-    if torch.get_num_threads() < (os.cpu_count() or 1) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
     job = _Job(config, run_dir)
     try:
         return job.run()
@@ -79,7 +77,7 @@ class _Job:
 
     def run(self) -> Path:
         config, stages = self.config, self.stages
-        data = stages.run("data", self._data, _say_data)
+        stages.run("data", self._data, _say_data)
         training = stages.run("train", self._train, _say_train)
         if config.averaging.anneal_steps:
             stages.run("anneal", self._anneal, _say_train)
@@ -100,7 +98,7 @@ class _Job:
             recall=recall,
             prefill=prefill,
             sample=sample,
-            commands=self._commands(data),
+            commands=self._commands(),
         )
         return write_report(report, self.run_dir / "report.html")
 
@@ -241,7 +239,7 @@ class _Job:
             "commit": commit(),
         }
 
-    def _commands(self, data: Result) -> list[str]:
+    def _commands(self) -> list[str]:
         run, first = self.run_dir, next(iter(self.config.averaging.methods))
         last = self.config.averaging.last
         return [

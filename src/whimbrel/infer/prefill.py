@@ -31,7 +31,6 @@ class SparsePrefill:
     """Attention for `set_prefill`: selects blocks, attends to them, and remembers what each block did.
 
     `audit_rows` > 0 also computes, for that many evenly spaced rows, the exact softmax mass that the plan holds.
-    Prompts shorter than `min_tokens` are attended densely, through the same path.
     """
 
     def __init__(self, config: SelectorConfig, *, audit_rows: int = 0) -> None:
