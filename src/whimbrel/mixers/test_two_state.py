@@ -9,6 +9,7 @@ from whimbrel.errors import ConfigError
 from whimbrel.mixers.base import State
 from whimbrel.mixers.rdn import rdn, rdn_step
 from whimbrel.mixers.rla import rla, rla_step
+from whimbrel.mixers.two_state import checked_rule
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.recurrence import FP64, RECURRENCES, Shape, make_inputs
 
@@ -54,6 +55,41 @@ def test_half_a_state_is_refused(name):
         assert (
             str(error.value) == f"{name}: state lacks one of its two parts; give State(base, residual) of two tensors"
         )
+
+
+OPTIONS = {"clip": 1.0, "scale": None, "combine": "gated", "residual": "undecayed", "cu_seqlens": None}
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.base, "out lacks one of its two parts; give State(base, residual) of two tensors"),
+        (
+            lambda s: s._replace(residual=s.residual.float()),
+            "out.residual has dtype torch.float32 and strides [96, 48, 6, 1]; "
+            "give a contiguous tensor of torch.float64",
+        ),
+        (
+            lambda s: s._replace(base=s.base.mT.contiguous().mT),
+            "out.base has dtype torch.float64 and strides [96, 48, 1, 8]; give a contiguous tensor of torch.float64",
+        ),
+        (
+            lambda s: s._replace(base=s.base[:1]),
+            "out.base has shape [1, 2, 8, 6]; give [sequences, value heads, K, V] = [2, 2, 8, 6]",
+        ),
+        (
+            lambda s: s._replace(base=s.base.requires_grad_()),
+            "out is written to, which autograd cannot record; call under torch.no_grad()",
+        ),
+    ],
+)
+def test_bad_places_for_the_states_are_named(name, change, message):
+    tensors, state = inputs_of(name, time=1)
+    checked_rule(name, *tensors, state=state, out=state, **OPTIONS)
+    with pytest.raises(ConfigError) as error:
+        checked_rule(name, *tensors, state=None, out=change(state), **OPTIONS)
+    assert str(error.value) == f"{name}: {message}"
 
 
 @both

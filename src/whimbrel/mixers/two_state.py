@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from whimbrel.errors import ConfigError
 from whimbrel.scan import chunks
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import check_choice, check_inputs, compute_dtype, default_scale, spread_heads
+from whimbrel.scan.common import check_choice, check_inputs, compute_dtype, default_scale, needs_grad, spread_heads
+from whimbrel.scan.one_state import step_in_kernel
 
 COMBINE = ("gated", "sum")
 RESIDUAL = ("undecayed", "decayed")
@@ -49,18 +50,43 @@ def checked_rule(
     residual: str,
     state: State | None,
     cu_seqlens: Tensor | None,
+    out: State | None = None,
 ) -> Rule:
-    """The options as a `Rule`; raises ConfigError unless all arguments of `rla` or `rdn` fit together."""
+    """The options as a `Rule`; raises ConfigError unless all arguments of `rla` or `rdn` fit together.
+
+    `out` as for `step`.
+    """
     check_choice(op, "combine", combine, COMBINE)
     check_choice(op, "residual", residual, RESIDUAL)
     if clip is not None and not clip > 0:
         raise ConfigError(f"{op}: clip = {clip} is not allowed; give a number above 0, or None for no clipping")
-    if state is not None and (not isinstance(state, tuple) or len(state) != 2 or any(s is None for s in state)):
-        raise ConfigError(f"{op}: state lacks one of its two parts; give State(base, residual) of two tensors")
-    base, second = (None, None) if state is None else state
     gates = {"log_decay": log_decay, "beta": beta, "gamma": gamma}
-    check_inputs(op, q, k, v, gates, {"state.base": base, "state.residual": second}, cu_seqlens)
+    before, after = _parts(op, "state", state), _parts(op, "out", out)
+    check_inputs(op, q, k, v, gates, {**before, **after}, cu_seqlens)
+    if after:
+        _check_out(op, after, q, k, v, *gates.values(), *before.values())
     return Rule(clip, default_scale(scale, q.shape[3]), combine == "gated", residual == "decayed")
+
+
+def _parts(op: str, name: str, state: State | None) -> dict[str, Tensor]:
+    """The two tensors of `state` by name, none where it is None."""
+    if state is None:
+        return {}
+    if not isinstance(state, tuple) or len(state) != 2 or any(s is None for s in state):
+        raise ConfigError(f"{op}: {name} lacks one of its two parts; give State(base, residual) of two tensors")
+    return {f"{name}.{part}": x for part, x in zip(State._fields, state) if x is not None}
+
+
+def _check_out(op: str, out: dict[str, Tensor], *inputs: Tensor) -> None:
+    """Raise ConfigError unless a step on `inputs` can write its states to `out`."""
+    dtype = compute_dtype(*inputs)
+    for name, x in out.items():
+        if x.dtype != dtype or not x.is_contiguous():
+            raise ConfigError(
+                f"{op}: {name} has dtype {x.dtype} and strides {list(x.stride())}; give a contiguous tensor of {dtype}"
+            )
+    if needs_grad(*inputs, *out.values()):
+        raise ConfigError(f"{op}: out is written to, which autograd cannot record; call under torch.no_grad()")
 
 
 def both_states(
@@ -86,8 +112,22 @@ def step(
     rule: Rule,
     delta: bool,
     state: State | None,
+    out: State | None = None,
+    kernel: bool | None = None,
 ) -> Out:
-    """One token [B, 1, ...]: both states are read once at k and q, and written once."""
+    """One token [B, 1, ...]: both states are read once at k and q, and written once.
+
+    out: where to write the states, which is then also the state returned; it may be `state` itself. None: new tensors.
+    kernel: as `asked` in `step_in_kernel`.
+    """
+    if step_in_kernel(kernel, q, k, v, log_decay, beta, gamma, *(state or ())):
+        from whimbrel.scan.kernels.step import step as run
+
+        base, residual = state or (None, None)
+        y, base, residual = run(
+            q, k, v, log_decay, beta, gamma, base=base, residual=residual, delta=delta, out=out, **rule._asdict()
+        )
+        return Out(y, State(base, residual))
     dtype = compute_dtype(q, log_decay, beta, gamma, *(state or ()))
     heads = v.shape[2]
     q_, k_ = (spread_heads(x[:, 0].to(dtype), heads, 1) for x in (q, k))
@@ -107,10 +147,11 @@ def step(
         w = gamma_ * (r - alpha * p_residual if delta else r)
         correction = alpha * residual_read + (q_ * k_).sum(-1, keepdim=True) * w
         y = alpha * base_read + gamma_ * correction if rule.gated else base_read + correction
-        written = State(
-            *(s * alpha[..., None] + k_[..., None] * x[..., None, :] for s, x in ((base, u), (residual, w)))
-        )
-    return Out(y[:, None].to(v.dtype), written)
+        base, residual = (s * alpha[..., None] + k_[..., None] * x[..., None, :] for s, x in ((base, u), (residual, w)))
+    if out is not None:
+        assert out.residual is not None
+        base, residual = out.base.copy_(base), out.residual.copy_(residual)
+    return Out(y[:, None].to(v.dtype), State(base, residual))
 
 
 def chunked(

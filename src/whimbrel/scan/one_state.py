@@ -13,7 +13,19 @@ from torch.autograd.function import once_differentiable
 
 from whimbrel.scan import chunks
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import compute_dtype, spread_heads
+from whimbrel.scan.common import compute_dtype, needs_grad, spread_heads
+from whimbrel.scan.kernels import HAS_TRITON
+
+
+def step_in_kernel(asked: bool | None, *tensors: Tensor | None) -> bool:
+    """Whether one token goes through the Triton kernel: as `asked`, or where that is None and the kernel serves.
+
+    It serves CUDA tensors without gradients and computes in fp32.
+    """
+    if asked is not None:
+        return asked
+    cuda = all(x is None or x.is_cuda for x in tensors)
+    return HAS_TRITON and cuda and compute_dtype(*tensors) == torch.float32 and not needs_grad(*tensors)
 
 
 def step(
@@ -26,8 +38,14 @@ def step(
     scale: float,
     delta: bool,
     state: Tensor | None,
+    kernel: bool | None = None,
 ) -> Out:
-    """One token [B, 1, ...]: the state is read once at k and q, and written once."""
+    """One token [B, 1, ...]: the state is read once at k and q, and written once. `kernel`: see `step_in_kernel`."""
+    if step_in_kernel(kernel, q, k, v, log_decay, beta, state):
+        from whimbrel.scan.kernels.step import step as run
+
+        y, state, _ = run(q, k, v, log_decay, beta, base=state, scale=scale, delta=delta)
+        return Out(y, state)
     dtype, heads = compute_dtype(q, log_decay, beta, state), v.shape[2]
     q_, k_ = (spread_heads(x[:, 0].to(dtype), heads, 1) for x in (q, k))
     v_, log_alpha, beta_ = (x[:, 0].to(dtype) for x in (v, log_decay[..., None], beta[..., None]))
