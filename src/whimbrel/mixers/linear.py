@@ -7,7 +7,7 @@ The macro design is that of Gated DeltaNet (arXiv 2412.06464, figure 1), the dec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from whimbrel.errors import ConfigError
+from whimbrel.mixers import kernels
 from whimbrel.mixers.base import LayerState, Out, State
-from whimbrel.mixers.norm import RMSNorm, l2_norm
+from whimbrel.mixers.kernels import ops
+from whimbrel.mixers.norm import GatedRMSNorm, l2_norm
 from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
+
+UNIT_EPS = 1e-6
+"""Added to the squared length of q and k before they are scaled to unit length."""
 
 
 class LinearMixer(nn.Module):
@@ -57,9 +62,9 @@ class LinearMixer(nn.Module):
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.gates = nn.Linear(hidden_size, num_gates * self.num_value_heads, bias=False)
-        self.conv = ShortConv((keys, keys, values), conv_size)
+        self.conv = ShortConv((keys, keys, values), conv_size, units=(head_dim, head_dim, 0))
         self.A_log, self.dt_bias = _decay_parameters(self.num_value_heads)
-        self.norm = RMSNorm(self.value_head_dim, eps=norm_eps)
+        self.norm = GatedRMSNorm(self.value_head_dim, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None) -> Out:
@@ -74,18 +79,20 @@ class LinearMixer(nn.Module):
         streams = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         (q, k, v), conv = self.conv(streams, None if state is None else state.conv, cu_seqlens=cu_seqlens)
         y, recurrent = self.recurrence(
-            l2_norm(q.view(batch, time, self.num_heads, self.head_dim)),
-            l2_norm(k.view(batch, time, self.num_heads, self.head_dim)),
+            q.view(batch, time, self.num_heads, self.head_dim),
+            k.view(batch, time, self.num_heads, self.head_dim),
             v.view(batch, time, self.num_value_heads, self.value_head_dim),
-            *self._gates(x),
+            *self._gates(self.gates(x)),
             state=None if state is None else state.recurrent,
             cu_seqlens=cu_seqlens,
         )
-        y = self.norm(y).flatten(2) * F.silu(self.gate_proj(x))
+        y = self.norm(y, self.gate_proj(x)).flatten(2)
         return Out(self.o_proj(y), LayerState(conv, recurrent))
 
-    def _gates(self, x: Tensor) -> list[Tensor]:
-        decay, *rates = _at_least_fp32(self.gates(x)).split(self.num_value_heads, dim=-1)
+    def _gates(self, x: Tensor) -> Sequence[Tensor]:
+        if kernels.usable(x):
+            return ops.gates(x, self.A_log, self.dt_bias).unbind(0)
+        decay, *rates = _at_least_fp32(x).split(self.num_value_heads, dim=-1)
         decay = -_at_least_fp32(self.A_log).exp() * F.softplus(decay + self.dt_bias)
         return [decay, *(rate.sigmoid() for rate in rates)]
 
@@ -117,63 +124,100 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """A causal depthwise convolution followed by SiLU, over several streams of channels with one weight."""
+    """A causal depthwise convolution followed by SiLU, over several streams of channels with one weight.
 
-    def __init__(self, widths: tuple[int, ...], size: int) -> None:
+    units: for each stream, how many channels in a row are scaled to unit length; 0 leaves them as they are.
+    """
+
+    def __init__(self, widths: tuple[int, ...], size: int, units: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.widths = widths
+        self.units = units or (0,) * len(widths)
         self.weight = nn.Parameter(torch.empty(sum(widths), 1, size).uniform_(-(size**-0.5), size**-0.5))
 
     def forward(
         self, streams: tuple[Tensor, ...], state: Tensor | None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Streams [B, T, width] -> the same shapes, and the state [N, channels, size - 1] after them."""
+        after = _last_inputs(streams, state, self.weight.shape[2] - 1, cu_seqlens)
+        if kernels.usable(streams[0]):
+            return self._fused(streams, state, cu_seqlens), after
         if state is not None and cu_seqlens is None and streams[0].shape[1] == 1:
-            return self._step(torch.cat(streams, -1), state)
-        # One row per tap, so that every product below runs along contiguous memory.
-        taps = _at_least_fp32(self.weight)[:, 0].t().contiguous().split(self.widths, dim=1)
-        states = (None,) * len(streams) if state is None else state.split(self.widths, dim=1)
-        done = [_conv_stream(x, w, s, cu_seqlens) for x, w, s in zip(streams, taps, states, strict=True)]
-        return tuple(y for y, _ in done), torch.cat([after for _, after in done], 1)
+            done = self._step(torch.cat(streams, -1), state)
+        else:
+            # One row per tap, so that every product below runs along contiguous memory.
+            taps = _at_least_fp32(self.weight)[:, 0].t().contiguous().split(self.widths, dim=1)
+            done = [_conv_stream(*args, cu_seqlens) for args in zip(streams, taps, self._split(state), strict=True)]
+        return tuple(_unit_length(y, unit) for y, unit in zip(done, self.units, strict=True)), after
 
-    def _step(self, x: Tensor, state: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _split(self, state: Tensor | None) -> Sequence[Tensor | None]:
+        return (None,) * len(self.widths) if state is None else state.split(self.widths, dim=1)
+
+    def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         window = torch.cat((state, x.transpose(1, 2)), 2)
         y = F.silu((window * _at_least_fp32(self.weight)[:, 0]).sum(-1, keepdim=True)).to(x.dtype)
-        return y.transpose(1, 2).split(self.widths, dim=-1), window[:, :, 1:]
+        return y.transpose(1, 2).split(self.widths, dim=-1)
+
+    def _fused(
+        self, streams: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        time = streams[0].shape[1]
+        rows = ops.RUN if time > 1 else 1
+        table = None if cu_seqlens is None else ops.cut(cu_seqlens, time, rows)
+        parts = zip(streams, self.weight.split(self.widths), self._split(state), self.units, strict=True)
+        return tuple(ops.short_conv(x, weight, past, table, rows, unit, UNIT_EPS) for x, weight, past, unit in parts)
 
     def extra_repr(self) -> str:
         """Channels and size, for print(model)."""
         return f"{self.weight.shape[0]}, size={self.weight.shape[2]}"
 
 
-def _conv_stream(x: Tensor, taps: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One stream x [B, T, C] with taps [size, C] and state [N, C, size - 1] -> (y [B, T, C], state after)."""
-    time, past = x.shape[1], taps.shape[0] - 1
+def _unit_length(x: Tensor, unit: int) -> Tensor:
+    return l2_norm(x.unflatten(-1, (-1, unit)), eps=UNIT_EPS).flatten(-2) if unit else x
+
+
+def _last_inputs(streams: tuple[Tensor, ...], state: Tensor | None, past: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The last `past` inputs of every sequence, [N, channels, past]; those before the streams come from `state`."""
+    time = streams[0].shape[1]
     if cu_seqlens is not None:
-        return _conv_packed(x, taps, state, cu_seqlens)
+        return _last_of_packed(streams, state, past, cu_seqlens.long())
+    last = torch.cat([x[:, max(0, time - past) :] for x in streams], -1).transpose(1, 2)
+    if time < past:
+        before = F.pad(last, (past - time, -time)) if state is None else state[:, :, time:]
+        last = torch.cat((before, last), 2)
+    return last.contiguous()
+
+
+def _last_of_packed(streams: tuple[Tensor, ...], state: Tensor | None, past: int, edges: Tensor) -> Tensor:
+    rows = edges[1:, None] + torch.arange(-past, 0, device=edges.device)
+    last = torch.cat([x[0, rows.clamp_min(0)] for x in streams], -1).transpose(1, 2)
+    into = rows - edges[:-1, None]
+    before = 0.0
+    if state is not None:
+        before = state.gather(2, (into + past).clamp_max(past - 1)[:, None].expand_as(last))
+    return torch.where((into >= 0)[:, None], last, before)
+
+
+def _conv_stream(x: Tensor, taps: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """One stream x [B, T, C] with taps [size, C] and state [N, C, size - 1] -> y [B, T, C]."""
+    time = x.shape[1]
+    if cu_seqlens is not None:
+        return _conv_packed(x, taps, state, cu_seqlens.long())
     if state is not None:
         x = torch.cat((state.transpose(1, 2), x), 1)
-    y = _ConvSiLU.apply(x, taps)[:, x.shape[1] - time :]
-    last = x[:, max(0, x.shape[1] - past) :]
-    return y, F.pad(last, (0, 0, past - last.shape[1], 0)).transpose(1, 2).contiguous()
+    return _ConvSiLU.apply(x, taps)[:, x.shape[1] - time :]
 
 
-def _conv_packed(x: Tensor, taps: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_packed(x: Tensor, taps: Tensor, state: Tensor | None, edges: Tensor) -> Tensor:
     """The same for packed sequences: each gets its own past in front of it, which keeps the others out."""
-    time, past, sequences = x.shape[1], taps.shape[0] - 1, cu_seqlens.shape[0] - 1
-    cu_seqlens = cu_seqlens.long()
-    number = torch.arange(sequences, device=x.device)
-    slots = torch.arange(past, device=x.device)
+    time, past, sequences = x.shape[1], taps.shape[0] - 1, edges.shape[0] - 1
     tokens = torch.arange(time, device=x.device)
-    owner = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-    rows = tokens + (owner + 1) * past
+    rows = tokens + (torch.searchsorted(edges[1:], tokens, right=True) + 1) * past
     spaced = x[0].new_zeros(time + sequences * past, x.shape[2]).index_copy(0, rows, x[0])
     if state is not None:
-        heads = (cu_seqlens[:-1] + number * past)[:, None] + slots
+        heads = edges[:-1, None] + torch.arange(sequences * past, device=x.device).view(sequences, past)
         spaced = spaced.index_copy(0, heads.flatten(), state.transpose(1, 2).flatten(0, 1))
-    y = _ConvSiLU.apply(spaced[None], taps)[:, rows]
-    tails = (cu_seqlens[1:] + number * past)[:, None] + slots
-    return y, spaced[tails].transpose(1, 2).contiguous()
+    return _ConvSiLU.apply(spaced[None], taps)[:, rows]
 
 
 class _ConvSiLU(torch.autograd.Function):
@@ -200,9 +244,10 @@ class _ConvSiLU(torch.autograd.Function):
         grad = torch.ops.aten.silu_backward(grad.to(pre.dtype), pre)
         dx, dtaps = grad * taps[last], torch.zeros_like(taps)
         dtaps[last] = (grad * x).sum((0, 1))
-        product = torch.empty_like(grad)
+        scratch = grad.new_empty(grad.numel())
         for j in range(1, min(last, time - 1) + 1):
             later, earlier = grad[:, j:], x[:, : time - j]
             dx[:, : time - j].addcmul_(later, taps[last - j])
-            dtaps[last - j] = torch.mul(later, earlier, out=product[:, j:]).sum((0, 1))
+            product = torch.mul(later, earlier, out=scratch[: later.numel()].view(later.shape))
+            dtaps[last - j] = product.sum((0, 1))
         return dx.to(x.dtype), dtaps

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from whimbrel.mixers import kernels
+from whimbrel.mixers.kernels import ops
+
 
 class _Normalize(torch.autograd.Function):
     """x / sqrt(sum(x^2) / divisor + eps) in fp32 (fp64 for fp64). Saves the result and one number per vector.
@@ -58,3 +61,13 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Size and epsilon, for print(model)."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm whose result is multiplied by silu(gate)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyrefly: ignore [bad-override]
+        """x [..., size], gate of as many elements in the same order -> the shape and dtype of x."""
+        if kernels.usable(x):
+            return ops.gated_norm(x, gate, self.weight, self.eps)
+        return super().forward(x) * F.silu(gate.view_as(x))
