@@ -6,6 +6,7 @@ read is written back by the program that read it, and the states may be updated 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,6 +97,19 @@ def _step(
     tl.store(y + head.to(tl.int64) * V + vc, b_y.to(y.dtype.element_ty), mask=some)
 
 
+@cache
+def _sizes(key_dim: int, value_dim: int) -> tuple[int, dict[str, Any]]:
+    """The number of blocks of value columns, and what is compiled into a program.
+
+    32 columns fill a cache line of 128 bytes. A thread holds 32 numbers of each state, at any key dimension.
+    """
+    block_k, all_v = (1 << (dim - 1).bit_length() for dim in (key_dim, value_dim))
+    block_v = min(32, all_v, max(1, 2**14 // block_k))
+    warps = max(1, block_k * block_v // 1024)
+    sizes = {"K": key_dim, "V": value_dim, "BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": 1}
+    return -(-value_dim // block_v), sizes
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -116,26 +130,18 @@ def _launch(
 ) -> None:
     batch, _, heads, value_dim = v.shape
     key_dim = q.shape[3]
-    # 32 columns fill a cache line of 128 bytes. A thread holds 32 numbers of each state, at any key dimension.
-    block_k = triton.next_power_of_2(key_dim)
-    block_v = min(32, triton.next_power_of_2(value_dim), max(1, 2**14 // block_k))
-    compiled: dict[str, Any] = {
-        "K": key_dim,
-        "V": value_dim,
-        "BK": block_k,
-        "BV": block_v,
+    blocks, sizes = _sizes(key_dim, value_dim)
+    flags: dict[str, Any] = {
         "FROM": base is not None,
         "DELTA": delta,
         "TWO": gamma is not None,
         "GATED": gated,
         "DECAYED": decayed,
         "CLIP": clip is not None,
-        "num_warps": max(1, block_k * block_v // 1024),
-        "num_stages": 1,
     }
     gamma = beta if gamma is None else gamma
     with torch.cuda.device_of(q):
-        _step[(batch * heads * triton.cdiv(value_dim, block_v),)](
+        _step[(batch * heads * blocks,)](
             q,
             k,
             v,
@@ -157,7 +163,8 @@ def _launch(
             heads // q.shape[2],
             scale,
             0.0 if clip is None else clip,
-            **compiled,
+            **sizes,
+            **flags,
         )
     # The dispatcher does not do this for an operator that is registered by hand.
     torch.autograd.graph.increment_version([x for x in (new_base, new_residual) if x is not None])

@@ -220,12 +220,19 @@ def test_operator_is_registered_as_pytorch_asks():
     torch.library.opcheck(torch.ops.whimbrel.scan_step.default, args)
 
 
-@pytest.mark.parametrize(("name", "in_place"), [*((n, False) for n in RECURRENCES), *((n, True) for n in TWO)])
-def test_step_compiles_without_a_graph_break(name, in_place):
+@pytest.mark.parametrize(
+    ("name", "in_place", "backend"),
+    [
+        *((name, False, "aot_eager") for name in RECURRENCES),
+        *((name, True, "aot_eager") for name in TWO),
+        pytest.param("rdn", True, "inductor", marks=pytest.mark.gpu),
+    ],
+)
+def test_step_compiles_without_a_graph_break(name, in_place, backend):
     inputs = inputs_of(name, Shape(1, 1, 1, 2, 8, 8), seed=13)
     want = step(name, inputs.tensors, inputs.states)
     out = State(*inputs.states) if in_place else None
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     got = compiled(name, inputs.tensors, inputs.states, out=out)
     for a, b in zip(want, got, strict=True):
         assert torch.equal(a, b)
