@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from whimbrel.errors import ConfigError
-from whimbrel.mixers.base import Out, State
+from whimbrel.mixers import kernels
+from whimbrel.mixers.base import LayerState, Out, State
 from whimbrel.mixers.gdn.config import GDNConfig
 from whimbrel.mixers.linear import LinearMixer, ShortConv
 from whimbrel.mixers.rdn.config import RDNConfig
 from whimbrel.mixers.rla.config import RLAConfig
 from whimbrel.mixers.sgla.config import SGLAConfig
 from whimbrel.testing.budget import assert_close
+from whimbrel.testing.mixers import state_tensors
 
 CONFIGS = [RLAConfig, RDNConfig, GDNConfig, SGLAConfig]
 WIDTH = 12
@@ -175,3 +180,174 @@ def test_layer_says_what_is_wrong():
     layer = GDNConfig().build(WIDTH, 1e-5)
     with pytest.raises(ConfigError, match="GDN: cu_seqlens runs from 0 to 4; it must rise from 0 to the time length"):
         layer(torch.zeros(1, 5, WIDTH), cu_seqlens=torch.tensor([0, 4]))
+
+
+def use_kernels(patch):
+    """Kernels for all but fp64, in short runs, which are quick in the interpreter."""
+    patch.setattr(kernels, "usable", lambda x: x.dtype != torch.float64)
+    patch.setattr(kernels.ops, "RUN", 8)
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def form(request, monkeypatch):
+    """Both forms of everything around the recurrence; kernels run in Triton's interpreter where there is no CUDA."""
+    if request.param == "kernels":
+        use_kernels(monkeypatch)
+    return request.param
+
+
+def rebuild(tensors):
+    """The state of a layer from the tensors in it."""
+    conv, *recurrent = tensors
+    return LayerState(conv, State(*recurrent, *[None] * (2 - len(recurrent))))
+
+
+def run_layer(layer, x, state, edges):
+    """Output, state and the gradients of the input, of a given state and of all parameters, by name."""
+    x = x.detach().requires_grad_()
+    held = [] if state is None else [t.detach().requires_grad_() for t in state_tensors(state)]
+    state = state and rebuild(held)
+    y, after = layer(x, state, cu_seqlens=edges)
+    after = list(state_tensors(after))
+    (sum((t * randn(*t.shape, seed=i).to(t)).sum() for i, t in enumerate([y, *after]))).backward()
+    tensors = {"x": x, **{f"state {i}": t for i, t in enumerate(held)}, **dict(layer.named_parameters())}
+    return {"y": y, **{f"after {i}": t for i, t in enumerate(after)}, **{f"d {n}": t.grad for n, t in tensors.items()}}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("time", "edges"), [(1, None), (2, None), (19, None), (21, [0, 2, 2, 21])])
+def test_kernels_give_what_the_plain_form_gives(monkeypatch, time, edges, size):
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "head_dim": 4, "num_value_heads": 4, "value_head_dim": 3, "conv_size": size}
+    layer = RDNConfig(**options).build(WIDTH, 1e-5).double()
+    low = copy.deepcopy(layer).float()
+    edges = None if edges is None else torch.tensor(edges)
+    batch = 2 if edges is None else 1
+    x, (_, state) = randn(batch, time, WIDTH), layer(randn(batch if edges is None else 3, 6, WIDTH, seed=1))
+    for given in (None, state):
+        layer.zero_grad()
+        low.zero_grad()
+        want = run_layer(layer, x, given, edges)
+        with monkeypatch.context() as patch:
+            use_kernels(patch)
+            given = given and rebuild([t.float() for t in state_tensors(given)])
+            got = run_layer(low, x.float(), given, edges)
+        assert want.keys() == got.keys()
+        for name, expected in want.items():
+            assert_close(name, expected, got[name], 2e-5, floor=1e-6)
+
+
+def test_checkpointing_gives_equal_gradients(form):
+    torch.manual_seed(0)
+    layer = RDNConfig(num_heads=2, head_dim=4).build(WIDTH, 1e-5)
+    results = []
+    for keep in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        layer.zero_grad()
+        x = randn(2, 9, WIDTH).float().requires_grad_()
+        y = keep(lambda x: layer(x).y, x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compiles_without_a_graph_break(form):
+    def recurrence(q, k, v, log_decay, beta, *, state, cu_seqlens):
+        return Out(v * (q * k).sum(-1, keepdim=True) * (log_decay.exp() * beta)[..., None], state)
+
+    torch.manual_seed(0)
+    layer = LinearMixer(WIDTH, recurrence, num_gates=2, num_heads=2, head_dim=4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    _, state = layer(randn(2, 5, WIDTH).float())
+    x = randn(2, 9, WIDTH).float()
+    results = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        y, after = run(x)
+        y.square().sum().backward()
+        step = run(x[:, :1], state)
+        results.append([y, after.conv, *(p.grad for p in layer.parameters()), step.y, step.state.conv])
+    for a, b in zip(*results, strict=True):
+        assert_close("compiled", a, b, 1e-6)
+
+
+def test_autocast_leaves_gates_in_fp32():
+    seen = []
+
+    def recurrence(*tensors, state, cu_seqlens):
+        seen.extend(x.dtype for x in tensors)
+        q, k, v, log_decay, beta = tensors
+        return Out(v * (q * k).sum(-1, keepdim=True) * (log_decay * beta)[..., None].to(v), state)
+
+    layer = LinearMixer(WIDTH, recurrence, num_gates=2, num_heads=2, head_dim=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(randn(1, 3, WIDTH).float()).y
+    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 2
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+# On a card, with the kernels of the recurrence.
+
+
+def card_layer(config, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "head_dim": 64, "num_value_heads": 4, "value_head_dim": 32}
+    return config(**options).build(128, 1e-5).to("cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("edges", [None, [0, 3, 3, 200, 300]])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_layer_on_the_card_is_that_of_fp64(config, edges):
+    layer, x = card_layer(config), randn(2 if edges is None else 1, 300, 128)
+    edges = None if edges is None else torch.tensor(edges, device="cuda")
+    wide, second = copy.deepcopy(layer).cpu().double(), copy.deepcopy(layer)
+    got, again = (run_layer(each, x.cuda().bfloat16(), None, edges) for each in (layer, second))
+    want = run_layer(wide, x.bfloat16().double(), None, None if edges is None else edges.cpu())
+    for name, expected in want.items():
+        assert_close(name, expected, got[name], 0.04)
+        assert torch.equal(got[name], again[name]), f"{name}: two runs differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_layer_on_the_card_compiles_without_a_graph_break(config):
+    layer = card_layer(config)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = randn(2, 300, 128).cuda().bfloat16()
+    for edges in (None, torch.tensor([0, 3, 3, 200, 300], device="cuda")):
+        x = x if edges is None else x[:1]
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            y = run(x, cu_seqlens=edges).y
+            y.float().square().sum().backward()
+            results.append({"y": y, **{f"d {n}": p.grad for n, p in layer.named_parameters()}})
+        for name, expected in results[0].items():
+            assert_close(name, expected, results[1][name], 0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_decoding_runs_in_a_cuda_graph(config):
+    layer, x = card_layer(config), randn(3, 20, 128).cuda().bfloat16()
+    with torch.no_grad():
+        _, state = layer(x[:, :10])
+        token, held = x[:, 10:11].clone(), [t.clone() for t in state_tensors(state)]
+        given = rebuild(held)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            layer(token, given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, after = layer(token, given)
+        for i in range(10, 20):
+            want, state = layer(x[:, i : i + 1], state)
+            token.copy_(x[:, i : i + 1])
+            graph.replay()
+            assert_close(f"token {i}", want, y, 1e-6)
+            for old, new in zip(held, state_tensors(after), strict=True):
+                old.copy_(new)

@@ -5,14 +5,12 @@ Triton is imported when a kernel first runs, so that everything else works witho
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-_TRITON = find_spec("triton") is not None
+from whimbrel.scan.kernels import HAS_TRITON
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels take `x`: they need CUDA and Triton, and compute in fp32."""
-    return _TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -63,8 +63,8 @@ def _keep_short_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_short_conv(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    state = ctx.saved_tensors[2]
-    dx, dweight, dstate = _short_conv_backward(dy, *ctx.saved_tensors, ctx.rows, ctx.head, ctx.eps)
+    x, weight, state, table = ctx.saved_tensors
+    dx, dweight, dstate = _short_conv_backward(dy, x, weight, state, table, ctx.rows, ctx.head, ctx.eps)
     return dx, dweight, None if state is None else dstate, None, None, None, None
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from whimbrel.mixers import kernels
 from whimbrel.mixers.kernels import ops
 from whimbrel.testing.budget import assert_close
 
@@ -181,13 +180,6 @@ def test_operators_are_what_torch_compile_expects(name):
 
     op, *args = operator_calls()[name]
     torch.library.opcheck(op, tuple(prepare(x) for x in args))
-
-
-def test_only_cuda_tensors_below_fp64_are_for_the_kernels(monkeypatch):
-    x = torch.zeros(1)
-    assert not kernels.usable(x)
-    monkeypatch.setattr(kernels, "_TRITON", False)
-    assert not kernels.usable(x)
 
 
 # On a card, in the sizes and types of training.
