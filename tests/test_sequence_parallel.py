@@ -1,0 +1,242 @@
+"""Sequences over several processes against one process with the whole of them: outputs, states, all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from whimbrel.errors import WhimbrelError
+from whimbrel.mixers import parallel as mixers
+from whimbrel.scan import parallel as scans
+from whimbrel.scan.base import State
+from whimbrel.testing.budget import assert_close
+from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, make_inputs
+
+WORLD = 4
+PARALLEL: dict[str, Callable[..., Any]] = {
+    "decay": scans.decay_scan,
+    "delta": scans.delta_scan,
+    "rla": mixers.rla,
+    "rdn": mixers.rdn,
+}
+TWO_STATES = ("rla", "rdn")
+
+
+class Case(NamedTuple):
+    """One call, by as many processes as there are lengths."""
+
+    op: str
+    schedule: str
+    lengths: tuple[int, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012 - read only
+    shape: Shape = Shape()
+    dtype: torch.dtype = torch.float64
+    budget: float = FP64
+    strongest_decay: float = 0.3
+    with_state: bool = True
+    end_of: tuple[int, ...] = ()
+    """Processes whose states get cotangents beside the last one's."""
+    checkpointed: bool = False
+
+    def __str__(self) -> str:
+        parts = (self.op, self.schedule, self.lengths, *self.options.items(), self.dtype)
+        extra = (self.shape, self.strongest_decay, self.with_state, self.end_of, self.checkpointed)
+        return " ".join(map(str, (*parts, *(x for x, usual in zip(extra, USUAL) if x != usual))))
+
+
+USUAL = (Shape(), 0.3, True, (), False)
+OPTIONS = [
+    {"combine": combine, "residual": residual, "clip": clip}
+    for combine in ("gated", "sum")
+    for residual in ("undecayed", "decayed")
+    for clip in (0.7, None)
+]
+CASES = [
+    case
+    for schedule in ("rounds", "chain")
+    for case in (
+        *(Case(op, schedule, lengths) for op in PARALLEL for lengths in ((33, 42), (40, 3, 32), (5, 33, 17, 20))),
+        *(Case(op, schedule, (20, 9, 20, 13), options, end_of=(0, 1)) for op in TWO_STATES for options in OPTIONS),
+        *(Case(op, schedule, (10, 0, 7, 0), {"scale": 0.4}, end_of=(2,)) for op in PARALLEL),
+        *(Case(op, schedule, (0, 10, 1, 7), with_state=False) for op in PARALLEL),
+        *(Case(op, schedule, (9, 9, 9), shape=Shape(5, 27, 3, 6, 4, 5)) for op in PARALLEL),
+        *(Case(op, schedule, (9, 9, 9), shape=Shape(1, 27, 5, 10, 1, 3)) for op in PARALLEL),
+        *(Case(op, schedule, (33, 42, 12, 8), strongest_decay=1000.0) for op in PARALLEL),
+        *(Case(op, schedule, (33, 42, 12, 8), dtype=torch.float32, budget=2e-6) for op in PARALLEL),
+        *(Case(op, schedule, (9, 12, 8), {"impl": "reference"}) for op in PARALLEL),
+        *(Case(op, schedule, (9, 12, 8), {"impl": "chunked"}, checkpointed=True) for op in PARALLEL),
+    )
+]
+
+
+def functional(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.stack([(x.double() * w).sum() for x, w in pairs]).sum()
+
+
+def weights_like(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def states_of(op: str, state: Any) -> list[Tensor]:
+    return list(state) if op in TWO_STATES else [state]
+
+
+def make_case(case: Case) -> Inputs:
+    shape = case.shape._replace(time=sum(case.lengths))
+    return make_inputs(
+        RECURRENCES[case.op], shape, dtype=case.dtype, strongest_decay=case.strongest_decay, seed=len(case.lengths)
+    )
+
+
+def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[Tensor]]]:
+    """One process: y and gradients over time, gradients of the state, and the states at the end of every stretch."""
+    inputs = make_case(case)
+    leaves = [x.clone().requires_grad_() for x in (*inputs.tensors, *inputs.states)]
+    tensors, given = leaves[: len(inputs.tensors)], leaves[len(inputs.tensors) :]
+    call = RECURRENCES[case.op]
+    start = given if case.with_state else None
+    y, final = call(tensors, start, **case.options)
+    edges = list(accumulate(case.lengths))
+    ends = [call([x[:, :t] for x in tensors], start, **case.options)[1] for t in edges[:-1]] + [final]
+    pairs = [(y, weights_like(tuple(y.shape), 0))]
+    for rank in (*case.end_of, len(edges) - 1):
+        pairs += [(s, weights_like(tuple(s.shape), 10 + rank)) for s in ends[rank]]
+    gradients = torch.autograd.grad(functional(pairs), leaves, materialize_grads=True)
+    names = ["q", "k", "v", "log_decay", *call.rates]
+    over_time = {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, gradients)}}
+    return over_time, {f"dstate {n}": g for n, g in enumerate(gradients[len(names) :])}, ends
+
+
+def check(case: Case, group: dist.ProcessGroup | DeviceMesh) -> None:
+    """This process's stretch against the same stretch of the whole."""
+    rank, last = scans.line_of(case.op, group).rank, len(case.lengths) - 1
+    inputs = make_case(case)
+    stretch = slice(sum(case.lengths[:rank]), sum(case.lengths[: rank + 1]))
+    tensors = [x[:, stretch].clone().requires_grad_() for x in inputs.tensors]
+    given = [x.clone().requires_grad_() for x in inputs.states]
+    state = None
+    if rank == 0 and case.with_state:
+        state = State(*given) if case.op in TWO_STATES else given[0]
+
+    def run(*tensors: Tensor) -> Any:
+        return PARALLEL[case.op](*tensors, state=state, group=group, schedule=case.schedule, **case.options)
+
+    with torch.no_grad():
+        plain = run(*tensors)
+    out = checkpoint(run, *tensors, use_reentrant=False) if case.checkpointed else run(*tensors)
+    ends = states_of(case.op, out.state)
+    over_time, of_state, want_ends = whole(case)
+    pairs = [(out.y, weights_like(tuple(over_time["y"].shape), 0)[:, stretch])]
+    if rank in (*case.end_of, last):
+        pairs += [(s, weights_like(tuple(s.shape), 10 + rank)) for s in ends]
+    gradients = torch.autograd.grad(functional(pairs), [*tensors, *given], materialize_grads=True)
+    # Nothing is judged before here: a process that stopped early would leave the others waiting.
+    assert_close("y without gradients", out.y, plain.y, case.budget)
+    got = {"y": out.y, **dict(zip(list(over_time)[1:], gradients))}
+    for name, x in over_time.items():
+        assert_close(name, x[:, stretch], got[name], case.budget, floor=1e-13)
+    for n, (a, b) in enumerate(zip(want_ends[rank], ends)):
+        assert_close(f"end {n}", a, b, case.budget, floor=1e-13)
+    if rank == 0:
+        for (name, x), g in zip(of_state.items(), gradients[len(tensors) :]):
+            assert_close(name, x, g, case.budget, floor=1e-13)
+
+
+WRONG = {
+    "cu_seqlens": "UnsupportedError: rdn: cu_seqlens is not supported over 4 processes; "
+    "give every sequence its own batch row",
+    "schedule": "ConfigError: rdn: schedule = 'ring' is unknown; choose one of auto, rounds, chain",
+    "clip": "ConfigError: rdn: clip = -1.0 is not allowed; give a number above 0, or None for no clipping",
+    "mesh": "ConfigError: rdn: group is a mesh of 2 dims ('data', 'sequence'); give one of them, mesh['name']",
+    "group": "ConfigError: rdn: process 3 is not in group; call it in the processes of the group only",
+    "state": "ConfigError: rdn: state is given in process 3 of the group; only process 0 holds the start of the "
+    "sequences, give None in the others",
+}
+"""Wrong calls, and what the last process says to them."""
+
+
+def refused(few: dist.ProcessGroup, mesh: DeviceMesh) -> dict[str, str]:
+    """What this process says to wrong calls, of which none sends a message."""
+    inputs = make_inputs(RECURRENCES["rdn"], Shape(time=3))
+    wrong = {
+        "cu_seqlens": {"cu_seqlens": torch.tensor([0, 3])},
+        "schedule": {"schedule": "ring"},
+        "clip": {"clip": -1.0},
+        "mesh": {"group": mesh},
+        "group": {"group": few},
+        "state": {"state": State(*inputs.states)},
+    }
+    said = {}
+    for name, keywords in wrong.items():
+        if dist.get_rank() != WORLD - 1 and name in ("group", "state"):
+            continue
+        try:
+            mixers.rdn(*inputs.tensors, **keywords)
+        except WhimbrelError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def work(rank: int, folder: str) -> None:
+    """Everything at once: starting processes takes longer than what they do."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    groups = {n: dist.new_group(list(range(WORLD - n, WORLD))) for n in (2, 3, 4)}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    results: dict[str, Any] = {"refused": refused(dist.new_group([0, 1, 2]), mesh)}
+    for schedule in ("rounds", "chain"):
+        check(Case("rdn", schedule, (7, 8)), mesh["sequence"])
+    for case in CASES:
+        if rank < WORLD - len(case.lengths):
+            continue
+        try:
+            check(case, groups[len(case.lengths)])
+            results[str(case)] = ""
+        except AssertionError as error:
+            results[str(case)] = str(error) or "failed"
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stretches")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stretches_equal_the_whole(case, results):
+    found = [one.get(str(case)) for one in results]
+    assert found[WORLD - len(case.lengths) :] == [""] * len(case.lengths)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_are_named(name, results):
+    assert results[WORLD - 1]["refused"][name] == WRONG[name]
+
+
+def test_one_process_is_the_operation():
+    """Without processes to share with, packed sequences included."""
+    for name, op in PARALLEL.items():
+        call = RECURRENCES[name]
+        inputs = make_inputs(call, Shape(batch=1, time=9), sequences=2)
+        edges = torch.tensor([0, 4, 9])
+        y, states = call(inputs.tensors, inputs.states, cu_seqlens=edges)
+        state = State(*inputs.states) if name in TWO_STATES else inputs.states[0]
+        out = op(*inputs.tensors, state=state, cu_seqlens=edges)
+        assert torch.equal(out.y, y)
+        for a, b in zip(states, states_of(name, out.state)):
+            assert torch.equal(a, b)
