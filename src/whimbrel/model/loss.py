@@ -1,7 +1,11 @@
-"""Cross entropy of a linear head, a few rows at a time, so that all logits never exist at once."""
+"""Cross entropy of a linear head, a few rows at a time, so that all logits never exist at once.
+
+On CUDA the optional package liger-kernel takes over where it is installed: its kernel goes over the logits fewer times.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +19,11 @@ IGNORE = -100
 CHUNK_LOGITS = 2**21
 """Logits that exist at a time: 8 MB in fp32. Larger pieces fall out of the cache of a CPU core."""
 
+CUDA_CHUNK_LOGITS = 2**26
+"""The same on CUDA: 256 MB in fp32. Matrices of fewer rows do not keep a card busy."""
+
+_HAS_LIGER = find_spec("liger_kernel") is not None
+
 
 def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(hidden weight^T)[target] over the rows whose target is not IGNORE; 0 if there is none.
@@ -23,6 +32,10 @@ def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     and weight.
     """
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if _liger_serves(hidden):
+        if not differentiable:
+            hidden, weight = hidden.detach(), weight.detach()
+        return _liger(hidden, weight, targets)
     return _MeanCrossEntropy.apply(hidden, weight, targets, differentiable)
 
 
@@ -36,8 +49,21 @@ def cross_entropy_per_row(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     return torch.cat(pieces)
 
 
+def _liger_serves(hidden: Tensor) -> bool:
+    return _HAS_LIGER and hidden.is_cuda and hidden.dtype != torch.float64
+
+
+def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    # Sums over the pieces in fp32, since there may be dozens.
+    return liger_fused_linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORE, reduction="mean", accum_dtype=torch.float32
+    )
+
+
 def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return x.split(max(1, CHUNK_LOGITS // weight.shape[0]))
+    return x.split(max(1, (CUDA_CHUNK_LOGITS if x.is_cuda else CHUNK_LOGITS) // weight.shape[0]))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from whimbrel.model import loss as module
 from whimbrel.model.loss import IGNORE, cross_entropy_per_row, mean_cross_entropy
 from whimbrel.testing.budget import assert_close
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def make_case(rows, *, width=9, vocabulary=37, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -33,6 +35,56 @@ def test_equals_cross_entropy_in_value_and_gradient(monkeypatch, rows, dtype):
     ratio = 1e-12 if dtype == torch.float64 else 2e-6
     for name, a, b in zip(("loss", "hidden", "weight"), (expected, *want), (found, *got), strict=True):
         assert_close(name, a, b, ratio)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 61])
+def test_the_fused_loss_equals_cross_entropy_in_value_and_gradient(monkeypatch, rows):
+    """liger-kernel, in Triton's interpreter where there is no CUDA."""
+    monkeypatch.setattr(module, "_liger_serves", lambda hidden: True)
+    hidden, weight, targets = make_case(rows)
+    expected = F.cross_entropy(hidden @ weight.T, targets)
+    want = torch.autograd.grad(3 * expected, (hidden, weight))
+    low = [x.detach().to(DEVICE, torch.float32).requires_grad_() for x in (hidden, weight)]
+    found = mean_cross_entropy(*low, targets.to(DEVICE))
+    got = torch.autograd.grad(3 * found, low)
+    assert found.dtype == torch.float32
+    for name, a, b in zip(("loss", "hidden", "weight"), (expected, *want), (found, *got), strict=True):
+        assert_close(name, a, b, 2e-6)
+    with torch.no_grad():
+        again = mean_cross_entropy(*low, targets.to(DEVICE))
+    assert not again.requires_grad
+    assert_close("without gradients", expected, again, 2e-6)
+
+
+def test_the_fused_loss_of_nothing_to_count_is_zero(monkeypatch):
+    monkeypatch.setattr(module, "_liger_serves", lambda hidden: True)
+    hidden, weight, targets = make_case(8)
+    low = [x.detach().to(DEVICE, torch.float32).requires_grad_() for x in (hidden, weight)]
+    loss = mean_cross_entropy(*low, torch.full_like(targets, IGNORE).to(DEVICE))
+    loss.backward()
+    assert loss == 0
+    assert all(x.grad.abs().max() == 0 for x in low)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_on_the_card_stay_near_fp64(monkeypatch, fused, autocast):
+    """A bf16 model, and an fp32 model under autocast."""
+    monkeypatch.setattr(module, "_liger_serves", lambda hidden: fused)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    hidden, weight, targets = make_case(3000, width=128, vocabulary=5000, dtype=dtype)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, targets)
+    want = torch.autograd.grad(expected, (hidden, weight))
+    low = [x.detach().cuda().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        found = mean_cross_entropy(*low, targets.cuda())
+    got = torch.autograd.grad(found, low)
+    assert found.dtype == torch.float32
+    assert_close("loss", expected, found, 0.002)
+    for name, a, b in zip(("hidden", "weight"), want, got, strict=True):
+        assert b.dtype == dtype
+        assert_close(name, a, b, 0.02)
 
 
 def test_bf16_gradients_keep_the_dtype_and_stay_near():
