@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,8 +16,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from whimbrel import scan
 from whimbrel.errors import WhimbrelError
 from whimbrel.mixers import parallel as mixers
+from whimbrel.mixers.base import LayerState
+from whimbrel.mixers.gdn.config import GDNConfig
+from whimbrel.mixers.linear import one_state
+from whimbrel.mixers.linear_config import LinearMixerConfig
+from whimbrel.mixers.rdn.config import RDNConfig
+from whimbrel.mixers.rla.config import RLAConfig
+from whimbrel.mixers.sgla.config import SGLAConfig
 from whimbrel.scan import parallel as scans
 from whimbrel.scan.base import State
 from whimbrel.testing.budget import assert_close
@@ -77,6 +86,24 @@ CASES = [
         *(Case(op, schedule, (9, 12, 8), {"impl": "chunked"}, checkpointed=True) for op in PARALLEL),
     )
 ]
+
+
+LAYERS = {
+    f"{config.__name__} {schedule} {lengths} {with_state}": (
+        config(num_heads=2, head_dim=4, num_value_heads=4, value_head_dim=3, conv_size=size),
+        schedule,
+        lengths,
+        with_state,
+    )
+    for config, schedule, lengths, size, with_state in (
+        (RDNConfig, "rounds", (9, 4, 8, 5), 4, False),
+        (RDNConfig, "chain", (1, 1, 0, 2), 4, True),
+        (RLAConfig, "rounds", (0, 0, 2, 4), 3, True),
+        (GDNConfig, "rounds", (0, 3, 0, 7), 5, False),
+        (SGLAConfig, "chain", (2, 1, 4, 0), 1, True),
+    )
+}
+"""Arguments of `check_layer`."""
 
 
 def functional(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -152,6 +179,53 @@ def check(case: Case, group: dist.ProcessGroup | DeviceMesh) -> None:
             assert_close(name, x, g, case.budget, floor=1e-13)
 
 
+def check_layer(config: LinearMixerConfig, schedule: str, lengths: tuple[int, ...], with_state: bool) -> None:
+    """A layer over stretches, its convolution looking back into those before, against the same layer over the whole."""
+    rank, world = dist.get_rank(), len(lengths)
+    torch.manual_seed(0)
+    layer = config.build(10, 1e-5).double()
+    x, past = weights_like((2, sum(lengths), 10), 1), layer.conv.weight.shape[2] - 1
+    probe = weights_like((2, sum(lengths), 10), 2)
+    before = layer(weights_like((2, 5, 10), 3)).state
+    before = LayerState(before.conv.detach(), State(*(s if s is None else s.detach() for s in before.recurrent)))
+    before.conv.requires_grad_()
+    stretch = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    mine = x[:, stretch].clone().requires_grad_()
+
+    over_whole = layer.recurrence
+    layer.recurrence = shared(over_whole, schedule)
+    state = before if with_state and rank == 0 else LayerState(None, None)
+    streams = (layer.q_proj(mine), layer.k_proj(mine), layer.v_proj(mine))
+    conv = mixers.conv_start(streams, past, state.conv)
+    y, after = layer(mine, LayerState(conv, state.recurrent))
+    leaves = [mine, before.conv, *layer.parameters()]
+    got = torch.autograd.grad((y * probe[:, stretch]).sum(), leaves, materialize_grads=True)
+    for gradient in got[1:]:
+        dist.all_reduce(gradient)
+
+    layer.recurrence = over_whole
+    x.requires_grad_()
+    want_y, want_after = layer(x, before if with_state else None)
+    want = torch.autograd.grad((want_y * probe).sum(), [x, *leaves[1:]], materialize_grads=True)
+    assert_close("y", want_y[:, stretch], y, FP64)
+    assert_close("dx", want[0][:, stretch], got[0], FP64)
+    for name, a, b in zip(["conv", *dict(layer.named_parameters())], want[1:], got[1:]):
+        assert_close(f"d{name}", a, b, FP64, floor=1e-13)
+    if rank == world - 1:
+        assert_close("conv after", want_after.conv, after.conv, FP64)
+        assert_close("state after", want_after.recurrent.base, after.recurrent.base, FP64)
+
+
+def shared(recurrence: Any, schedule: str) -> Callable[..., Any]:
+    """The recurrence of a layer, over stretches."""
+    others = {scan.decay_scan: scans.decay_scan, scan.delta_scan: scans.delta_scan}
+    others |= {mixers.rla_whole: mixers.rla, mixers.rdn_whole: mixers.rdn}
+    if recurrence.func is one_state:
+        inner = partial(others[recurrence.args[0]], schedule=schedule)
+        return partial(one_state, inner, **recurrence.keywords)
+    return partial(others[recurrence.func], schedule=schedule, **recurrence.keywords)
+
+
 WRONG = {
     "cu_seqlens": "UnsupportedError: rdn: cu_seqlens is not supported over 4 processes; "
     "give every sequence its own batch row",
@@ -198,6 +272,12 @@ def work(rank: int, folder: str) -> None:
     results: dict[str, Any] = {"refused": refused(dist.new_group([0, 1, 2]), mesh)}
     for schedule in ("rounds", "chain"):
         check(Case("rdn", schedule, (7, 8)), mesh["sequence"])
+    for name, arguments in LAYERS.items():
+        try:
+            check_layer(*arguments)
+            results[name] = ""
+        except AssertionError as error:
+            results[name] = str(error) or "failed"
     for case in CASES:
         if rank < WORLD - len(case.lengths):
             continue
@@ -221,6 +301,11 @@ def results(tmp_path_factory):
 def test_stretches_equal_the_whole(case, results):
     found = [one.get(str(case)) for one in results]
     assert found[WORLD - len(case.lengths) :] == [""] * len(case.lengths)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_equal_the_whole(name, results):
+    assert [one[name] for one in results] == [""] * WORLD
 
 
 @pytest.mark.parametrize("name", WRONG)
