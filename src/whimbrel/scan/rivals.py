@@ -19,29 +19,28 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from whimbrel.errors import UnsupportedError
+from whimbrel.scan.common import compute_dtype
 
 Scan = Callable[..., Tensor]
-"""scan(q, k, v, log_decay, beta, scale) -> y: one pass over a single state that is read after each write."""
+"""scan(q, k, v, log_decay, beta) -> y: one pass over a single state, read after each write by q / sqrt(K)."""
 
 CLIP = 1.0
 """Bound of the residual in the two passes, the paper's."""
 
 
-def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None = None) -> Tensor:
+def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     """The gated delta rule of flash-linear-attention, in its own Triton kernels."""
-    return _fla().delta(q, k, v, log_decay, beta, scale=scale)[0]
+    return _fla().delta(q, k, v, log_decay, beta)[0]
 
 
-def fla_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None = None) -> Tensor:
+def fla_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """Simple gated linear attention of flash-linear-attention, whose beta is 1."""
-    return _fla().decay(q, k, v, log_decay, scale=scale)[0]
+    return _fla().decay(q, k, v, log_decay)[0]
 
 
-def flash_qla_delta(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None = None
-) -> Tensor:
+def flash_qla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     """The gated delta rule of FlashQLA (TileLang), for K = V = 128."""
-    return _flash_qla()(q, k, v, log_decay, beta, scale=scale)[0]
+    return _flash_qla()(q, k, v, log_decay, beta)[0]
 
 
 def cudnn_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -56,8 +55,8 @@ def cudnn_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def rdn_by_fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
     """RDN as the paper built it: two passes of flash-linear-attention's delta rule, the first giving the residual.
 
-    What that kernel writes is u = beta (v - alpha S_(t-1) k). So S_(t-1) k = (v - u / beta) / alpha, and the read before
-    the write is the read after it less (q k) u. Both are exact, and lose digits at small alpha.
+    What that kernel writes is u = beta (v - alpha S_(t-1) k). So S_(t-1) k = (v - u / beta) / alpha, and the read
+    before the write is the read after it less (q k) u. Both are exact, and lose digits at small alpha.
     """
     read, written = _FlaDelta.apply(q, k, v, log_decay, beta)
     read, residual = _apart(read, written, q, k, v, log_decay, beta)
@@ -72,8 +71,8 @@ def rdn_by_flash_qla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
 def rla_by_fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
     """RLA of passes of flash-linear-attention's simple gated linear attention, as `by_shifts`."""
 
-    def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None = None) -> Tensor:
-        return fla_decay(q, k, v * beta[..., None].to(v.dtype), log_decay, scale)
+    def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+        return fla_decay(q, k, v * beta[..., None].to(v.dtype), log_decay)
 
     return by_shifts(scan, q, k, v, log_decay, beta, gamma)
 
@@ -85,7 +84,7 @@ def by_shifts(scan: Scan, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, be
     queries that stand one token early give the base, and keys in their place what the residual is taken against.
     """
     base = partial(scan, k=k, v=v, log_decay=log_decay, beta=beta)
-    residual = _residual(v, base(q=_early(k), scale=1.0))
+    residual = _residual(v, base(q=_early(k)), k.shape[-1] ** 0.5)
     read = _late_and_decayed(base(q=_early(q)), log_decay)
     return _joined(read, scan(q, k, residual, log_decay, gamma), gamma)
 
@@ -93,7 +92,7 @@ def by_shifts(scan: Scan, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, be
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in one kernel on CUDA: rivals should not pay for the glue that a kernel of their own would hold."""
     compiled = cache(lambda: torch.compile(function, dynamic=True))
-    return lambda *tensors: (compiled() if tensors[0].is_cuda else function)(*tensors)
+    return lambda *args: (compiled() if args[0].is_cuda else function)(*args)
 
 
 @_fused
@@ -101,15 +100,16 @@ def _apart(
     read: Tensor, written: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The read before the write, and the clipped residual."""
-    u, scale = written.float(), q.shape[-1] ** -0.5
-    own = scale * (q.float() * k.float()).sum(-1, keepdim=True)
-    seen = (v.float() - u / beta[..., None]) * torch.exp(-log_decay)[..., None]
-    return read.float() - own * u, (v.float() - seen).clamp(-CLIP, CLIP).to(v.dtype)
+    wide = compute_dtype(q)
+    u, own = written.to(wide), (q.to(wide) * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+    seen = (v - u / beta[..., None]) * torch.exp(-log_decay)[..., None]
+    return read - own * u, (v - seen).clamp(-CLIP, CLIP).to(v.dtype)
 
 
 @_fused
-def _residual(v: Tensor, seen_early: Tensor) -> Tensor:
-    return (v - _late(seen_early)).clamp(-CLIP, CLIP)
+def _residual(v: Tensor, seen_early: Tensor, unscale: float) -> Tensor:
+    seen = _late(seen_early).to(compute_dtype(v)) * unscale
+    return (v - seen).clamp(-CLIP, CLIP).to(v.dtype)
 
 
 @_fused
@@ -167,9 +167,9 @@ class _FlaDelta(torch.autograd.Function):
 def _fla() -> SimpleNamespace:
     """What is used of flash-linear-attention 0.6.
 
-    It hands work to FlashQLA and TileLang where those are installed; that is switched off, each rival is timed by itself.
-    On Hopper with Triton 3.4 to 3.7.0 it refuses its gated backward, whose key gradient is wrong there (its issue 640);
-    the time is that of the right one, so the refusal is lifted, for timing alone.
+    It hands work to FlashQLA and TileLang where those are installed; that is switched off, so that each rival is timed
+    by itself. On Hopper with Triton 3.4 to 3.7.0 it refuses its gated backward, whose key gradient is wrong there (its
+    issue 640); the work is that of the right one, so the refusal is lifted, for timing alone.
     """
     os.environ.update(FLA_FLASH_QLA="0", FLA_TILELANG="0")
     read = _load("fla.ops.common.chunk_o", "fla-core==0.6.0 einops")
