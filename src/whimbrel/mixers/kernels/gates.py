@@ -82,7 +82,8 @@ def forward(x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
     """[gates, B, T, heads] in fp32; arguments as in `ops.gates`."""
     sizes, tokens = _sizes(x, a_log)
     y = x.new_empty(sizes["GATES"], *x.shape[:-1], sizes["HEADS"], dtype=torch.float32)
-    _forward[(triton.cdiv(tokens, sizes["ROWS"]),)](x.contiguous(), a_log, dt_bias, y, tokens, **sizes)
+    with torch.cuda.device_of(x):
+        _forward[(triton.cdiv(tokens, sizes["ROWS"]),)](x.contiguous(), a_log, dt_bias, y, tokens, **sizes)
     return y
 
 
@@ -94,7 +95,8 @@ def backward(dy: Tensor, x: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Ten
     dx = torch.empty_like(x)
     # Each program leaves its share of the sums; added here, their order is always the same.
     shares = x.new_empty(programs, 2, sizes["HEADS"], dtype=torch.float32)
-    _backward[(programs,)](dy.contiguous(), x, a_log, dt_bias, dx, shares, tokens, **sizes)
+    with torch.cuda.device_of(x):
+        _backward[(programs,)](dy.contiguous(), x, a_log, dt_bias, dx, shares, tokens, **sizes)
     d_a_log, d_dt_bias = shares.sum(0).unbind(0)
     return dx, d_a_log.to(a_log.dtype, copy=True), d_dt_bias.to(dt_bias.dtype, copy=True)
 

@@ -72,7 +72,9 @@ def forward(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The normed and gated rows; arguments as in `ops.gated_norm`."""
     sizes, rows = _sizes(y)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    _forward[(triton.cdiv(rows, sizes["ROWS"]),)](y.contiguous(), gate.contiguous(), weight, out, rows, eps, **sizes)
+    with torch.cuda.device_of(y):
+        grid = (triton.cdiv(rows, sizes["ROWS"]),)
+        _forward[grid](y.contiguous(), gate.contiguous(), weight, out, rows, eps, **sizes)
     return out
 
 
@@ -84,9 +86,10 @@ def backward(dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) 
     programs = triton.cdiv(rows, sizes["ROWS"] * _STEPS)
     # Each program leaves its share of the weight's gradient; added here, their order is always the same.
     shares = y.new_empty(programs, sizes["WIDTH"], dtype=torch.float32)
-    _backward[(programs,)](
-        dout.contiguous(), y, gate, weight, dy, dgate, shares, rows, eps, **sizes, STEPS=_STEPS
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        _backward[(programs,)](
+            dout.contiguous(), y, gate, weight, dy, dgate, shares, rows, eps, **sizes, STEPS=_STEPS
+        )  # fmt: skip
     return dy, dgate, shares.sum(0).to(weight.dtype)
 
 
