@@ -12,18 +12,20 @@ is as above once the one before is known. Two schedules follow:
     starts; going back, one all-gather for each state in the other order, with M transposed, tells it the cotangents of
     its ends. A message holds K (K + V) numbers for each value head. In the middle a stretch is run more than once,
     since a process must tell what it adds before it knows where it starts; the first process knows its starts and
-    the last its cotangents, so these run theirs once.
+    the last its cotangents, so these run theirs once. The backward runs the stretch forward once more, so that only
+    its arguments are kept, and activation checkpointing works.
 "chain": a process waits for the states of the one before it, runs its stretch once and hands its own on. Nothing is
     computed twice. The waiting is short since rows or heads are handed on in `PARTS` parts: while the next process
     works on one, this one works on the one after it.
 
-With p parts, in runs of one stretch (of which the whole sequence on one process takes n):
+The time until the last process is done, in runs of one stretch forward (f) or backward (b), with p parts; one process
+with the whole sequences takes n f and n b:
 
 | processes | rounds, forward | rounds, backward | chain |
 |---|---|---|---|
-| n = 2 | 2 | 2 | 1 + 1 / p |
-| n > 2, RDN / RLA | about 3.5 / 2.5 | 3 | 1 + (n - 1) / p |
-| n > 2, delta / decay scan | 3 / 2 | 2 | 1 + (n - 1) / p |
+| n = 2 | 2 f | 2 b + f | (1 + 1 / p) f or b |
+| n > 2, RDN / RLA | 3.6 f / 3 f | 3 b + f | (1 + (n - 1) / p) f or b |
+| n > 2, delta / decay scan | 3 f / 2 f | 2 b + f | (1 + (n - 1) / p) f or b |
 
 so "auto" takes the chain up to n = 2 p and rounds beyond. Source: derived here; README.md of this folder.
 """
