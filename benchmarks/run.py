@@ -14,16 +14,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one or more of {', '.join(CASES)} (default: all)")
     parser.add_argument("--against", nargs="+", metavar="NAME", help="implementations to take ratios against")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations to time (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the lines")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats; writes no lines")
     given = parser.parse_args()
 
     from whimbrel.bench.runner import run_case
 
-    results = None if given.quick else Path(__file__).parent / "results"
+    options = {"device": given.device, "quick": given.quick, "against": given.against, "only": given.only}
     try:
         for name in given.cases or CASES:
-            run_case(name, device=given.device, quick=given.quick, against=given.against, out=results)
+            run_case(name, **options, out=None if given.quick else given.out)
     except WhimbrelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

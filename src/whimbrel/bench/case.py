@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Param = str | int | float | bool
+SetUp = Callable[[], Callable[[], object]]
+"""Makes inputs and returns the call to time."""
+
+
+class Rival(NamedTuple):
+    """Somebody else's implementation, which may be missing or broken where this one runs."""
+
+    set_up: SetUp
+    check: Callable[[], str]
+    """Runs before it is timed; an error leaves it out, and what it returns, if not "", is said beside its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +33,18 @@ class Case:
     params: Mapping[str, Param]
     """Shape and options, as they stand in the result line: {"T": 4096, "H": 4, "dtype": "float32"}."""
 
-    impls: Mapping[str, Callable[[], Callable[[], object]]]
-    """Implementation name -> set-up; the set-up makes inputs and returns the call to time. The first is the
-    one that ratios are taken against unless the caller names another."""
+    impls: Mapping[str, SetUp]
+    """Implementation name -> set-up. The first is the one that ratios are taken against unless the caller names
+    another."""
 
     check: Callable[[], None]
     """Raises AssertionError unless all implementations agree; runs before anything is timed."""
 
-    metric: Literal["forward", "forward+backward", "step"] = "forward"
-    """What one call does."""
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    """Further implementations by name. One that is not installed, fails or is wrong is named aloud and left out."""
+
+    metric: Literal["forward", "forward+backward", "step", "time"] = "forward"
+    """What one call does; "time" where the case's name says it."""
 
     unit: Literal["s", "ms", "us"] = "ms"
     """Unit of the recorded times."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,8 @@ from whimbrel.errors import ConfigError, UnsupportedError, WhimbrelError, neares
 
 _PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6}
 _WARM_UP_CALLS = 2
+_CACHE_BYTES = 1 << 28
+"""More than the level-two cache of any GPU holds."""
 
 
 class CheckError(WhimbrelError):
@@ -49,34 +54,40 @@ def run_case(
     device: str = "cpu",
     quick: bool = False,
     against: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
     out: Path | None = None,
     table: bool = True,
 ) -> list[ResultLine]:
     """Check and time every shape of one case, append the result lines, and print a table.
 
+    A rival that is not installed, fails or is wrong is named on standard error and left out.
+
     name: a key of `CASES`, or "module:function" from outside.
     device: "cpu" or "cuda".
     quick: small shapes and few repeats.
     against: implementations to take ratios against, one column each; None is each shape's first.
+    only: implementations to time; None is all.
     out: folder of the result files, to which lines are appended; None writes nothing.
     table: print a table to standard output.
     Returns the result lines: times, and bytes where the case states or the device measures them.
     Raises ConfigError for an unknown case or baseline, UnsupportedError without the device, CheckError when
     the check is red.
     """
-    cases = _load(name, device=device, quick=quick)
-    _refuse_unknown(name, cases, against)
+    cases = load_cases(name, device=device, quick=quick)
+    _refuse_unknown(name, cases, against, option="against")
+    cases = choose(name, cases, only)
     for case in cases:
         try:
-            case.check()
+            if case.impls:
+                case.check()
         except AssertionError as error:
+            shape = shape_text(case.params)
             raise CheckError(
-                f"bench {case.name}: the check failed, so nothing is timed: {_one_line(error)} ({_shape(case.params)})"
+                f"bench {case.name}: the check failed, so nothing is timed: {one_line(error)} ({shape})"
             ) from error
     found: list[Measurement] = []
     for case in cases:
-        baselines = [b for b in against or [next(iter(case.impls))] if b in case.impls]
-        found += _measure(case, baselines, device=device, quick=quick, out=out)
+        found += _measure(case, against, device=device, quick=quick, out=out)
     if table:
         Console().print(_table(name, found))
     return [line for measurement in found for line in measurement.lines]
@@ -103,7 +114,8 @@ def time_alternating(
     return times
 
 
-def _load(name: str, *, device: str, quick: bool) -> list[Case]:
+def load_cases(name: str, *, device: str, quick: bool) -> list[Case]:
+    """The cases of a key of `CASES`, or of "module:function". Raises as `run_case`."""
     target = CASES.get(name, name if ":" in name else None)
     if target is None:
         raise ConfigError(f"bench case = {name!r} is unknown: choose one of {', '.join(CASES)}{nearest(name, CASES)}")
@@ -114,26 +126,72 @@ def _load(name: str, *, device: str, quick: bool) -> list[Case]:
     try:
         make = load_object(target)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"bench case = {name!r} cannot be loaded from {target!r}: {_one_line(error)}") from error
+        raise ConfigError(f"bench case = {name!r} cannot be loaded from {target!r}: {one_line(error)}") from error
     return make(device=device, quick=quick)
 
 
-def _refuse_unknown(name: str, cases: Sequence[Case], against: Sequence[str] | None) -> None:
-    known = list(dict.fromkeys(impl for case in cases for impl in case.impls))
-    for wanted in against or ():
+def choose(name: str, cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
+    """The cases with the implementations in `only`, all where it is None. Raises ConfigError for an unknown one."""
+    if only is None:
+        return list(cases)
+    _refuse_unknown(name, cases, only, option="only")
+    return [
+        replace(
+            case,
+            impls={impl: set_up for impl, set_up in case.impls.items() if impl in only},
+            rivals={impl: rival for impl, rival in case.rivals.items() if impl in only},
+        )
+        for case in cases
+    ]
+
+
+def _refuse_unknown(name: str, cases: Sequence[Case], names: Sequence[str] | None, *, option: str) -> None:
+    known = list(dict.fromkeys(impl for case in cases for impl in (*case.impls, *case.rivals)))
+    for wanted in names or ():
         if wanted not in known:
             raise ConfigError(
-                f"bench --against = {wanted!r} is no implementation of {name}: "
+                f"bench --{option} = {wanted!r} is no implementation of {name}: "
                 f"choose from {', '.join(known)}{nearest(wanted, known)}"
             )
 
 
-def _measure(case: Case, baselines: Sequence[str], *, device: str, quick: bool, out: Path | None) -> list[Measurement]:
-    calls = {impl: set_up() for impl, set_up in case.impls.items()}
+def _present(case: Case) -> dict[str, Callable[[], object]]:
+    """The calls of the case's rivals that run here and are right; a line on standard error for each other one."""
+    calls = {}
+    for impl, rival in case.rivals.items():
+        try:
+            remark = rival.check()
+            call = rival.set_up()
+            call()
+        except UnsupportedError as error:
+            say(case, impl, f"left out, {one_line(error)}")
+        except Exception as error:  # somebody else's code may fail in any way, and the others are still to be timed
+            say(case, impl, f"left out, it fails: {type(error).__name__}: {one_line(error)}")
+        else:
+            calls[impl] = call
+            if remark:
+                say(case, impl, remark)
+    return calls
+
+
+def say(case: Case, impl: str, text: str) -> None:
+    """One line on standard error about one implementation of a case."""
+    print(f"bench {case.name} ({shape_text(case.params)}): {impl}: {text}", file=sys.stderr, flush=True)
+
+
+def _measure(
+    case: Case, against: Sequence[str] | None, *, device: str, quick: bool, out: Path | None
+) -> list[Measurement]:
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what the last shape left lies in pieces of other sizes
+    calls = {impl: set_up() for impl, set_up in case.impls.items()} | _present(case)
+    if not calls:
+        return []
+    baselines = [b for b in against or [next(iter(calls))] if b in calls]
     times = time_alternating(
         calls,
         device=device,
-        budget_seconds=0.3 if quick else 5.0,
+        budget_seconds=0.3 if quick else 2.0 if device == "cuda" else 5.0,
         least=3 if quick else 5,
         most=20 if quick else 200,
     )
@@ -144,7 +202,7 @@ def _measure(case: Case, baselines: Sequence[str], *, device: str, quick: bool, 
         scaled = [s * _PER_SECOND[case.unit] for s in seconds]
         lines = [record(case.name, impl, case.params, case.metric, scaled, case.unit, device=device, out=out)]
         state = case.sizes[impl]() if impl in case.sizes else None
-        for metric, count in (("peak memory", memory.get(impl)), ("state", state)):
+        for metric, count in (("peak_bytes", memory.get(impl) or None), ("state", state)):
             if count is not None:
                 lines.append(record(case.name, impl, case.params, metric, count, "bytes", device=device, out=out))
         found.append(
@@ -167,7 +225,9 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(call: Callable[[], object]) -> float:
+    """With a cold level-two cache, whose clearing also gives the processor time to launch what the call begins with."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _cache_filler().zero_()
     start.record()
     call()
     end.record()
@@ -175,8 +235,13 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+@functools.cache
+def _cache_filler() -> torch.Tensor:
+    return torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda")
+
+
 def _peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that a call held above what was held before it."""
+    """The most memory that tensors of a call took above what was taken before it, its results included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -203,7 +268,7 @@ def _table(name: str, found: Sequence[Measurement]) -> Table:
     last = ""
     for m in found:
         line = m.lines[0]
-        shape = _shape(line["params"])
+        shape = shape_text(line["params"])
         table.add_row(
             "" if shape == last else shape,
             line["impl"],
@@ -218,9 +283,11 @@ def _table(name: str, found: Sequence[Measurement]) -> Table:
     return table
 
 
-def _shape(params: Mapping[str, Param]) -> str:
+def shape_text(params: Mapping[str, Param]) -> str:
+    """{"T": 8, "H": 4} -> "T=8 H=4"."""
     return " ".join(f"{key}={value}" for key, value in params.items())
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
     return " ".join(str(error).split())

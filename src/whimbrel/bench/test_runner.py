@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from whimbrel._lazy import load_object
 from whimbrel.bench import CASES
-from whimbrel.bench.case import Case
+from whimbrel.bench.case import Case, Rival
+from whimbrel.bench.first_call import first_calls
 from whimbrel.bench.results import ResultLine, commit, read_lines, record
 from whimbrel.bench.runner import CheckError, run_case, time_alternating
 from whimbrel.errors import ConfigError, DataError, UnsupportedError
@@ -46,6 +48,30 @@ def red(*, device, quick):
         raise AssertionError("fast differs\nby 0.5")
 
     return [Case(name="red", params={"T": 8}, impls={"fast": lambda: events.note("fast")}, check=check)]
+
+
+def rivalled(*, device, quick):
+    def missing():
+        raise UnsupportedError("theirs is not installed; pip install theirs")
+
+    def wrong():
+        raise AssertionError("y: RMS ratio 0.5 above 0.02")
+
+    def broken():
+        raise RuntimeError("illegal\nmemory access")
+
+    def call(name):
+        return lambda: events.note(name)
+
+    rivals = {
+        "missing": Rival(call("missing"), missing),
+        "wrong": Rival(call("wrong"), wrong),
+        "broken": Rival(lambda: broken, str),
+        "excused": Rival(call("excused"), lambda: "the gradient of k is off by 0.3"),
+        "right": Rival(call("right"), str),
+    }
+    impls = {"fast": call("fast")}
+    return [Case(name="rivalled", params={"T": 8}, impls=impls, rivals=rivals, check=lambda: None, metric="time")]
 
 
 HERE = "whimbrel.bench.test_runner"
@@ -134,6 +160,35 @@ def test_a_red_check_prints_and_writes_no_time(tmp_path, capsys):
     assert events == []
 
 
+def test_rivals_that_are_missing_wrong_or_broken_are_said_and_left_out(tmp_path, capsys):
+    found = quick("rivalled", out=tmp_path, table=False)
+    assert [line["impl"] for line in found] == ["fast", "excused", "right"]
+    assert capsys.readouterr().err.splitlines() == [
+        "bench rivalled (T=8): missing: left out, theirs is not installed; pip install theirs",
+        "bench rivalled (T=8): wrong: left out, it fails: AssertionError: y: RMS ratio 0.5 above 0.02",
+        "bench rivalled (T=8): broken: left out, it fails: RuntimeError: illegal memory access",
+        "bench rivalled (T=8): excused: the gradient of k is off by 0.3",
+    ]
+    assert set(events) == {"fast", "excused", "right"}
+
+
+def test_only_what_was_asked_for_is_timed():
+    assert [line["impl"] for line in quick("rivalled", only=["right"], table=False)] == ["right"]
+    assert set(events) == {"right"}
+    with pytest.raises(ConfigError, match=r"^bench --only = 'fats' is no implementation of .*: choose from fast, m"):
+        quick("rivalled", only=["fats"])
+
+
+def test_first_calls_are_made_in_fresh_processes(tmp_path, capsys):
+    found = first_calls(f"{HERE}:rivalled", quick=True, only=["fast", "broken"], out=tmp_path)
+    assert [(x["impl"], x["metric"], x["unit"], x["n"]) for x in found] == [("fast", "first_call", "s", 1)]
+    assert read_lines(tmp_path / "rivalled.jsonl") == found
+    assert events == []
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{HERE}:rivalled fast: first call 0.0 s")
+    assert said.err == "bench rivalled (T=8): broken: left out, it fails: memory access\n"
+
+
 def test_errors_name_what_is_allowed():
     with pytest.raises(
         ConfigError,
@@ -200,4 +255,4 @@ def test_a_spoilt_results_file_is_named(tmp_path):
 
 
 def test_table_of_cases_names_functions():
-    assert all(target.endswith(":cases") for target in CASES.values())
+    assert all(callable(load_object(target)) for target in CASES.values())

@@ -22,6 +22,10 @@ class Args:
     """cpu, cuda or auto."""
     quick: bool = False
     """Small shapes only."""
+    only: tuple[str, ...] = ()
+    """Implementations to time; none is all."""
+    first_call: bool = False
+    """Measure the first call instead, in fresh processes with empty compilation caches, on the first shape."""
     out: Path | None = None
     """Folder for the result lines, appended to OUT/CASE.jsonl; without it nothing is written."""
     json: bool = False
@@ -35,12 +39,17 @@ def main(argv: list[str]) -> int:
 
     if args.case not in CASES:
         raise ConfigError(f"unknown case '{args.case}'{nearest(args.case, CASES)}; use one of {', '.join(CASES)}")
-    from whimbrel.bench.runner import run_case
     from whimbrel.training.processes import pick_device
 
-    lines = run_case(
-        args.case, device=pick_device(args.device).type, quick=args.quick, out=args.out, table=not args.json
-    )
+    device, only = pick_device(args.device).type, args.only or None
+    if args.first_call:
+        from whimbrel.bench.first_call import first_calls
+
+        lines = first_calls(args.case, device=device, quick=args.quick, only=only, out=args.out, table=not args.json)
+    else:
+        from whimbrel.bench.runner import run_case
+
+        lines = run_case(args.case, device=device, quick=args.quick, only=only, out=args.out, table=not args.json)
     if args.json:
         print("\n".join(json.dumps(line) for line in lines))
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,13 @@ def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) 
 def fla_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """Simple gated linear attention of flash-linear-attention, whose beta is 1."""
     return _fla().decay(q, k, v, log_decay)[0]
+
+
+def fla_delta_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, states: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One token of flash-linear-attention's gated delta rule: (y, state after)."""
+    return _fla().step(q, k, v, g=log_decay, beta=beta, initial_state=states[0], output_final_state=True)
 
 
 def flash_qla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
