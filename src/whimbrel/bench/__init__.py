@@ -25,8 +25,10 @@ CASES: dict[str, str] = {
     "sparse": "whimbrel.sparse.bench:cases",
     "optim": "whimbrel.optim.bench:cases",
     "merge": "whimbrel.merge.bench:cases",
+    "train_tokens": "whimbrel.bench.models:train_tokens",
+    "prefill_tokens": "whimbrel.bench.models:prefill_tokens",
 }
-"""Case name -> "module:function" with the signature `cases(*, device: str, quick: bool) -> list[Case]`."""
+"""Case name -> "module:function" with the signature `(*, device: str, quick: bool) -> list[Case]`."""
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

@@ -1,6 +1,6 @@
 """What can be timed: a case holds inputs, rival implementations and the check that comes before any time.
 
-Each folder with an operation offers `bench.py` with `cases(*, device, quick) -> list[Case]`, and one line in
+Each folder with an operation offers `bench.py` with a function `(*, device, quick) -> list[Case]`, and one line in
 `whimbrel.bench.CASES` names it. This module imports nothing heavy, so any folder may import it.
 """
 
@@ -43,11 +43,14 @@ class Case:
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     """Further implementations by name. One that is not installed, fails or is wrong is named aloud and left out."""
 
-    metric: Literal["forward", "forward+backward", "step", "time"] = "forward"
-    """What one call does; "time" where the case's name says it."""
+    metric: Literal["forward", "forward+backward", "step", "time", "throughput"] = "forward"
+    """What one call does; "time" or "throughput" where the case's name says it."""
 
     unit: Literal["s", "ms", "us"] = "ms"
     """Unit of the recorded times."""
+
+    tokens: int | None = None
+    """Tokens that one call handles: lines then hold tokens a second in place of times."""
 
     flops: float | None = None
     """Floating-point operations of one call (useful ones only), to state the rate reached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,6 +184,7 @@ def _measure(
     case: Case, against: Sequence[str] | None, *, device: str, quick: bool, out: Path | None
 ) -> list[Measurement]:
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()  # what the last shape left lies in pieces of other sizes
     calls = {impl: set_up() for impl, set_up in case.impls.items()} | _present(case)
     if not calls:
@@ -199,8 +201,10 @@ def _measure(
     medians = {impl: float(np.median(t)) for impl, t in times.items()}
     found = []
     for impl, seconds in times.items():
-        scaled = [s * _PER_SECOND[case.unit] for s in seconds]
-        lines = [record(case.name, impl, case.params, case.metric, scaled, case.unit, device=device, out=out)]
+        values, unit = [s * _PER_SECOND[case.unit] for s in seconds], str(case.unit)
+        if case.tokens is not None:
+            values, unit = [case.tokens / s for s in seconds], "tokens/s"
+        lines = [record(case.name, impl, case.params, case.metric, values, unit, device=device, out=out)]
         state = case.sizes[impl]() if impl in case.sizes else None
         for metric, count in (("peak_bytes", memory.get(impl) or None), ("state", state)):
             if count is not None:
