@@ -1,6 +1,8 @@
-"""Draw the figures that documents show from result lines: `python benchmarks/plots.py` makes `figures/*.svg`.
+"""Draw the figures that documents show from result lines.
 
-Every figure shows the newest line of each measurement, per device, and the ends of its quartiles.
+`python benchmarks/plots.py` makes `figures/*.svg`, one for each file of results: the newest line of each measurement,
+per device, and the ends of its quartiles. Where kernels have been timed it also makes time and memory against length,
+which the page of residual linear attention shows.
 """
 
 from __future__ import annotations
@@ -11,14 +13,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from whimbrel.bench.results import ResultLine, read_lines
+from whimbrel.bench.results import ResultLine, newest, read_lines
 from whimbrel.errors import DataError, WhimbrelError
 from whimbrel.files import atomic_write_text
-from whimbrel.report.numbers import significant
-from whimbrel.report.svg import Box, Svg, fit, scale, text_width, x_axis
+from whimbrel.report.numbers import power_count, significant
+from whimbrel.report.svg import Box, Svg, fit, legend, scale, text_width, x_axis, y_axis
 
 HERE = Path(__file__).parent
 WIDTH = 760.0
+TOKENS = 32_768
+"""Tokens of a call up to that length; a longer sequence is a call by itself."""
+
+CURVES = (
+    ("RDN", "rdn_fwd_bwd", "triton"),
+    ("RLA", "rla_fwd_bwd", "triton"),
+    ("GDN", "delta_fwd_bwd", "triton"),
+    ("sGLA", "decay_fwd_bwd", "triton"),
+    ("softmax, cuDNN", "rdn_fwd_bwd", "sdpa-cudnn"),
+    ("GDN by FlashQLA", "rdn_fwd_bwd", "flash-qla"),
+)
+"""What is drawn against length: name, case, implementation."""
+LENGTH_FIGURES = (
+    ("time", "microseconds a thousand tokens, forward and backward", 1e6),
+    ("peak_bytes", "peak KiB a token, forward and backward, above the inputs", 1 / 1024),
+)
+"""Metric, title of the axis, factor on ms or bytes a token."""
 
 
 class Group(NamedTuple):
@@ -32,9 +51,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of *.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "figures", help="folder of the figures")
+    methods = HERE.parent / "docs" / "methods"
+    parser.add_argument("--methods", type=Path, default=methods, help="folder of the figures against length")
     given = parser.parse_args()
     try:
-        for path in draw_all(given.results, given.out):
+        for path in (*draw_all(given.results, given.out), *draw_lengths(given.results, given.methods)):
             print(path)
     except WhimbrelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,21 +70,14 @@ def draw_all(results: Path, out: Path) -> list[Path]:
         lines = newest(read_lines(path))
         for unit in dict.fromkeys(line["unit"] for line in lines):
             figure = draw([line for line in lines if line["unit"] == unit])
-            name = path.stem if unit in ("s", "ms", "us") else f"{path.stem}-{unit.replace('/', '-per-')}"
+            plain = unit in ("s", "ms", "us") and unit == lines[0]["unit"]
+            name = path.stem if plain else f"{path.stem}-{unit.replace('/', '-per-')}"
             target = out / f"{name}.svg"
             atomic_write_text(target, figure.file())
             written.append(target)
     if not written:
         raise DataError(f"{results} holds no result lines; make some with benchmarks/run.py")
     return written
-
-
-def newest(lines: Sequence[ResultLine]) -> list[ResultLine]:
-    """The last line of each measurement, in the order in which they first appeared."""
-    found: dict[str, ResultLine] = {}
-    for line in lines:
-        found[repr((_setting(line), line["impl"]))] = line
-    return list(found.values())
 
 
 def draw(lines: Sequence[ResultLine]) -> Svg:
@@ -96,6 +110,54 @@ def draw(lines: Sequence[ResultLine]) -> Svg:
             svg.dot(x(line["value"]), middle, f"f{colour} gap", radius=5, tip=f"{line['impl']}: {value}")
             svg.text(WIDTH, middle + 4, value, "end ink")
             y += step
+    return svg
+
+
+def draw_lengths(results: Path, out: Path) -> list[Path]:
+    """Time and peak memory a token against length, as `residual-linear-attention-*.svg`; none without kernel lines."""
+    written = []
+    for metric, title, factor in LENGTH_FIGURES:
+        curves = {}
+        for colour, (name, case, impl) in enumerate(CURVES):
+            points = against_length(results / f"{case}.jsonl", impl, metric)
+            if len(points) > 1:
+                curves[name] = (colour, [(time, factor * value) for time, value in points])
+        if "RDN" in curves or "RLA" in curves:
+            target = out / f"residual-linear-attention-{'time' if metric == 'time' else 'memory'}.svg"
+            atomic_write_text(target, _draw_curves(curves, title, log=metric == "time").file())
+            written.append(target)
+    return written
+
+
+def against_length(path: Path, impl: str, metric: str) -> list[tuple[int, float]]:
+    """(length, value a token) of one implementation on the GPU measured last, shortest first."""
+    if not path.exists():
+        return []
+    lines = [x for x in newest(read_lines(path)) if x["impl"] == impl and x["metric"] == metric]
+    lines = [x for x in lines if "gates" not in x["params"] and "thread" not in x["device"]]
+    found = {}
+    for line in lines:
+        batch, time = int(line["params"]["B"]), int(line["params"]["T"])
+        if line["device"] == lines[-1]["device"] and batch == max(1, TOKENS // time):
+            found[time] = line["value"] / (batch * time)
+    return sorted(found.items())
+
+
+def _draw_curves(curves: dict[str, tuple[int, list[tuple[int, float]]]], title: str, *, log: bool) -> Svg:
+    svg = Svg(WIDTH, 400, label=f"{title}, against the length of a sequence")
+    used = legend(svg, [(name, colour) for name, (colour, _) in curves.items()], x=0, y=14, right=WIDTH, marks=True)
+    box = Box(64, used + 36, WIDTH - 8, 352)
+    lengths = sorted({time for _, points in curves.values() for time, _ in points})
+    x = scale([float(time) for time in lengths], start=box.left, end=box.right, log=True, pad=0.03)
+    values = [value for _, points in curves.values() for _, value in points]
+    y = scale(values, start=box.bottom, end=box.top, log=log, include=() if log else (0.0,))
+    y_axis(svg, box, y, title=f"{title} (logarithmic)" if log else title, text=significant)
+    x_axis(svg, box, x, title="tokens of a sequence", ticks=[float(time) for time in lengths], text=power_count)
+    for name, (colour, points) in curves.items():
+        svg.curve([(x(time), y(value)) for time, value in points], f"line s{colour}")
+        for time, value in points:
+            tip = f"{name}, {power_count(time)}: {significant(value)}"
+            svg.dot(x(time), y(value), f"f{colour} gap", radius=4.5, shape=colour, tip=tip)
     return svg
 
 

@@ -1,23 +1,66 @@
-"""Write the README's result tables from benchmarks/results: python benchmarks/tables.py"""
+"""Write the result tables of the README and of the page of residual linear attention: python benchmarks/tables.py
+
+Run it after benchmarks/plots.py: the page shows the figures that lie beside it.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from whimbrel.bench.results import read_lines
+from whimbrel.bench.results import ResultLine, newest, read_lines
+from whimbrel.report.numbers import power_count, significant, size
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+METHOD = ROOT / "docs" / "methods" / "residual-linear-attention.md"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+
+
+class Column(NamedTuple):
+    """One implementation in a table of kernels."""
+
+    title: str
+    case: str
+    impl: str
+
+
+OPERATORS = (
+    Column("RDN", "rdn", "triton"),
+    Column("one pass, FlashQLA", "rdn", "flash-qla"),
+    Column("one pass, fla", "rdn", "fla-gdn"),
+    Column("RDN of FlashQLA", "rdn", "two-pass-flash-qla"),
+    Column("RDN of fla", "rdn", "two-pass-fla"),
+    Column("RLA", "rla", "triton"),
+    Column("one pass, fla simple GLA", "rla", "fla-simple-gla"),
+    Column("RLA of fla", "rla", "two-pass-fla"),
+    Column("GDN", "delta", "triton"),
+    Column("sGLA", "decay", "triton"),
+    Column("RDN in PyTorch", "rdn", "chunked"),
+    Column("softmax, cuDNN", "rdn", "sdpa-cudnn"),
+)
+FEW = OPERATORS[:8]
+STEPS = (
+    *(
+        Column(name, case, "triton")
+        for name, case in (("RDN", "rdn"), ("RLA", "rla"), ("GDN", "delta"), ("sGLA", "decay"))
+    ),
+    Column("copy of two states", "rdn", "copy"),
+    Column("GDN by fla", "rdn", "fla-gdn"),
+    Column("RDN in PyTorch", "rdn", "chunked"),
+)
+MODELS = ("rdn", "rdn hybrid", "gdn", "gdn, fla", "gdn, flash-qla", "softmax")
 
 
 def tables(results: Path = RESULTS) -> str:
     """The Markdown between the two marks of the README."""
     return "\n".join(
         [
+            *_kernels(results, "fwd_bwd", "Forward and backward", FEW, ("time", "ms"), links="benchmarks/results"),
             *_quality("quality-optimizers", "Optimizers", "optimizer", results),
             "",
             *_quality("quality-mixers", "Mixers", "blocks", results),
@@ -25,6 +68,114 @@ def tables(results: Path = RESULTS) -> str:
             *_averaging(results),
         ]
     )
+
+
+def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
+    """The Markdown between the two marks of the page of residual linear attention."""
+    to = "../../benchmarks/results"
+    found = [
+        *_figures(page.parent),
+        *_kernels(results, "fwd_bwd", "Forward and backward", OPERATORS, ("time", "ms"), links=to),
+        *_kernels(results, "fwd", "Forward", OPERATORS, ("time", "ms"), links=to),
+        *_kernels(results, "fwd_bwd", "Peak memory of forward and backward", OPERATORS, ("peak_bytes", ""), links=to),
+        *_kernels(results, "fwd_bwd", "First call", OPERATORS, ("first_call", "s"), links=to),
+        *_kernels(results, "step", "One token of each sequence", STEPS, ("time", "ms"), links=to),
+        *_models(results, "train_tokens", "Training", links=to),
+        *_models(results, "prefill_tokens", "Prefill", links=to),
+    ]
+    return "\n".join(found or ["No GPU has been measured yet.", ""]).rstrip("\n")
+
+
+def _figures(folder: Path) -> list[str]:
+    shown = (("time", "Time against length"), ("memory", "Memory against length"))
+    names = [(f"residual-linear-attention-{kind}.svg", text) for kind, text in shown]
+    return [part for name, text in names if (folder / name).exists() for part in (f"![{text}]({name})", "")]
+
+
+def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
+    """The newest lines of a case's metric on the GPU that was measured last, without those of other gates."""
+    path = results / f"{case}.jsonl"
+    lines = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
+    lines = [x for x in lines if "thread" not in x["device"] and "gates" not in x["params"]]
+    return [x for x in lines if x["device"] == lines[-1]["device"]]
+
+
+def _kernels(
+    results: Path, part: str, title: str, columns: Sequence[Column], metric: tuple[str, str], *, links: str
+) -> list[str]:
+    """A row for each shape, a column for each implementation that has a line; nothing where no kernel here has one."""
+    lines = {case: _on_gpu(results, f"{case}_{part}", metric[0]) for case in dict.fromkeys(c.case for c in columns)}
+    cells = {(c, _sizes(x)): x for c in columns for x in lines[c.case] if x["impl"] == c.impl}
+    if not any(column.impl == "triton" for column, _ in cells):
+        return []
+    shown = [c for c in columns if any(column == c for column, _ in cells)]
+    some = next(iter(cells.values()))
+    files = ", ".join(f"[{case}]({links}/{case}_{part}.jsonl)" for case in dict.fromkeys(c.case for c in shown))
+    unit = f", {metric[1]}" if metric[1] else ""
+    rows = [
+        f"**{title}**{unit}, H = {some['params']['H']}, D = {some['params']['D']}, bf16 ({some['device']}; {files}):",
+        "",
+        f"| B, T | {' | '.join(c.title for c in shown)} |",
+        f"|---|{'---|' * len(shown)}",
+    ]
+    text: Callable[[float], str] = significant if metric[1] else size
+    for shape in dict.fromkeys(shape for column, shape in cells if columns is not FEW or column.impl != "triton"):
+        values = [text(cells[c, shape]["value"]) if (c, shape) in cells else "" for c in shown]
+        rows.append(f"| {shape[0]}, {power_count(shape[1])} | {' | '.join(values)} |")
+    return [*rows, ""]
+
+
+def _sizes(line: ResultLine) -> tuple[int, int]:
+    return int(line["params"]["B"]), int(line["params"]["T"])
+
+
+def _models(results: Path, case: str, title: str, *, links: str) -> list[str]:
+    """Tokens a second of whole models; below it the length from which RDN is faster than softmax."""
+    lines = _on_gpu(results, case, "throughput")
+    if not lines:
+        return []
+    cells = {(x["impl"], *_setting(x)): x["value"] for x in lines}
+    shown = [model for model in MODELS if any(impl == model for impl, *_ in cells)]
+    rows = [
+        f"**{title}**, tokens a second, {lines[0]['params']['recipe']} ({lines[0]['device']}, "
+        f"[lines]({links}/{case}.jsonl)):",
+        "",
+        f"| B, T | softmax layers | recomputed | {' | '.join(shown)} |",
+        f"|---|---|---|{'---|' * len(shown)}",
+    ]
+    for setting in dict.fromkeys(_setting(x) for x in lines):
+        batch, time, every, recompute = setting
+        values = [f"{cells[m, *setting]:,.0f}" if (m, *setting) in cells else "" for m in shown]
+        where = f"one in {every}" if every else "none"
+        rows.append(
+            f"| {batch}, {power_count(time)} | {where} | {'yes' if recompute else 'no'} | {' | '.join(values)} |"
+        )
+    ratios = {s[1]: cells["rdn", *s] / value for (impl, *s), value in cells.items() if impl == "softmax"}
+    return [*rows, "", *crossover(sorted(ratios.items()))]
+
+
+def _setting(line: ResultLine) -> tuple[int, int, int, bool]:
+    params = line["params"]
+    return (*_sizes(line), int(params["softmax_every"]), bool(params["recompute"]))
+
+
+def _both(cells: Any) -> list[Any]:
+    return sorted(
+        {key[1:] for key in cells if {("rdn", *key[1:]), ("softmax", *key[1:])} <= set(cells)}, key=lambda s: s[1]
+    )
+
+
+def crossover(ratios: Sequence[tuple[int, float]]) -> list[str]:
+    """Where RDN's throughput over softmax's passes 1, between two lengths along a line in logarithms."""
+    if len(ratios) < 2:
+        return []
+    said = ", ".join(f"{significant(ratio)} at {power_count(time)}" for time, ratio in ratios)
+    verdict = "RDN is the faster one throughout" if ratios[0][1] >= 1 else "softmax is the faster one throughout"
+    for (a, low), (b, high) in pairwise(ratios):
+        if low < 1 <= high:
+            at = a * (b / a) ** (math.log(1 / low) / math.log(high / low))
+            verdict = f"RDN is the faster one from about {round(at, -2):,.0f} tokens"
+    return [f"RDN : softmax is {said}; {verdict}.", ""]
 
 
 def _quality(case: str, title: str, first: str, results: Path) -> list[str]:
@@ -80,8 +231,8 @@ def insert(page: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    for page, text in ((ROOT / "README.md", tables()), (METHOD, method_tables())):
+        page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,46 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def plots():
-    spec = importlib.util.spec_from_file_location("plots", ROOT / "benchmarks" / "plots.py")
+    return script("plots")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return script("tables")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def kernel_lines(tmp_path, monkeypatch):
+    """Lines as a GPU would leave them, a newer one over an older, other gates and a processor's beside them."""
+    results = tmp_path / "results"
+
+    def write(case, impl, batch, time, metric, value, unit, **more):
+        record(case, impl, {"B": batch, "T": time, "H": 16, "D": 128} | more, metric, value, unit, out=results)
+
+    write("rdn_fwd_bwd", "chunked", 1, 1024, "time", 77.0, "ms")
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+    write("rdn_fwd_bwd", "triton", 16, 2048, "time", 99.0, "ms")
+    for batch, time in ((16, 2048), (1, 16_384), (2, 16_384), (1, 65_536)):
+        write("rdn_fwd_bwd", "triton", batch, time, "time", batch * time / 1024, "ms")
+        write("rdn_fwd_bwd", "triton", batch, time, "peak_bytes", 4096 * batch * time, "bytes")
+        write("rdn_fwd_bwd", "sdpa-cudnn", batch, time, "time", batch * time**2 / 2**21, "ms")
+    write("rdn_fwd_bwd", "flash-qla", 16, 2048, "time", 40.0, "ms")
+    write("rdn_fwd_bwd", "triton", 16, 2048, "time", 55.0, "ms", gates="fast")
+    write("rdn_fwd_bwd", "triton", 16, 2048, "first_call", 9.5, "s")
+    for time, softmax in ((2048, 80.0), (8192, 20.0)):
+        for impl, value in (("rdn", 40.0), ("softmax", softmax)):
+            params = {"B": 1, "T": time, "recipe": "toy", "softmax_every": 0, "recompute": False}
+            record("prefill_tokens", impl, params, "throughput", value, "tokens/s", out=results)
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,6 +95,49 @@ def test_figures_show_the_newest_line_of_each_measurement(plots, tmp_path):
 def test_no_lines_are_said_so(plots, tmp_path):
     with pytest.raises(DataError, match=r"holds no result lines; make some with benchmarks/run.py$"):
         plots.draw_all(tmp_path, tmp_path / "figures")
+
+
+def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
+    path = kernel_lines / "rdn_fwd_bwd.jsonl"
+    assert plots.against_length(path, "triton", "time") == [(t, 1 / 1024) for t in (2048, 16_384, 65_536)]
+    assert plots.against_length(path, "sdpa-cudnn", "time") == [(t, t / 2**21) for t in (2048, 16_384, 65_536)]
+    drawn = plots.draw_lengths(kernel_lines, tmp_path / "docs")
+    assert [x.name for x in drawn] == ["residual-linear-attention-time.svg", "residual-linear-attention-memory.svg"]
+    time, memory = (x.read_text(encoding="utf-8") for x in drawn)
+    assert "<title>RDN, 64K: 977</title>" in time  # microseconds a thousand tokens
+    assert "<title>RDN, 2K: 4</title>" in memory  # KiB a token
+    assert ("softmax" in time, "softmax" in memory, "RLA" in time) == (True, False, False)
+    assert plots.draw_lengths(tmp_path, tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_kernel_tables_show_what_was_measured_and_leave_out_what_was_not(tables, kernel_lines):
+    text = tables.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
+    assert "| B, T | RDN | one pass, FlashQLA | softmax, cuDNN |" in text
+    assert "| 16, 2K | 32 | 40 | 32 |" in text
+    assert "| 1, 16K | 16 |  | 128 |" in text
+    assert "| 16, 2K | 128 MiB |" in text
+    assert "| 16, 2K | 9.5 |" in text
+    assert "RDN : softmax is 0.5 at 2K, 2 at 8K; RDN is the faster one from about 4,100 tokens." in text
+    assert "77" not in text
+    assert ".svg" not in text
+    (kernel_lines / "residual-linear-attention-time.svg").touch()
+    shown = tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    assert shown.startswith("![Time against length](residual-linear-attention-time.svg)\n\n")
+    nothing = kernel_lines / "none"
+    assert tables.method_tables(nothing, nothing / "page.md") == "No GPU has been measured yet."
+
+
+def test_crossover_is_said_only_where_it_lies(tables):
+    assert tables.crossover([(2048, 0.5)]) == []
+    assert tables.crossover([(2048, 0.5), (8192, 0.9)])[0].endswith("; softmax is the faster one throughout.")
+    assert tables.crossover([(2048, 1.5), (8192, 3.0)])[0].endswith("; RDN is the faster one throughout.")
+
+
+def test_the_method_page_shows_the_recorded_lines(tables):
+    """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
+    page = tables.METHOD.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.method_tables())
 
 
 def test_run_fails_with_one_line_on_an_unknown_case():

@@ -107,6 +107,14 @@ def read_lines(path: Path) -> list[ResultLine]:
     return lines
 
 
+def newest(lines: Sequence[ResultLine]) -> list[ResultLine]:
+    """The last line of each measurement, in the order in which they first appeared."""
+    found: dict[str, ResultLine] = {}
+    for line in lines:
+        found[repr((line["impl"], list(line["params"].items()), line["metric"], line["device"]))] = line
+    return list(found.values())
+
+
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's with the number of threads torch uses."""
     if device.startswith("cuda"):
