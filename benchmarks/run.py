@@ -23,13 +23,14 @@ def main() -> int:
     from whimbrel.bench.runner import run_case
 
     options = {"device": given.device, "quick": given.quick, "against": given.against, "only": given.only}
-    try:
-        for name in given.cases or CASES:
+    status = 0
+    for name in given.cases or CASES:
+        try:
             run_case(name, **options, out=None if given.quick else given.out)
-    except WhimbrelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+        except WhimbrelError as error:  # the other cases still count
+            print(f"error: {error}", file=sys.stderr)
+            status = status or error.exit_status
+    return status
 
 
 if __name__ == "__main__":
