@@ -231,7 +231,7 @@ def kernel_cases(
     others: Mapping[str, Contender],
     backward: bool,
     device: str,
-    quick: bool,
+    quick: bool = False,
 ) -> list[Case]:
     """The case NAME_fwd, or NAME_fwd_bwd with `backward`: kernel, plain PyTorch and rivals in one run.
 
@@ -343,7 +343,7 @@ def step_cases(
     states: int,
     others: Mapping[str, Stepper],
     device: str,
-    quick: bool,
+    quick: bool = False,
 ) -> list[Case]:
     """The case NAME_step: kernel, plain PyTorch and rivals beside a copy of the bytes that must move.
 
