@@ -154,6 +154,40 @@ def step(
     return Out(y[:, None].to(v.dtype), State(base, residual))
 
 
+def in_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    rule: Rule,
+    delta: bool,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+) -> Out:
+    """The chunkwise parallel form in Triton kernels; with `delta` RDN, else RLA."""
+    from whimbrel.scan.kernels.launch import recurrence
+
+    y, base, residual = recurrence(
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        gamma,
+        states=None if state is None else both_states(state, q, v, cu_seqlens, torch.float32),
+        cu_seqlens=cu_seqlens,
+        delta=delta,
+        gated=rule.gated,
+        decayed=rule.decayed,
+        clip=rule.clip,
+        scale=rule.scale,
+    )
+    return Out(y, State(base, residual))
+
+
 def chunked(
     q: Tensor,
     k: Tensor,

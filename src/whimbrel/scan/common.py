@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -10,33 +12,69 @@ import torch
 from torch import Tensor
 
 from whimbrel.errors import ConfigError, UnsupportedError, nearest
+from whimbrel.scan.kernels import HAS_TRITON
 
 IMPLS = ("auto", "reference", "chunked", "triton")
+MOST_KERNEL_DIM = 256
 _log = logging.getLogger("whimbrel")
 _announced: set[tuple[str, str]] = set()
+_edges_seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
 
-def choose(op: str, impl: str, *, one_step: bool = False) -> str:
-    """The code that will run: "reference", "chunked" or "step".
+def choose(op: str, impl: str, q: Tensor, v: Tensor, *others: Tensor | None, one_step: bool = False) -> str:
+    """The code that will run: "reference", "chunked", "triton" or "step".
 
     `one_step` says that the call is a single token without gradients, for which "auto" takes the one-step path.
     "auto" says once per process and path what it chose; a named choice is taken or refused, never replaced.
     """
     if impl == "auto":
-        chosen = "step" if one_step else "chunked"
-        why = "one token, no gradient" if one_step else "plain PyTorch on any device; no kernel is built for it"
-        if (op, chosen) not in _announced:
+        refusal = kernel_unproven(q, v) or kernel_refusal(q, v, *others)
+        if one_step:
+            chosen, why = "step", "one token, no gradient"
+        elif refusal is None:
+            chosen, why = "triton", "kernels for this device"
+        else:
+            chosen, why = "chunked", f"plain PyTorch on any device; no kernel: {refusal}"
+        if not torch.compiler.is_compiling() and (op, chosen) not in _announced:
             _announced.add((op, chosen))
             _log.info("%s: impl='auto' chose '%s' (%s)", op, chosen, why)
         return chosen
     if impl == "triton":
-        raise UnsupportedError(
-            f"{op}: impl = 'triton' is not available, this build has no Triton kernel for {op}; "
-            "impl='chunked' runs on any device"
-        )
+        if refusal := kernel_refusal(q, v, *others):
+            raise UnsupportedError(
+                f"{op}: impl = 'triton' is not available here: {refusal}; impl='chunked' runs on any device"
+            )
+        return "step" if one_step else impl
     if impl not in IMPLS:
         raise ConfigError(f"{op}: impl = {impl!r} is unknown; choose one of {', '.join(IMPLS)}{nearest(impl, IMPLS)}")
     return impl
+
+
+def kernel_refusal(q: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take this call; None where they can.
+
+    They compute in fp32 from bf16, fp16 or fp32, on CUDA or, where TRITON_INTERPRET is set, in Triton's interpreter.
+    """
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {q.device}, not on a CUDA device"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or compute_dtype(*others) == torch.float64:
+        return "they compute in fp32, and an input is neither bf16, fp16 nor fp32"
+    if max(q.shape[3], v.shape[3]) > MOST_KERNEL_DIM:
+        return f"K = {q.shape[3]} and V = {v.shape[3]}, of which they take at most {MOST_KERNEL_DIM}"
+    return None
+
+
+def kernel_unproven(q: Tensor, v: Tensor) -> str | None:
+    """Why "auto" leaves the kernels alone although they can run; None where they were measured to be the fastest."""
+    if not q.is_cuda:
+        return f"the tensors are on {q.device}, not on a CUDA device"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "they were measured on Hopper only, name impl='triton' to use them"
+    if q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > 128:
+        return "the fast ones take bf16 or fp16 with K and V up to 128, name impl='triton' for the others"
+    return None
 
 
 def check_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
@@ -86,7 +124,8 @@ def check_inputs(
         if not x.dtype.is_floating_point:
             raise ConfigError(f"{op}: {name} has dtype {x.dtype}; give a floating dtype")
     log_decay = gates["log_decay"]
-    if log_decay.device.type == "cpu" and log_decay.numel() and (top := float(log_decay.detach().max())) > 0:
+    look = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and log_decay.numel() and (top := float(log_decay.detach().max())) > 0:
         raise ConfigError(
             f"{op}: log_decay has the value {top:.4g}; it is the natural logarithm of the decay and at most 0, "
             "pass decay.log()"
@@ -117,11 +156,29 @@ def _check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> Non
         raise ConfigError(
             f"{op}: cu_seqlens goes with batch 1, but the batch is {batch}; concatenate the sequences along time"
         )
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and not _new_edges(cu_seqlens)):
+        return
     edges = cu_seqlens.tolist()
     if edges[0] != 0 or edges[-1] != time or any(b < a for a, b in pairwise(edges)):
         raise ConfigError(
             f"{op}: cu_seqlens runs from {edges[0]} to {edges[-1]}; it must rise from 0 to the time length {time}"
         )
+
+
+def _new_edges(cu_seqlens: Tensor) -> bool:
+    """Whether these values were not looked at before: a look makes the device wait, and all layers share one tensor.
+
+    False while a CUDA graph is captured, which must not wait.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    seen = _edges_seen.get(id(cu_seqlens))
+    if seen is not None and seen[0]() is cu_seqlens and seen[1] == cu_seqlens._version:
+        return False
+    if len(_edges_seen) > 64:
+        _edges_seen.clear()
+    _edges_seen[id(cu_seqlens)] = (weakref.ref(cu_seqlens), cu_seqlens._version)
+    return True
 
 
 def default_scale(scale: float | None, key_dim: int) -> float:

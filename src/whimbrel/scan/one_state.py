@@ -59,6 +59,28 @@ def step(
     return Out(y[:, None].to(v.dtype), state)
 
 
+def in_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    delta: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Out:
+    """The chunkwise parallel form in Triton kernels; with `delta` the state obeys the delta rule, else it adds."""
+    from whimbrel.scan.kernels.launch import recurrence
+
+    states = None if state is None else (state,)
+    y, _, state = recurrence(
+        q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens, delta=delta, scale=scale
+    )
+    return Out(y, state)
+
+
 def chunked(
     q: Tensor,
     k: Tensor,

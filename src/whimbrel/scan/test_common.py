@@ -119,12 +119,24 @@ def test_states_must_match_the_number_of_packed_sequences(recurrence: Recurrence
 
 
 @every
-def test_a_kernel_that_does_not_exist_is_refused(recurrence: Recurrence):
-    op = op_name(recurrence)
-    message = (
-        f"impl = 'triton' is not available, this build has no Triton kernel for {op}; impl='chunked' runs on any device"
-    )
-    expect(recurrence, message, nothing, error=UnsupportedError, impl="triton")
+def test_kernels_refuse_by_name_what_they_cannot_take(recurrence: Recurrence, monkeypatch):
+    def refused(why: str, change) -> None:
+        message = f"impl = 'triton' is not available here: {why}; impl='chunked' runs on any device"
+        expect(recurrence, message, change, error=UnsupportedError, impl="triton")
+
+    def wide(tensors, states):
+        tensors[:3] = [torch.zeros(2, 5, h, 300) for h in (2, 2, 4)]
+        states[:] = [torch.zeros(2, 4, 300, 300) for _ in states]
+
+    def fp64(tensors, states):
+        tensors[:3] = [x.double() for x in tensors[:3]]
+
+    refused("they compute in fp32, and an input is neither bf16, fp16 nor fp32", fp64)
+    refused("K = 300 and V = 300, of which they take at most 256", wide)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused("the tensors are on cpu, not on a CUDA device", nothing)
+    monkeypatch.setattr(common, "HAS_TRITON", False)
+    refused("Triton is not installed", nothing)
 
 
 @every
@@ -144,7 +156,8 @@ def test_auto_says_once_what_it_chose(recurrence: Recurrence, caplog, monkeypatc
             recurrence(inputs.tensors, inputs.states)
         recurrence(inputs.tensors, inputs.states, impl="reference")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{op}: impl='auto' chose 'chunked' (plain PyTorch on any device; no kernel is built for it)",
+        f"{op}: impl='auto' chose 'chunked' (plain PyTorch on any device; no kernel: the tensors are on cpu, "
+        "not on a CUDA device)",
         f"{op}: impl='auto' chose 'step' (one token, no gradient)",
     ]
 

@@ -115,7 +115,7 @@ def outputs_and_gradients(
     random = torch.Generator().manual_seed(1)
     outputs = {"y": y, **{f"state {n}": s for n, s in enumerate(states)}}
     weights = [torch.randn(x.shape, generator=random, dtype=torch.float64) for x in outputs.values()]
-    loss = torch.stack([(x.double() * w).sum() for x, w in zip(outputs.values(), weights)]).sum()
+    loss = torch.stack([(x.double() * w.to(x.device)).sum() for x, w in zip(outputs.values(), weights)]).sum()
     names = ["q", "k", "v", "log_decay", *recurrence.rates, *(f"initial state {n}" for n in range(len(inputs.states)))]
     gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return {n: x.detach() for n, x in outputs.items()}, dict(zip(names, gradients))
@@ -128,16 +128,17 @@ def compare(
     budget: Mapping[str, float] | float,
     *,
     floor: float = 0.0,
+    impl: str = "chunked",
     **kwargs: Any,
 ) -> None:
-    """The chunked form on `given` against the reference on `wanted`: outputs and every gradient within the budget.
+    """The form `impl` on `given` against the reference on `wanted`: outputs and every gradient within the budget.
 
     `budget` is one RMS ratio, or one by name with "" for the rest; `floor` as in `assert_close`.
     """
     limits = budget if isinstance(budget, Mapping) else {"": budget}
     reference = outputs_and_gradients(recurrence, wanted, impl="reference", **kwargs)
-    chunked = outputs_and_gradients(recurrence, given, impl="chunked", **kwargs)
-    for kind, want, got in zip(("", "gradient of "), reference, chunked):
+    found = outputs_and_gradients(recurrence, given, impl=impl, **kwargs)
+    for kind, want, got in zip(("", "gradient of "), reference, found):
         for name in want:
             limit = limits.get(kind + name, limits.get(name, limits[""]))
             assert_close(kind + name, want[name], got[name], limit, floor=floor)

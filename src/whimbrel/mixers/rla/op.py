@@ -6,7 +6,7 @@ from torch import Tensor
 
 from whimbrel.mixers.rla.chunked import rla_chunked
 from whimbrel.mixers.rla.reference import rla_reference
-from whimbrel.mixers.two_state import checked_rule, step
+from whimbrel.mixers.two_state import checked_rule, in_kernels, step
 from whimbrel.scan.base import Out, State
 from whimbrel.scan.common import choose, one_token
 
@@ -45,7 +45,9 @@ def rla(
     residual: "undecayed" (the paper's) or "decayed".
     state: State(base, residual), each [N, HV, K, V], from an earlier call; None starts at zero.
     cu_seqlens: int32 or int64 [N + 1], edges of N sequences packed along T; B is 1 then. Without it N is B.
-    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton", or "auto".
+    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton" (kernels on CUDA, computing in
+        fp32 from bf16, fp16 or fp32, K and V up to 256), or "auto", which takes the kernels where they were measured:
+        on Hopper, in bf16 or fp16, K and V up to 128.
 
     Returns Out(y [B, T, HV, V], State) with states in fp32 (fp64 for fp64 inputs). Chunked results are
     differentiable once in all tensors, the states included.
@@ -69,9 +71,12 @@ def rla(
         cu_seqlens=cu_seqlens,
     )
     tensors = (q, k, v, log_decay, beta, gamma)
-    code = choose("rla", impl, one_step=one_token(cu_seqlens, *tensors, *(state or ())))
+    single = one_token(cu_seqlens, *tensors, *(state or ()))
+    code = choose("rla", impl, q, v, log_decay, beta, gamma, *(state or ()), one_step=single)
     if code == "step":
-        return step(*tensors, rule=rule, delta=False, state=state)
+        return step(*tensors, rule=rule, delta=False, state=state, kernel=True if impl == "triton" else None)
+    if code == "triton":
+        return in_kernels(*tensors, rule=rule, delta=False, state=state, cu_seqlens=cu_seqlens)
     run = rla_reference if code == "reference" else rla_chunked
     return run(*tensors, rule=rule, state=state, cu_seqlens=cu_seqlens)
 
@@ -89,11 +94,15 @@ def rla_step(
     combine: str = "gated",
     residual: str = "undecayed",
     state: State | None = None,
+    out: State | None = None,
 ) -> Out:
     """One token of `rla`, for decoding: the arguments of `rla` without their time axis.
 
     q, k: [B, H, K]; v: [B, HV, V]; log_decay, beta, gamma: [B, HV]. Returns Out(y [B, HV, V], State); options, dtypes
     and errors as for `rla`. Ordinary autograd differentiates it.
+    out: where the states are written, which is then the state returned: contiguous, fp32 (fp64 for fp64 inputs), memory
+        of its own or `state` itself. For decoding in a CUDA graph; not differentiable. None: new tensors.
+    On CUDA with Triton and without gradients one kernel reads and writes both states once.
     """
     q, k, v, log_decay, beta, gamma = tensors = tuple(x.unsqueeze(1) for x in (q, k, v, log_decay, beta, gamma))
     rule = checked_rule(
@@ -110,6 +119,7 @@ def rla_step(
         residual=residual,
         state=state,
         cu_seqlens=None,
+        out=out,
     )
-    y, state = step(*tensors, rule=rule, delta=False, state=state)
+    y, state = step(*tensors, rule=rule, delta=False, state=state, out=out)
     return Out(y[:, 0], state)

@@ -34,7 +34,9 @@ def decay_scan(
     scale: factor on q, None for K ** -0.5.
     state: [N, HV, K, V] from an earlier call; None starts at zero.
     cu_seqlens: int32 or int64 [N + 1], edges of N sequences packed along T; B is 1 then. Without it N is B.
-    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton", or "auto".
+    impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton" (kernels on CUDA, computing in
+        fp32 from bf16, fp16 or fp32, K and V up to 256), or "auto", which takes the kernels where they were measured:
+        on Hopper, in bf16 or fp16, K and V up to 128.
 
     Returns Out(y [B, T, HV, V], state) with the state in fp32 (fp64 for fp64 inputs). Chunked results are
     differentiable once in all tensors, the state included.
@@ -46,8 +48,12 @@ def decay_scan(
     check_inputs("decay_scan", q, k, v, gates, {"state": state}, cu_seqlens)
     scale = default_scale(scale, q.shape[3])
     tensors = (q, k, v, log_decay, beta)
-    code = choose("decay_scan", impl, one_step=one_token(cu_seqlens, *tensors, state))
+    single = one_token(cu_seqlens, *tensors, state)
+    code = choose("decay_scan", impl, q, v, log_decay, beta, state, one_step=single)
     if code == "step":
-        return one_state.step(*tensors, scale=scale, delta=False, state=state)
+        kernel = True if impl == "triton" else None
+        return one_state.step(*tensors, scale=scale, delta=False, state=state, kernel=kernel)
+    if code == "triton":
+        return one_state.in_kernels(*tensors, scale=scale, delta=False, state=state, cu_seqlens=cu_seqlens)
     run = decay_reference if code == "reference" else decay_chunked
     return run(*tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)

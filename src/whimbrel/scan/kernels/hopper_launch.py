@@ -1,0 +1,303 @@
+"""Launching the kernels written for Hopper, and cutting long sequences into stretches where there are few heads."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whimbrel.scan.kernels.segments import Segments, segments
+
+CHUNK = 64
+ENOUGH = 264
+"""Programs that fill the card: two on each of 132 multiprocessors."""
+LEAST = 8
+"""Chunks below which a stretch is not worth its overhead."""
+
+
+def fits(q: Tensor, v: Tensor) -> bool:
+    """Whether these kernels take a call: Hopper, fp16 or bf16, K and V of 64 or 128."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in (64, 128)
+        and v.shape[3] in (64, 128)
+        and q.shape[0] * q.shape[1] > 0
+        and _is_hopper(q.device)
+    )
+
+
+def missing(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """Columns of zeros that make K and V fit these kernels; none where nothing could."""
+    dims = (q.shape[3], v.shape[3])
+    if not q.is_cuda or q.dtype == torch.float32 or max(dims) > 128 or not _is_hopper(q.device):
+        return 0, 0
+    keys, values = ((64 if dim <= 64 else 128) - dim for dim in dims)
+    return keys, values
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return (
+        torch.cuda.get_device_capability(device) == (9, 0)
+        and importlib.util.find_spec("triton.experimental.gluon") is not None
+    )
+
+
+def count_stretches(tokens: int, sequences: int, value_heads: int, value_dim: int) -> int:
+    """Into how many stretches each sequence is cut: 1 where the heads fill the card."""
+    programs = max(1, sequences * value_heads * (value_dim // 64))
+    if programs * 2 > ENOUGH:
+        return 1
+    return max(1, min(-(-ENOUGH // programs), 64, tokens // (CHUNK * LEAST * max(1, sequences))))
+
+
+def carried_shape(delta: bool, stretches: int, splits: int, value_heads: int, key_dim: int) -> tuple[int, ...]:
+    """What takes a start state to the end of its stretch: a matrix for the delta rule, else a number."""
+    if splits == 1:
+        return (0,)
+    shape = (2, stretches, value_heads)
+    return (*shape, key_dim, key_dim) if delta else shape
+
+
+def _matrices(*tensors: Tensor) -> list[Any]:
+    """Descriptors of [64, 64] blocks: of [B, T, heads, D] as [B * T, heads * D], of anything else as [.., last]."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    flat = (x.view(-1, x.shape[2] * x.shape[3]) if x.dim() == 4 else x.view(-1, x.shape[-1]) for x in tensors)
+    return [TensorDescriptor.from_tensor(x, [64, 64], layout) for x in flat]
+
+
+def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int, int]:
+    """The table, the number of sequences and of stretches in each."""
+    batch, time = q.shape[:2]
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    splits = count_stretches(batch * time, sequences, v.shape[2], v.shape[3])
+    return segments(cu_seqlens, batch, time, CHUNK, splits, q.device), sequences, splits
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    saved: Tensor,
+    inside: Tensor,
+    residual: Tensor,
+    carried: Tensor,
+    start: Tensor | None,
+    ends: Tensor,
+    y: Tensor,
+    cu_seqlens: Tensor | None,
+    flags: Any,
+    scale: float,
+    clip: float | None,
+    save: bool,
+) -> None:
+    """Fill y, ends, and what the backward needs."""
+    from whimbrel.scan.kernels.hopper import forward_stream
+
+    table, sequences, splits = _cut(q, v, cu_seqlens)
+    heads, key_dim = q.shape[2:]
+    value_heads, value_dim = v.shape[2:]
+    stretches = sequences * splits
+    queries, keys, values = _matrices(q, k, v)
+    solved = _matrices(tiles)[0] if tiles.numel() else queries
+    keep = _matrices(saved)[0] if save else queries
+    left = _matrices(residual)[0] if flags.TWO else values
+    begins, finals, local = start, ends, ends
+    if splits > 1:
+        begins, finals, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
+
+    def launch(first: bool, starts: Tensor | None, out: Tensor, only: int, columns: int) -> None:
+        forward_stream[(stretches * value_heads * (columns // 64),)](
+            queries,
+            keys,
+            values if first else left,
+            solved,
+            keep,
+            gates,
+            out if starts is None else starts,
+            out,
+            y,
+            residual,
+            inside,
+            carried,
+            table.stretch_start,
+            table.stretch_end,
+            table.stretch_chunk,
+            q.shape[0] * q.shape[1],
+            table.chunk_start.numel(),
+            stretches,
+            heads,
+            value_heads,
+            scale,
+            clip or 0.0,
+            K=key_dim,
+            V=columns,
+            FIRST=first,
+            FROM=starts is not None,
+            SAVE=save and not only,
+            ONLY=only,
+            num_warps=4,
+            **flags._asdict(),
+        )
+
+    for first in (True, False) if flags.TWO else (False,):
+        if splits > 1 and begins is not None:
+            stream = 0 if first else 1
+            if flags.DELTA:
+                launch(first, None, carried, 2, key_dim)
+            launch(first, None, local, 1, value_dim)
+            _hand_on(begins[stream], local[stream], carried[stream], None if start is None else start[stream], splits)
+        launch(first, begins, finals, 0, value_dim)
+    if splits > 1:
+        streams = slice(0 if flags.TWO else 1, 2)
+        ends[streams] = finals[streams].unflatten(1, (sequences, splits))[:, :, -1]
+
+
+def _hand_on(out: Tensor, local: Tensor, carried: Tensor, start: Tensor | None, splits: int) -> None:
+    """Start states of all stretches [N * splits, HV, K, V] from their end states without any start."""
+    starts, ends, maps = (x.unflatten(0, (-1, splits)).unbind(1) for x in (out, local, carried))
+    starts[0].zero_() if start is None else starts[0].copy_(start)
+    for n in range(splits - 1):
+        _carry(maps[n], starts[n], ends[n], starts[n + 1])
+
+
+def _hand_back(out: Tensor, local: Tensor, carried: Tensor, end: Tensor | None, splits: int) -> None:
+    """Cotangents of all stretches' end states from those of their start states without any end."""
+    ends, starts, maps = (x.unflatten(0, (-1, splits)).unbind(1) for x in (out, local, carried))
+    ends[-1].zero_() if end is None else ends[-1].copy_(end)
+    for n in range(splits - 1, 0, -1):
+        by = maps[n]
+        _carry(by.mT if by.dim() == 4 else by, ends[n], starts[n], ends[n - 1])
+
+
+def _carry(by: Tensor, state: Tensor, local: Tensor, out: Tensor) -> None:
+    """out = local + a state [N, HV, K, V] through a stretch: by [N, HV, K, K], or [N, HV] for a decay alone."""
+    if by.dim() == 2:
+        torch.addcmul(local, by[:, :, None, None], state, out=out)
+    elif len(state) == 1:
+        torch.baddbmm(local[0], by[0], state[0], out=out[0])
+    else:
+        out.copy_(torch.baddbmm(local.flatten(0, 1), by.flatten(0, 1), state.flatten(0, 1)).view_as(out))
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    saved: Tensor,
+    inside: Tensor,
+    residual: Tensor,
+    carried: Tensor,
+    dends: Tensor | None,
+    dstarts: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlog: Tensor,
+    dfirst: Tensor,
+    dsecond: Tensor,
+    cu_seqlens: Tensor | None,
+    flags: Any,
+    scale: float,
+    clip: float | None,
+) -> None:
+    """Fill the cotangents."""
+    from whimbrel.scan.kernels.hopper import backward_stream
+    from whimbrel.scan.kernels.hopper_tokens import backward_tokens_stream
+
+    table, sequences, splits = _cut(q, v, cu_seqlens)
+    heads, key_dim = q.shape[2:]
+    value_heads, value_dim = v.shape[2:]
+    tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), sequences * splits
+    dr = torch.empty_like(v) if flags.TWO else dv
+    pulled = torch.empty_like(saved)
+    queries, keys, values, given, from_v, from_r, kept, pull = _matrices(q, k, v, dy, dv, dr, saved, pulled)
+    solved = _matrices(tiles)[0] if tiles.numel() else queries
+    left = _matrices(residual)[0] if flags.TWO else values
+    finals, begins, local = dends, dstarts, dstarts
+    if splits > 1:
+        finals, begins, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
+
+    def launch(first: bool, last: Tensor | None, out: Tensor, only: int) -> None:
+        backward_stream[(stretches * value_heads * (value_dim // 64),)](
+            queries,
+            keys,
+            given,
+            solved,
+            pull,
+            gates,
+            out if last is None else last,
+            out,
+            dr,
+            inside,
+            dv if first or not flags.TWO else dr,
+            table.stretch_start,
+            table.stretch_end,
+            table.stretch_chunk,
+            tokens,
+            chunks,
+            stretches,
+            heads,
+            value_heads,
+            scale,
+            K=key_dim,
+            V=value_dim,
+            FIRST=first,
+            FROM=last is not None,
+            ONLY=only,
+            num_warps=4,
+            **flags._asdict(),
+        )
+
+    order = (False, True) if flags.TWO else (False,)
+    for first in order:
+        if splits > 1 and finals is not None:
+            stream = 0 if first else 1
+            launch(first, None, local, 1)
+            _hand_back(finals[stream], local[stream], carried[stream], None if dends is None else dends[stream], splits)
+        launch(first, finals, begins, 0)
+    if splits > 1:
+        streams = slice(0 if flags.TWO else 1, 2)
+        dstarts[streams] = begins[streams].unflatten(1, (sequences, splits))[:, :, 0]
+    for first in order:
+        backward_tokens_stream[(chunks * value_heads,)](
+            queries,
+            keys,
+            values if first else left,
+            given,
+            from_v if first or not flags.TWO else from_r,
+            solved,
+            kept,
+            pull,
+            gates,
+            dr,
+            dq,
+            dk,
+            dlog,
+            dfirst if first else dsecond,
+            table.chunk_start,
+            table.chunk_end,
+            tokens,
+            chunks,
+            heads,
+            value_heads,
+            scale,
+            clip or 0.0,
+            K=key_dim,
+            V=value_dim,
+            FIRST=first,
+            num_warps=4,
+            **flags._asdict(),
+        )

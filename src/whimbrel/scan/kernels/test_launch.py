@@ -1,0 +1,216 @@
+"""The kernels of the recurrences against the fp64 reference: interpreted at small sizes, compiled on a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from whimbrel.scan.base import State
+from whimbrel.testing.recurrence import RECURRENCES, Recurrence, Shape, compare, make_inputs, outputs_and_gradients
+
+pytest.importorskip("triton")
+every = pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=list(RECURRENCES))
+two_states = pytest.mark.parametrize("recurrence", [RECURRENCES["rla"], RECURRENCES["rdn"]], ids=["rla", "rdn"])
+OPTIONS = [
+    {"combine": "sum"},
+    {"residual": "decayed"},
+    {"combine": "sum", "residual": "decayed", "clip": None},
+    {"clip": 0.25, "scale": 0.7},
+]
+HALF = {"": 0.008, "y": 0.005, "state 0": 0.005, "state 1": 0.005, "v": 0.015, "log_decay": 0.02}
+"""The budget of a run in bf16, RMS ratios to fp64."""
+
+
+def check(recurrence: Recurrence, shape: Shape, dtype: torch.dtype, budget, *, device="cpu", floor=0.0, **kwargs):
+    sequences = kwargs["cu_seqlens"].numel() - 1 if "cu_seqlens" in kwargs else None
+    decay = kwargs.pop("strongest_decay", 0.3)
+    given = make_inputs(recurrence, shape, seed=7, dtype=dtype, strongest_decay=decay, sequences=sequences)
+    given = type(given)(*([x.to(device) for x in part] for part in given))
+    wanted = type(given)(*([x.double() for x in part] for part in given))
+    compare(recurrence, wanted, given, budget, floor=floor, impl="triton", **kwargs)
+
+
+@every
+@pytest.mark.parametrize("time", [1, 31, 70])
+def test_equals_the_reference(recurrence: Recurrence, time: int):
+    check(recurrence, Shape(2, time, 1, 2, 24, 40), torch.float32, 2e-6, floor=2e-6)
+
+
+@every
+def test_half_precision_inputs(recurrence: Recurrence):
+    check(recurrence, Shape(1, 40, 1, 1, 16, 16), torch.float16, 0.004, floor=2e-3)
+
+
+@two_states
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(recurrence: Recurrence, options):
+    check(recurrence, Shape(1, 45, 1, 1, 16, 16), torch.float32, 2e-6, floor=2e-6, **options)
+
+
+@every
+def test_packed_sequences(recurrence: Recurrence):
+    edges = torch.tensor([0, 5, 5, 40, 72], dtype=torch.int32)
+    check(recurrence, Shape(1, 72, 1, 2, 16, 16), torch.float32, 2e-6, floor=2e-6, cu_seqlens=edges)
+
+
+@every
+@pytest.mark.parametrize("strongest_decay", [0.0, 30.0])
+def test_gates_at_their_ends(recurrence: Recurrence, strongest_decay: float):
+    shape = Shape(1, 40, 1, 1, 16, 16)
+    check(recurrence, shape, torch.float32, 1e-5, floor=1e-5, strongest_decay=strongest_decay)
+
+
+def test_empty_batch_and_no_state():
+    for recurrence in RECURRENCES.values():
+        inputs = make_inputs(recurrence, Shape(0, 4, 1, 1, 16, 16), dtype=torch.float32)
+        y, states = recurrence(inputs.tensors, None, impl="triton")
+        assert y.shape == (0, 4, 1, 16)
+        assert all(s.shape == (0, 1, 16, 16) for s in states)
+
+
+def test_stretches_are_handed_on_and_back():
+    from whimbrel.scan.kernels.hopper_launch import _hand_back, _hand_on
+
+    random = torch.Generator().manual_seed(0)
+    for sequences in (1, 2):
+        local, out = (torch.randn(3 * sequences, 2, 4, 5, generator=random) for _ in range(2))
+        maps = torch.randn(3 * sequences, 2, 4, 4, generator=random)
+        given = torch.randn(sequences, 2, 4, 5, generator=random)
+        _hand_on(out, local, maps, given, 3)
+        torch.testing.assert_close(out[::3], given)
+        torch.testing.assert_close(out[2::3], maps[1::3] @ out[1::3] + local[1::3])
+        _hand_back(out, local, maps, given, 3)
+        torch.testing.assert_close(out[2::3], given)
+        torch.testing.assert_close(out[::3], maps[1::3].mT @ out[1::3] + local[1::3])
+        decays = maps[..., 0, 0]
+        _hand_on(out, local, decays, None, 3)
+        torch.testing.assert_close(out[1::3], local[::3])
+        torch.testing.assert_close(out[2::3], decays[1::3, :, None, None] * out[1::3] + local[1::3])
+
+
+COMPILE = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from whimbrel.scan.kernels import hopper, hopper_tokens
+
+block = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+kinds = dict.fromkeys("tokens chunks stretches H HV".split(), "i32")
+kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk chunk_start chunk_end".split(), "*i32")
+kinds |= dict.fromkeys("scale clip".split(), "fp32") | dict.fromkeys("residual dresidual dq dk y".split(), "*bf16")
+kinds |= dict.fromkeys("q k x dy tiles saved pulled".split(), block) | {"inside": "*i8"}
+flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
+for function, dx in (
+    (hopper.forward_stream, None), (hopper.backward_stream, "*bf16"), (hopper_tokens.backward_tokens_stream, block)
+):
+    constants = {n: v for n, v in (flags | dict(SAVE=True, ONLY=0)).items() if n in function.arg_names}
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in function.arg_names}
+    if dx is not None:
+        signature["dx"] = dx
+    source = GluonASTSource(function, signature, constants)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    room = made.metadata.shared
+    assert "wgmma" in made.asm["ptx"]
+    assert room <= 115712, f"{function.__name__} takes {room} bytes, which does not leave room for two programs"
+"""
+
+
+def test_kernels_for_hopper_compile_without_a_gpu():
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@every
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 1003, 2, 4, 128, 128),
+        Shape(1, 1, 2, 2, 128, 128),
+        Shape(2, 333, 2, 2, 64, 128),
+        Shape(2, 200, 1, 2, 32, 96),
+        Shape(1, 4103, 1, 2, 128, 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_equals_the_reference(recurrence: Recurrence, shape: Shape, dtype: torch.dtype):
+    check(recurrence, shape, dtype, HALF, device="cuda", floor=2e-2 if shape.time == 1 else 1e-6)
+
+
+@pytest.mark.gpu
+@every
+@pytest.mark.parametrize("edges", [[0, 1, 64, 64, 200, 777, 1003], [0, 3, 1500, 4103]], ids=["many", "in stretches"])
+def test_compiled_packed(recurrence: Recurrence, edges: list[int]):
+    cu_seqlens = torch.tensor(edges, device="cuda")
+    shape = Shape(1, edges[-1], 1, 2, 64, 128)
+    check(recurrence, shape, torch.bfloat16, HALF, device="cuda", cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.gpu
+@two_states
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_compiled_options(recurrence: Recurrence, options):
+    check(recurrence, Shape(2, 500, 1, 2, 128, 128), torch.bfloat16, HALF | {"v": 0.03}, device="cuda", **options)
+
+
+@pytest.mark.gpu
+@every
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 200, 1, 2, 128, 128), "float32"), ((1, 130, 1, 1, 256, 256), "bfloat16")]
+)
+def test_kernels_that_run_anywhere(recurrence: Recurrence, shape, dtype: str):
+    budget = 1e-4 if dtype == "float32" else HALF
+    check(recurrence, Shape(*shape), getattr(torch, dtype), budget, device="cuda", floor=1e-4)
+
+
+@pytest.mark.gpu
+@every
+def test_two_runs_give_equal_bits(recurrence: Recurrence):
+    inputs = make_inputs(recurrence, Shape(1, 3000, 2, 2, 128, 128), dtype=torch.bfloat16)
+    inputs = type(inputs)(*([x.cuda() for x in part] for part in inputs))
+    first, second = (outputs_and_gradients(recurrence, inputs, impl="triton") for _ in range(2))
+    for one, other in zip(first, second):
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements():
+    """B T H K past 2^31: the last sequence equals itself alone."""
+    from whimbrel.mixers.rdn import rdn
+
+    batch, time, heads = 33, 32768, 16
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random, device="cuda", dtype=torch.bfloat16)
+
+    q = normal(batch, time, heads, 128).mul_(0.088)
+    v = normal(batch, time, heads, 128)
+    assert q.numel() > 2**31
+    gates = [normal(batch, time, heads).float() for _ in range(3)]
+    gates = [-gates[0].abs() * 0.1, gates[1].sigmoid(), gates[2].sigmoid()]
+    whole = rdn(q, q, v, *gates, impl="triton")
+    alone = rdn(*(x[-1:].clone() for x in (q, q, v, *gates)), impl="triton")
+    # Fewer heads go through stretches, which round differently.
+    torch.testing.assert_close(whole.y[-1:].float(), alone.y.float(), rtol=0.05, atol=0.02)
+    assert isinstance(whole.state, State)
+
+
+@pytest.mark.gpu
+@every
+def test_compiles_as_a_whole(recurrence: Recurrence):
+    inputs = make_inputs(recurrence, Shape(2, 256, 2, 2, 128, 128), dtype=torch.bfloat16)
+    tensors = [x.cuda().requires_grad_() for x in inputs.tensors]
+    compiled = torch.compile(lambda *tensors: recurrence(list(tensors), None, impl="triton")[0], fullgraph=True)
+    wanted, found = recurrence(tensors, None, impl="triton")[0], compiled(*tensors)
+    assert torch.equal(wanted, found)
+    for one, other in zip(torch.autograd.grad(wanted.sum(), tensors), torch.autograd.grad(found.sum(), tensors)):
+        assert torch.equal(one, other)
