@@ -400,4 +400,5 @@ def _graph(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
-    return lambda: (graph.replay(), kept)
+    # The graph reads the call's tensors where they lie, so they must live as long as it does.
+    return lambda: (graph.replay(), kept, run)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whimbrel.scan.kernels.segments import Segments, segments
 
+_HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 CHUNK = 64
 ENOUGH = 264
 """Programs that fill the card: two on each of 132 multiprocessors."""
@@ -39,12 +40,10 @@ def missing(q: Tensor, v: Tensor) -> tuple[int, int]:
     return keys, values
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return (
-        torch.cuda.get_device_capability(device) == (9, 0)
-        and importlib.util.find_spec("triton.experimental.gluon") is not None
-    )
+    return _HAS_GLUON and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def count_stretches(tokens: int, sequences: int, value_heads: int, value_dim: int) -> int:
