@@ -5,12 +5,18 @@ Triton is imported when a kernel first runs, so that everything else works witho
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from whimbrel.scan.kernels import HAS_TRITON
 
 
+ENABLED = os.environ.get("WHIMBREL_LAYER_KERNELS") == "1"
+"""Off unless asked for: they were compared with fp64 in Triton's interpreter, not yet on a GPU."""
+
+
 def usable(x: Tensor) -> bool:
     """Whether the kernels take `x`: they need CUDA and Triton, and compute in fp32."""
-    return HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return ENABLED and HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
