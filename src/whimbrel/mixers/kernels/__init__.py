@@ -12,7 +12,6 @@ from torch import Tensor
 
 from whimbrel.scan.kernels import HAS_TRITON
 
-
 ENABLED = os.environ.get("WHIMBREL_LAYER_KERNELS") == "1"
 """Off unless asked for: they were compared with fp64 in Triton's interpreter, not yet on a GPU."""
 
