@@ -46,7 +46,6 @@ def backward_states(
     DECAYED: tl.constexpr,
     CLIP: tl.constexpr,
     FROM: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dends, dstarts as the forward's ends and starts; dv, dr as v; pulled as saved, at the chunks' ends."""
@@ -75,7 +74,7 @@ def backward_states(
     tile = tiles + (hv.to(tl.int64) * chunks + chunk) * C * C + place[:, None] * C + place[None, :]
     tile_plane = HV * chunks.to(tl.int64) * C * C
     n = tl.cdiv(end - start, C)
-    for back in tl.range(0, n, num_stages=STAGES):
+    for back in range(n):
         i = n - 1 - back
         first = start + i * C
         t = first + place
@@ -225,7 +224,7 @@ def backward_tokens(
     ending = tl.sum(own, axis=0)  # <state, its cotangent> at the chunk's end
     b_dq = tl.zeros([C, BK], tl.float32)
     b_dk = tl.zeros([C, BK], tl.float32)
-    for i_v in tl.static_range(0, (V + BV - 1) // BV):
+    for i_v in range((V + BV - 1) // BV):
         vc = i_v * BV + tl.arange(0, BV)
         values = (t[:, None] * HV + hv) * V + vc[None, :]
         some = ok[:, None] & (vc[None, :] < V)
@@ -327,9 +326,6 @@ def backward_tokens(
         drate2 += wrote
         ending += tl.sum(wrote * rate2, axis=0)
         b_dk += written * rate2[:, None]
-        if i_v == (V + BV - 1) // BV - 1:
-            at = (t[:, None] * HV + hv) * K + kc[None, :]
-            tl.store(dk + at, b_dk.to(dk.dtype.element_ty), mask=some_keys)
 
         b_dq = tl.dot(dscore, b_k, b_dq, input_precision=PRECISION)
         back = tl.dot(b_dy, tl.trans(b_r), input_precision=PRECISION) * (grow * scale)[:, None]
@@ -345,7 +341,9 @@ def backward_tokens(
                 back = back * (start_decay * scale)[:, None]
                 base_read += tl.sum(back * b_q.to(tl.float32), axis=1)
             b_dq += back
-    tl.store(dq + (t[:, None] * HV + hv) * K + kc[None, :], b_dq.to(dq.dtype.element_ty), mask=some_keys)
+    at = (t[:, None] * HV + hv) * K + kc[None, :]
+    tl.store(dk + at, b_dk.to(dk.dtype.element_ty), mask=some_keys)
+    tl.store(dq + at, b_dq.to(dq.dtype.element_ty), mask=some_keys)
     own += tl.sum(b_dq * b_q.to(tl.float32), axis=1)
 
     after = own + own_seen

@@ -65,7 +65,6 @@ def forward(
     CLIP: tl.constexpr,
     FROM: tl.constexpr,
     SAVE: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y [tokens, HV, V]; starts, ends [2, stretches, HV, K, V] fp32; saved [2, chunks, HV, K, V]; inside as y."""
@@ -93,7 +92,7 @@ def forward(
     save_plane = chunks.to(tl.int64) * HV * K * V
     tile = tiles + (hv.to(tl.int64) * chunks + chunk) * C * C + place[:, None] * C + place[None, :]
     tile_plane = HV * chunks.to(tl.int64) * C * C
-    for i in tl.range(0, tl.cdiv(end - start, C), num_stages=STAGES):
+    for i in range(tl.cdiv(end - start, C)):
         first = start + i * C
         t = first + place
         ok = t < end
