@@ -205,7 +205,8 @@ class Contender:
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax attention of [B, T, H, D] by torch's own choice of code."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)  # type: ignore[misc]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 @cache

@@ -18,7 +18,7 @@ IMPLS = ("auto", "reference", "chunked", "triton")
 MOST_KERNEL_DIM = 256
 _log = logging.getLogger("whimbrel")
 _announced: set[tuple[str, str]] = set()
-_edges_seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+_edges_that_held: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
 def choose(op: str, impl: str, q: Tensor, v: Tensor, *others: Tensor | None, one_step: bool = False) -> str:
@@ -156,29 +156,24 @@ def _check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> Non
         raise ConfigError(
             f"{op}: cu_seqlens goes with batch 1, but the batch is {batch}; concatenate the sequences along time"
         )
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and not _new_edges(cu_seqlens)):
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # neither may wait for values
+    if _edges_held(cu_seqlens, time):
         return
     edges = cu_seqlens.tolist()
     if edges[0] != 0 or edges[-1] != time or any(b < a for a, b in pairwise(edges)):
         raise ConfigError(
             f"{op}: cu_seqlens runs from {edges[0]} to {edges[-1]}; it must rise from 0 to the time length {time}"
         )
+    if len(_edges_that_held) > 64:
+        _edges_that_held.clear()
+    _edges_that_held[id(cu_seqlens)] = (weakref.ref(cu_seqlens), cu_seqlens._version, time)
 
 
-def _new_edges(cu_seqlens: Tensor) -> bool:
-    """Whether these values were not looked at before: a look makes the device wait, and all layers share one tensor.
-
-    False while a CUDA graph is captured, which must not wait.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return False
-    seen = _edges_seen.get(id(cu_seqlens))
-    if seen is not None and seen[0]() is cu_seqlens and seen[1] == cu_seqlens._version:
-        return False
-    if len(_edges_seen) > 64:
-        _edges_seen.clear()
-    _edges_seen[id(cu_seqlens)] = (weakref.ref(cu_seqlens), cu_seqlens._version)
-    return True
+def _edges_held(cu_seqlens: Tensor, time: int) -> bool:
+    """Whether these very values were found good: a look makes a GPU wait, and all layers share one tensor."""
+    seen = _edges_that_held.get(id(cu_seqlens))
+    return seen is not None and (seen[0]() is cu_seqlens) and seen[1:] == (cu_seqlens._version, time)
 
 
 def default_scale(scale: float | None, key_dim: int) -> float:

@@ -108,6 +108,24 @@ def test_cu_seqlens_must_rise_from_the_first_token_to_the_last(recurrence: Recur
     expect(recurrence, message, one_row, cu_seqlens=torch.tensor(edges))
 
 
+def test_edges_are_looked_at_again_after_a_refusal_and_after_a_change():
+    def check(time: int) -> None:
+        common._check_cu_seqlens("op", edges, 1, time)
+
+    edges = torch.tensor([0, 3, 2, 5])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="must rise from 0 to the time length 5"):
+            check(5)
+    edges[1] = 1
+    check(5)
+    check(5)
+    with pytest.raises(ConfigError, match="time length 6"):
+        check(6)
+    edges[1] = 4
+    with pytest.raises(ConfigError, match="must rise"):
+        check(5)
+
+
 @every
 def test_states_must_match_the_number_of_packed_sequences(recurrence: Recurrence):
     def one_row(tensors, states):

@@ -392,7 +392,12 @@ def recurrence(
     clip: float | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, base and second state after it; `first_rate` None: one state, of which `states` then holds one, the second."""
+    """(y, base state, second state) of a recurrence with checked arguments, differentiable once.
+
+    q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, bf16, fp16 or fp32; log_decay and rates [B, T, HV]; states
+    [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None there
+    is one state, the second, and `states` holds one; the base that comes back is zero.
+    """
     start = None
     if states is not None:
         both = states if first_rate is not None else (torch.zeros_like(states[0]), states[0])
