@@ -108,10 +108,15 @@ kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk chunk_start chun
 kinds |= dict.fromkeys("scale clip".split(), "fp32") | dict.fromkeys("residual dresidual dq dk y".split(), "*bf16")
 kinds |= dict.fromkeys("q k x dy tiles saved pulled".split(), block) | {"inside": "*i8"}
 flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
-for function, dx in (
-    (hopper.forward_stream, None), (hopper.backward_stream, "*bf16"), (hopper_tokens.backward_tokens_stream, block)
+forward, backward, tokens = hopper.forward_stream, hopper.backward_stream, hopper_tokens.backward_tokens_stream
+rla, only = dict(DELTA=False, GATED=False, DECAYED=True), dict(ONLY=1, SAVE=False)
+for function, dx, changes in (
+    (forward, None, {}), (backward, "*bf16", {}), (tokens, block, {}),
+    (forward, None, rla), (backward, "*bf16", rla), (tokens, block, rla | dict(K=64)),
+    (forward, None, dict(FIRST=False, TWO=False)), (tokens, block, dict(FIRST=False)),
+    (forward, None, only), (forward, None, only | rla), (forward, None, only | dict(ONLY=2)), (backward, "*bf16", only),
 ):
-    constants = {n: v for n, v in (flags | dict(SAVE=True, ONLY=0)).items() if n in function.arg_names}
+    constants = {n: v for n, v in (flags | dict(SAVE=True, ONLY=0) | changes).items() if n in function.arg_names}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in function.arg_names}
     if dx is not None:
         signature["dx"] = dx
