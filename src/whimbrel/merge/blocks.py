@@ -1,14 +1,19 @@
-"""The arithmetic of an average: blocks in float64, each result rounded once to the nearest, ties to even.
+"""The arithmetic of an average, in one place for merges of files and for averages kept during training.
 
-With integer weights of sum W the weighted sum of values with p-bit significands is exact while one element's
-values span at most 53 - p - log2(W) binades, and the one division then rounds correctly; derived in this
-folder's README.
+`add` forms a weighted sum source by source, `divide_and_round` turns it into a result that is rounded once, to
+the nearest, ties to even. With integer weights of sum W the weighted sum of values with p-bit significands is
+exact in float64 while one element's values span at most 53 - p - log2(W) binades, and the one division then rounds
+correctly; derived in this folder's README. Both run compiled where numba is installed, with the same bits.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +23,36 @@ from whimbrel.merge.pma import Weights
 _Array = NDArray[Any]
 
 # Elements whose accumulator, scratch and sources stay in a core's second-level cache.
-BLOCK = 32_768
+BLOCK = 16_384
 
-# Stored types that are averaged; bfloat16 has no numpy type and is handled as the upper half of a float32.
+# Stored types that are averaged; bfloat16 has no numpy type and is handled by its bits.
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+SUMS = {"float64": np.dtype("<f8"), "float32": np.dtype("<f4")}
 # Magnitudes from which a value rounds to infinity: half a step above the largest finite one.
 _TOO_LARGE = {
     "F64": np.inf,
     "F32": (2 - 2.0**-24) * 2.0**127,
     "F16": (2 - 2.0**-11) * 2.0**15,
     "BF16": (2 - 2.0**-8) * 2.0**127,
+}
+
+
+class _Format(NamedTuple):
+    """A 16-bit type as seen from the bits of a float64."""
+
+    shift: np.uint64
+    """Bits of the significand that it lacks."""
+    rebias: np.uint64
+    """What to take from a float64's bits for its exponent's bias."""
+    least: float
+    """Its smallest normal number."""
+    unit: float
+    """A float64 whose last place is worth its smallest subnormal number, so that adding it rounds to those."""
+
+
+_SIXTEEN = {
+    "BF16": _Format(np.uint64(45), np.uint64((1023 - 127) << 52), 2.0**-126, 2.0 ** (52 - 133)),
+    "F16": _Format(np.uint64(42), np.uint64((1023 - 15) << 52), 2.0**-14, 2.0 ** (52 - 24)),
 }
 
 
@@ -39,19 +64,89 @@ class BadValue(Exception):
         self.element, self.source, self.value = element, source, value
 
 
-class Averager:
-    """Weighted sums of float tensors; one instance per thread, since it owns its scratch memory."""
+@functools.cache
+def compiled() -> ModuleType | None:
+    """The compiled loops, or None where numba is missing or cannot run here."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from whimbrel.merge import compiled as module
+    except ImportError as error:
+        warnings.warn(f"numba is installed but cannot be used ({error}); merging goes on with numpy", stacklevel=2)
+        return None
+    return module
 
-    def __init__(self, weights: Weights) -> None:
-        integers = weights.integers()
-        if integers is None:
-            self._factors, self._divisor = weights.floats(), 1.0
+
+def add(total: _Array, values: _Array, dtype: str, factor: float, *, first: bool) -> None:
+    """total += factor · values, or total = factor · values with `first` (which keeps the sign of a zero).
+
+    total: [n] float64 or float32. values: [n] as stored, of numpy type FLOATS[dtype]: bfloat16 as its bits in
+    uint16. Each element is widened, multiplied and added in float64 and rounded once to the type of `total`, so the
+    result depends on nothing but the order of the calls: not on blocks, threads, or whether numba is there.
+    """
+    fast = compiled()
+    if fast is not None:
+        if dtype == "BF16":
+            fast.add_bf16(total, values, float(factor), first)
+        elif dtype == "F16":
+            fast.add_f16(total, values.view("<u2"), float(factor), first)
         else:
-            self._factors, self._divisor = tuple(float(n) for n in integers[0]), float(integers[1])
+            fast.add_float(total, values, float(factor), first)
+        return
+    for start in range(0, len(total), BLOCK):
+        part = total[start : start + BLOCK]
+        term = np.multiply(widen(values[start : start + BLOCK], dtype), factor, dtype=np.float64)
+        if not first:
+            np.add(part, term, out=term, dtype=np.float64)
+        part[:] = term
+
+
+def divide_and_round(total: _Array, divisor: float, out: _Array, dtype: str) -> bool:
+    """out = total / divisor, divided in float64 and rounded once to the nearest number of the type, ties to even.
+
+    total: [n] float64 or float32. out: [n] of numpy type FLOATS[dtype]. Returns whether every quotient is finite
+    and within the type; where one is not, `out` is not to be used.
+    """
+    limit, sixteen, fast = _TOO_LARGE[dtype], _SIXTEEN.get(dtype), compiled()
+    if fast is not None:
+        if sixteen is None:
+            return bool(fast.round_float(total, float(divisor), out, limit))
+        return bool(fast.round_16(total, float(divisor), out.view("<u2"), limit, *sixteen))
+    fine = True
+    for start in range(0, len(total), BLOCK):
+        value = np.divide(total[start : start + BLOCK], divisor, dtype=np.float64)
+        size = np.abs(value)
+        fine = fine and bool(size.max() < limit)
+        part = out[start : start + BLOCK]
+        if sixteen is None:
+            np.copyto(part, value, casting="same_kind")
+        else:
+            part.view("<u2")[:] = _bits_16(value, size, sixteen)
+    return fine
+
+
+def _bits_16(value: _Array, size: _Array, to: _Format) -> _Array:
+    bits = size.view("<u8") - to.rebias
+    normal = (
+        bits + ((np.uint64(1) << (to.shift - np.uint64(1))) - np.uint64(1)) + ((bits >> to.shift) & 1)
+    ) >> to.shift
+    small = (size + to.unit).view("<u8") - np.float64(to.unit).view("<u8")
+    sign = (value.view("<u8") >> np.uint64(48)) & np.uint64(0x8000)
+    return np.where(size < to.least, small, normal) | sign
+
+
+def widen(values: _Array, dtype: str) -> _Array:
+    """The values as numpy floats: those of bfloat16 from their bits, others as they are."""
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
+
+
+class Averager:
+    """Weighted averages of float tensors; one instance per thread, since it owns its scratch memory."""
+
+    def __init__(self, weights: Weights, sums: str = "float64") -> None:
+        self.factors, self.divisor = factors(weights)
         self._is_average = abs(float(weights.total) - 1) < 1e-9
-        self._sum = np.empty(BLOCK)
-        self._term = np.empty(BLOCK)
-        self._half = np.empty(BLOCK, dtype="<u4")
+        self._sum = np.empty(BLOCK, SUMS[sums])
 
     def average(self, sources: Sequence[memoryview], dtype: str, out: memoryview, out_dtype: str) -> None:
         """Put Σ w_i source_i into `out`; all hold equally many elements of their dtype.
@@ -62,74 +157,43 @@ class Averager:
         result = np.frombuffer(out, FLOATS[out_dtype])
         with np.errstate(all="ignore"):
             for start in range(0, len(result), BLOCK):
-                stop = min(start + BLOCK, len(result))
-                block = [values[start:stop] for values in inputs]
-                total = self._weighted_sum(block, dtype)
-                if not max(total.max(), -total.min()) < _TOO_LARGE[out_dtype]:
-                    raise self._bad_value(block, dtype, total, start)
-                self._round(total, result[start:stop], out_dtype)
+                block = [values[start : start + BLOCK] for values in inputs]
+                part = result[start : start + BLOCK]
+                if not self._block(block, dtype, part, out_dtype):
+                    raise self._bad_value(block, dtype, start)
 
-    def _weighted_sum(self, block: list[_Array], dtype: str) -> _Array:
-        size = len(block[0])
-        total, term = self._sum[:size], self._term[:size]
+    def _block(self, block: list[_Array], dtype: str, out: _Array, out_dtype: str) -> bool:
         if dtype == "F64" and self._is_average:
-            return self._around_newest(block, total, term)
-        np.multiply(self._widen(block[0], dtype), self._factors[0], out=total, dtype=np.float64)
-        for values, factor in zip(block[1:], self._factors[1:], strict=True):
-            wide = self._widen(values, dtype)
-            if factor != 1:
-                wide = np.multiply(wide, factor, out=term, dtype=np.float64)
-            np.add(total, wide, out=total)
-        if self._divisor != 1:
-            np.divide(total, self._divisor, out=total)
-        return total
+            return divide_and_round(self._around_newest(block), 1.0, out, out_dtype)
+        total = self._sum[: len(out)]
+        for number, (values, factor) in enumerate(zip(block, self.factors, strict=True)):
+            add(total, values, dtype, factor, first=number == 0)
+        return divide_and_round(total, self.divisor, out, out_dtype)
 
-    def _around_newest(self, block: list[_Array], total: _Array, term: _Array) -> _Array:
+    def _around_newest(self, block: list[_Array]) -> _Array:
         """x_N + Σ w_i (x_i - x_N): no type is wider than float64, but differences of close values are exact."""
         newest = block[-1]
-        total[:] = 0
-        for values, factor in zip(block[:-1], self._factors[:-1], strict=True):
-            np.subtract(values, newest, out=term)
-            np.multiply(term, factor, out=term)
-            np.add(total, term, out=total)
-        np.divide(total, self._divisor, out=total)
-        changed = total != 0
-        np.add(total, newest, out=total, where=changed)
+        total = np.zeros(len(newest))
+        for values, factor in zip(block[:-1], self.factors[:-1], strict=True):
+            total += np.subtract(values, newest) * factor
+        total /= self.divisor
         # Adding zero would turn -0.0 into 0.0.
-        np.copyto(total, newest, where=~changed)
-        return total
+        return np.where(total != 0, total + newest, newest)
 
-    def _widen(self, values: _Array, dtype: str) -> _Array:
-        if dtype != "BF16":
-            return values
-        bits = self._half[: len(values)]
-        np.copyto(bits, values)
-        np.left_shift(bits, 16, out=bits)
-        return bits.view("<f4")
-
-    def _round(self, total: _Array, out: _Array, dtype: str) -> None:
-        if dtype != "BF16":
-            np.copyto(out, total, casting="same_kind")
-            return
-        single = total.astype("<f4")
-        bits = single.view("<u4")
-        # Where the first rounding has landed half-way between two bfloat16 numbers, step back to the exact side.
-        half_way = np.flatnonzero((bits & 0xFFFF) == 0x8000)
-        if len(half_way):
-            exact, rounded = np.abs(total[half_way]), np.abs(single[half_way].astype(np.float64))
-            bits[half_way] += (exact > rounded).astype("<u4")
-            bits[half_way] -= (exact < rounded).astype("<u4")
-        odd = (bits >> 16) & 1
-        bits += odd
-        bits += 0x7FFF
-        np.right_shift(bits, 16, out=bits)
-        np.copyto(out, bits, casting="unsafe")
-
-    def _bad_value(self, block: list[_Array], dtype: str, total: _Array, start: int) -> BadValue:
-        for number, values in enumerate(block):
-            wide = self._widen(values, dtype)
-            wrong = np.flatnonzero(~np.isfinite(wide))
+    def _bad_value(self, block: list[_Array], dtype: str, start: int) -> BadValue:
+        wide = [widen(values, dtype).astype(np.float64) for values in block]
+        for number, values in enumerate(wide):
+            wrong = np.flatnonzero(~np.isfinite(values))
             if len(wrong):
-                return BadValue(start + int(wrong[0]), number, float(wide[wrong[0]]))
-        worst = int(np.argmax(np.where(np.isfinite(total), np.abs(total), np.inf)))
+                return BadValue(start + int(wrong[0]), number, float(values[wrong[0]]))
+        total = sum(values * factor for values, factor in zip(wide, self.factors, strict=True)) / self.divisor
+        worst = int(np.argmax(np.abs(total)))
         return BadValue(start + worst, None, float(total[worst]))
+
+
+def factors(weights: Weights) -> tuple[tuple[float, ...], float]:
+    """What to multiply each source with, and what to divide the sum by: integers wherever the weights allow."""
+    integers = weights.integers()
+    if integers is None:
+        return weights.floats(), 1.0
+    return tuple(float(n) for n in integers[0]), float(integers[1])
