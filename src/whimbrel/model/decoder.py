@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from whimbrel.config import MixerConfig, ModelConfig, require
+from whimbrel.config import ModelConfig, require
 from whimbrel.errors import DataError, UnsupportedError
 from whimbrel.mixers.base import Out
 from whimbrel.mixers.norm import RMSNorm
@@ -46,10 +46,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
         super().__init__()
         self.norm_mixer = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = mixer.build(config.hidden_size, config.norm_eps)
+        self.mixer = mixer
         self.norm_mlp = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.mlp_size)
 
@@ -72,7 +72,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.layers())
+        width, eps = config.hidden_size, config.norm_eps
+        self.blocks = nn.ModuleList(Block(config, mixer.build(width, eps)) for mixer in config.layers())
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         _initialise(self, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.mixers.base import KVCache, Out
 from whimbrel.mixers.norm import RMSNorm
+from whimbrel.mixers.softmax.config import RopeScaling
 from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
 
 Prefill = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -23,8 +25,8 @@ class SoftmaxAttention(nn.Module):
     Arguments as in SoftmaxConfig, where they are described; None for `num_kv_heads` takes `num_heads`. Grouped
     queries: arXiv 2305.13245; rotary positions: arXiv 2104.09864, with channel i paired with i + head_dim / 2.
 
-    `prefill`, when set, computes the attention of every call in evaluation mode with more than one new token and
-    without cu_seqlens.
+    `prefill`, when set, computes the attention of every call in evaluation mode with more than one new token,
+    without cu_seqlens, and without a window that cuts keys off.
     """
 
     prefill: Prefill | None = None
@@ -37,21 +39,26 @@ class SoftmaxAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int,
         rope_theta: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
         qk_norm: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        window: int = 0,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.rope_theta = num_heads, head_dim, rope_theta
+        self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling or RopeScaling()
         self.num_kv_heads = num_kv_heads or num_heads
         if num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads = {num_kv_heads} is not allowed; use a divisor of num_heads = {num_heads}")
         if head_dim % 2:
             raise ConfigError(f"head_dim = {head_dim} is not allowed; use an even number, for the rotary positions")
         keys = self.num_kv_heads * head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, keys, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
 
@@ -68,32 +75,41 @@ class SoftmaxAttention(nn.Module):
                 "run the sequences one by one or padded to one length"
             )
         batch, time, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(batch, time, self.num_heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(batch, time, self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).view(batch, time, self.num_kv_heads, self.head_dim)
         if cu_seqlens is not None:
             check_cu_seqlens("softmax", cu_seqlens, batch, time)
             lengths = cu_seqlens.diff().tolist()
-            rotation = self._rotation(torch.cat([torch.arange(n, device=x.device) for n in lengths]), q.dtype)
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
-            pieces = zip(*(tensor.split(lengths, 1) for tensor in (q, k, v)), strict=True)
-            return Out(self.o_proj(torch.cat([_attend(*piece) for piece in pieces], 1).flatten(2)), None)
+            heads = self.heads(x, torch.cat([torch.arange(n, device=x.device) for n in lengths]))
+            pieces = zip(*(tensor.split(lengths, 1) for tensor in heads), strict=True)
+            y = torch.cat([_attend(q, k, v, self.window) for q, k, v in pieces], 1)
+            return Out(self.o_proj(y.flatten(2)), None)
         start = 0 if state is None else state.k.shape[1]
-        rotation = self._rotation(torch.arange(start, start + time, device=x.device), q.dtype)
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        q, k, v = self.heads(x, torch.arange(start, start + time, device=x.device))
         if state is not None:
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)
-        if self.prefill is not None and time > 1 and not self.training:
+        whole = not self.window or k.shape[1] <= self.window
+        if self.prefill is not None and time > 1 and not self.training and whole:
             y = self.prefill(q, k, v, self.head_dim**-0.5)
         else:
-            y = _attend(q, k, v)
+            y = _attend(q, k, v, self.window)
         return Out(self.o_proj(y.flatten(2)), KVCache(k, v))
 
+    def heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D], k and v [B, T, Hkv, D] of x [B, T, hidden_size].
+
+        q and k are turned to `positions`, [T] or [B, T] int64.
+        """
+        batch, time, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, time, self.num_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(batch, time, self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).view(batch, time, self.num_kv_heads, self.head_dim)
+        rotation = self._rotation(positions, q.dtype)
+        return _rotate(q, rotation), _rotate(k, rotation), v
+
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles at positions [T], each [T, 1, head_dim / 2], from fp64 angles."""
+        """Cosine and sine of the angles at positions [..., T], each [..., T, 1, head_dim / 2], from fp64 angles."""
         half = self.head_dim // 2
         exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / -half
-        angles = positions[:, None, None] * self.rope_theta**exponents
+        angles = positions[..., None, None] * _scaled(self.rope_theta**exponents, self.rope_scaling)
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -109,19 +125,33 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _scaled(rates: Tensor, scaling: RopeScaling) -> Tensor:
+    """Radians a token, changed as `scaling` says."""
+    if scaling.kind == "none":
+        return rates
+    slow = rates / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_tokens * rates / (2 * math.pi)
+    kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
+    return slow + (rates - slow) * kept
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Causal attention of q [B, Tq, H, D], the last Tq positions, to k, v [B, Tk, Hkv, D]."""
     queries, keys = q.shape[1], k.shape[1]
     mask = None
     # is_causal aligns the first query with the first key, so it is right for equal lengths only.
-    if 1 < queries < keys:
+    if 1 < queries < keys or 0 < window < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if mask is not None and window:
+        mask = mask.triu(keys - queries - window + 1)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=queries == keys,
+        is_causal=mask is None and queries == keys,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2)
