@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "MergeReport": "whimbrel.merge.stream:MergeReport",
+        "OnlineAverage": "whimbrel.merge.online:OnlineAverage",
         "Weights": "whimbrel.merge.pma:Weights",
         "merge_checkpoints": "whimbrel.merge.stream:merge_checkpoints",
         "merge_weights": "whimbrel.merge.config:merge_weights",
