@@ -42,6 +42,10 @@ class UnsupportedError(WhimbrelError):
     exit_status = 6
 
 
+class MissingExtraError(UnsupportedError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The hint "; did you mean 'x'?" for the allowed name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)

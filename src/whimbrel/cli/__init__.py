@@ -16,6 +16,7 @@ VERBS = {
     "data": "turn text into token shards",
     "train": "train from a recipe or a TOML file; goes on where the run folder left off",
     "merge": "average checkpoints",
+    "convert": "write a model for transformers, or take one from there (extra hf)",
     "eval": "bits per byte, recall and needle tasks of a checkpoint",
     "generate": "continue a prompt, with sparse prefill for long ones",
     "bench": "time an operation against its rivals",
