@@ -204,8 +204,78 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """An average of the weights kept during training, beside the live weights, which it does not touch."""
+
+    every_steps: int = 0
+    """Steps between samples; 0 keeps no average."""
+    count: int = 10
+    """Samples of a window; 0 is one window without end, for sma, wma, ema and ema-corrected."""
+    windows: int = 2
+    """Windows kept at a time, each begun count / windows samples after the one before it."""
+    method: MergeConfig = _default("whimbrel.merge", "sma")
+    """Weights of the samples."""
+    device: Literal["cpu", "same"] = "cpu"
+    """`cpu` keeps the sums in main memory, `same` beside the weights."""
+    accumulate: Literal["float64", "float32"] = "float64"
+    """Type of the sums; float64 equals the merge of checkpoints bit for bit, float32 takes half the memory."""
+    save: Literal["last", "every"] = "last"
+    """Write RUN/average-NNNNNN after the last step only, or at every checkpoint."""
+
+    def __post_init__(self) -> None:
+        where = "averaging.online"
+        require(self.every_steps >= 0, f"{where}.every_steps", self.every_steps, "0 (off) or a positive number")
+        require(self.count >= 0, f"{where}.count", self.count, "0 (without end) or a positive number of samples")
+        most = max(self.count, 1)
+        require(1 <= self.windows <= most, f"{where}.windows", self.windows, f"1 to {most}, the samples of one window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikesConfig:
+    """What is done when loss or gradient norm leave their range, up to going back to an average of checkpoints."""
+
+    action: Literal["off", "log", "skip", "restart"] = "log"
+    """The most that is done: nothing; a line in RUN/events.jsonl; leaving out a batch's update; going back."""
+    window: int = 100
+    """Normal steps that a step is judged by; judging begins when half of them have been seen."""
+    loss_threshold: float = 6.0
+    """Deviations of log loss above its median from which a step is abnormal."""
+    norm_threshold: float = 12.0
+    """The same for the log of the gradient norm."""
+    max_skips: int = 2
+    """Updates left out in one episode, because of the gradient norm or a loss that is not finite."""
+    collapse: float = 1.25
+    """Loss, as a multiple of its median, from which an abnormal step counts towards going back."""
+    patience: int = 20
+    """Such steps in one episode until the run goes back; spikes that heal sooner are left alone."""
+    margin_steps: int = 10
+    """Steps between the newest checkpoint to go back to and the first abnormal step, at least."""
+    checkpoints: int = 3
+    """Checkpoints that are averaged to go on from."""
+    optimizer: Literal["average", "newest", "reset"] = "average"
+    """Optimizer state to go on with: averaged as the weights are, the newest checkpoint's, or none."""
+    rewarm_steps: int = 50
+    """Steps over which the learning rate rises again after a `reset`."""
+    rate_factor: float = 1.0
+    """What the learning rate is multiplied by at each restart; 1 keeps it, as the paper does."""
+    skip_data: bool = False
+    """Go on with batches that have not been seen, in place of those that led to the spike."""
+    max_restarts: int = 3
+    """Restarts after which a further collapse ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "patience", "checkpoints", "rewarm_steps", "max_restarts"):
+            require(getattr(self, name) > 0, f"spikes.{name}", getattr(self, name), "a positive number")
+        for name in ("loss_threshold", "norm_threshold", "rate_factor"):
+            require(getattr(self, name) > 0, f"spikes.{name}", getattr(self, name), "a positive number")
+        for name in ("max_skips", "margin_steps"):
+            require(getattr(self, name) >= 0, f"spikes.{name}", getattr(self, name), "0 or a positive number")
+        require(self.collapse > 1, "spikes.collapse", self.collapse, "a factor above 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
-    """Which checkpoints `whimbrel demo` merges, and how."""
+    """Which checkpoints `whimbrel demo` merges, and how; `online` is for every training run."""
 
     last: int = 6
     """Newest checkpoints that go into a merge."""
@@ -213,6 +283,8 @@ class AveragingConfig:
     """Averaging methods to compare."""
     anneal_steps: int = 0
     """Length of the annealed branch that the merges are compared with, in steps; 0 leaves it out."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Average kept during training."""
 
     def __post_init__(self) -> None:
         require(self.last > 0, "averaging.last", self.last, "a positive number of checkpoints")
@@ -275,6 +347,8 @@ class Config:
     """When to save."""
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     """What to merge."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    """What to do when the loss blows up."""
     prefill: SelectorConfig = _default("whimbrel.sparse", "row_local")
     """How the softmax blocks read a long prompt."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -295,6 +369,12 @@ class Config:
         )
         micro = self.micro_batch_tokens
         require(micro >= 0 and micro % seq == 0, "micro_batch_tokens", micro, f"0 or {multiple}")
+        kept, needed = self.checkpoint.keep, self.spikes.checkpoints
+        if self.spikes.action == "restart" and 0 < kept < needed:
+            raise ConfigError(
+                f"checkpoint.keep = {kept} leaves fewer than spikes.checkpoints = {needed} to go back to; keep more, "
+                "or all (0)"
+            )
         used = self.schedule.warmup_steps + self.schedule.decay_steps
         if used > self.steps:
             raise ConfigError(

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "latest_checkpoint": "whimbrel.checkpoint.steps:latest_checkpoint",
         "list_checkpoints": "whimbrel.checkpoint.steps:list_checkpoints",
         "load_checkpoint": "whimbrel.checkpoint.full:load_checkpoint",
+        "load_tensors": "whimbrel.checkpoint.full:load_tensors",
         "load_weights": "whimbrel.checkpoint.weights:load_weights",
         "prune": "whimbrel.checkpoint.full:prune",
         "read_meta": "whimbrel.checkpoint.steps:read_meta",

@@ -39,7 +39,7 @@ from whimbrel.files import (
     temporary_name,
 )
 
-TRAIN, STATE = "train", "train/state.json"
+TRAIN, STATE, MORE = "train", "train/state.json", "more"
 
 Extra = dict[str, Tensor | int | float | str]
 
@@ -54,27 +54,30 @@ def save_checkpoint(
     extra: Mapping[str, Tensor | float | str],
     config_toml: str,
     tokenizer_path: str | Path | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save everything a run needs to go on as RUN/step-NNNNNN, complete or not at all; returns the folder.
 
     `step` counts optimizer steps, `tokens` training tokens. `extra` holds what else the run needs (position
-    in the data, `rng_state()`); every process saves its own and gets it back. Under torch.distributed every
-    process calls this with the same arguments otherwise. A checkpoint of the same step is replaced.
+    in the data, `rng_state()`); every process saves its own and gets it back. `tensors` are more of the run's
+    state, sharded (DTensor) or the same in every process, which `load_tensors` reads. Under torch.distributed
+    every process calls this with the same arguments otherwise. A checkpoint of the same step is replaced.
 
     Raises CheckpointError, in one line, where the disk is too small or the state cannot be saved; checkpoints
     that were there before stay as they are.
     """
     final = step_dir(run_dir, step)
     what = f"checkpoint {final}"
-    tensors, layout = optimizer_state.pack(model, optimizer)
+    saved, layout = optimizer_state.pack(model, optimizer)
     own_extra = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
-    tensors |= {f"extra/{rank()}/{name}": value for name, value in own_extra.items()}
-    needed = _estimate([*weights_of(model).tensors.values(), *tensors.values()])
+    saved |= {f"extra/{rank()}/{name}": value for name, value in own_extra.items()}
+    saved |= {f"{MORE}/{name}": value for name, value in (tensors or {}).items()}
+    needed = _estimate([*weights_of(model).tensors.values(), *saved.values()])
     with full_disk_as(CheckpointError, run_dir, needed, what):
         temporary = on_first(lambda: _begin(final, needed, what))
         try:
             weights_hash = save_weights(temporary / SINGLE, model)
-            _save_tensors(temporary / TRAIN, tensors)
+            _save_tensors(temporary / TRAIN, saved)
             described = on_all(lambda: _describe_extra(extra))
             hashes = {SINGLE: weights_hash}
             for part in on_all(lambda: _hash_own(temporary)):
@@ -221,6 +224,24 @@ def load_checkpoint(path: str | Path, *, model: nn.Module, optimizer: Optimizer,
         name: extra_tensors[f"extra/{source}/{name}"] if "shape" in value else value["value"]
         for name, value in described.items()
     }
+
+
+def load_tensors(path: str | Path, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors `into`, in place, from those of these names that `save_checkpoint` was given as `tensors`.
+
+    Their sharding may differ from the one they were saved with. Hashes are not checked: `load_checkpoint` does.
+    Raises CheckpointError where a name is missing or a shape differs; some tensors may be filled by then.
+    """
+    wanted = {f"{MORE}/{name}": value for name, value in into.items()}
+    with _torch_checkpoint():
+        reader = dcp.FileSystemReader(Path(path) / TRAIN)
+        known = reader.read_metadata().state_dict_metadata
+        for name, value in wanted.items():
+            size = getattr(known.get(name), "size", None)
+            if size != value.shape:
+                held = "is missing from" if size is None else f"has shape {list(size)}, not {list(value.shape)}, in"
+                raise CheckpointError(f"tensor '{name.removeprefix(MORE + '/')}' {held} {path}")
+        dcp.load(wanted, storage_reader=reader, no_dist=not is_joined())
 
 
 def prune(run_dir: str | Path, keep: int) -> list[Path]:

@@ -16,7 +16,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "MergeReport": "whimbrel.merge.stream:MergeReport",
         "OnlineAverage": "whimbrel.merge.online:OnlineAverage",
+        "SpikeDetector": "whimbrel.merge.spikes:SpikeDetector",
         "Weights": "whimbrel.merge.pma:Weights",
+        "load_average": "whimbrel.merge.recover:load_average",
         "merge_checkpoints": "whimbrel.merge.stream:merge_checkpoints",
         "merge_weights": "whimbrel.merge.config:merge_weights",
     },

@@ -42,7 +42,8 @@ class OnlineAverage:
     """A weighted average of a model's weights at every `every`-th step, in windows of `count` samples.
 
     model: a module (plain, DDP, FSDP2, compiled), whose parameters and persistent buffers are averaged, or named
-    tensors, such as a trainer's float32 master weights. Only floating-point and complex tensors are averaged, each
+    tensors, such as a trainer's float32 master weights, or a function that gives them, where they are replaced by
+    others of the same names and shapes now and then. Only floating-point and complex tensors are averaged, each
     in its local shard, without any collective; others are not touched.
     optimizer: lets the copies to the CPU run on during the next forward and backward pass; its step waits for them.
     every: steps between samples. count: samples of a window; 0 means one window without end, for `sma`, `wma`, `ema`
@@ -60,7 +61,7 @@ class OnlineAverage:
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, Tensor],
+        model: nn.Module | Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]],
         optimizer: Optimizer | None = None,
         *,
         every: int = 1,
@@ -203,13 +204,10 @@ class OnlineAverage:
         Needs room for one more copy of this process's shard where the sums are. Raises as `average` does, in all
         processes if in one.
         """
-        averages: dict[str, Tensor] = {}
-        on_all(lambda: averages.update(self.average()))
         live = {name: _local(value) for name, value in self._tensors().items()}
-        before = {name: value.to(averages[name].device, copy=True) for name, value in live.items()}
-        with torch.no_grad():
-            for name, value in live.items():
-                value.copy_(averages.pop(name))
+        place = {name: _local(value).device for name, value in self._sums[0].items()}
+        before = {name: value.to(place[name], copy=True) for name, value in live.items()}
+        self.swap_in()
         try:
             yield
         finally:
@@ -217,6 +215,15 @@ class OnlineAverage:
             with torch.no_grad():
                 for name, value in live.items():
                     value.copy_(before[name])
+
+    def swap_in(self) -> None:
+        """Make the average the live weights, for good; raises as `average` does, in all processes if in one."""
+        averages: dict[str, Tensor] = {}
+        on_all(lambda: averages.update(self.average()))
+        self._reshard()
+        with torch.no_grad():
+            for name, value in self._tensors().items():
+                _local(value).copy_(averages.pop(name))
 
     def _reshard(self) -> None:
         """Drop whole weights that FSDP2 has gathered and kept, since their shards are about to change."""
@@ -282,7 +289,10 @@ class OnlineAverage:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What is averaged, by name."""
-        found = weights_of(self._model).tensors if isinstance(self._model, nn.Module) else self._model
+        if isinstance(self._model, nn.Module):
+            found: Mapping[str, Tensor] = weights_of(self._model).tensors
+        else:
+            found = self._model() if callable(self._model) else self._model
         floats = {name: t.detach() for name, t in found.items() if t.is_floating_point() or t.is_complex()}
         for name, value in floats.items():
             if value.element_size() == _EIGHT_BITS:

@@ -26,11 +26,14 @@ from whimbrel.data import Loader, TokenShards, default_cache, prepare
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.files import atomic_write
+from whimbrel.merge.spikes import Verdict
 from whimbrel.model import build_model
 from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.progress import track
+from whimbrel.training.averages import keep_average, restore_average, save_average
 from whimbrel.training.metrics import Metrics
 from whimbrel.training.processes import Processes, joined, shard
+from whimbrel.training.recovery import Recovery
 
 CONFIG_FILE = "config.toml"
 # What may change between the start of a run and its continuation without changing what has been trained so far.
@@ -43,6 +46,7 @@ FREE_ON_RESUME = [
     "steps",
     "checkpoint",
     "averaging",
+    "spikes",
     "prefill",
     "eval",
     "schedule.decay_steps",
@@ -64,6 +68,8 @@ class TrainResult(NamedTuple):
     """The newest checkpoint."""
     interrupted: bool
     """Whether a signal ended the call before the last step."""
+    restarts: int = 0
+    """How often the run has gone back to an average of checkpoints, earlier calls included."""
 
 
 def train(
@@ -108,6 +114,8 @@ class _Trainer:
         shard(self.model, processes)
         self.optimizer = config.optim.build(config.optim.groups(self.model))
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = keep_average(config.averaging.online, self.model, self.optimizer)
+        self.recovery = Recovery(config.spikes, run_dir, processes)
 
     def run(self, branch_from: Path | None) -> TrainResult:
         step = self._restore(branch_from)
@@ -121,8 +129,18 @@ class _Trainer:
             track("train", (config.steps - step) * config.batch_tokens, "token", quiet=self.quiet) as bar,
         ):
             while step < config.steps:
-                step_loss, norm = self._step(step)
+                step_loss, norm, verdict = self._step(step)
+                if verdict.action == "restart":
+                    step = self._go_back(step, verdict)
+                    if metrics is not None:
+                        metrics.close()
+                        metrics = Metrics(self.run_dir, last_step=step, tensorboard=config.tensorboard)
+                    self._save(step, metrics)
+                    last_saved, window = step, _Window(step)
+                    continue
                 step += 1
+                if self.average is not None:
+                    self.average.update(step)
                 window.add(step_loss)
                 bar.advance(config.batch_tokens, f"step {step}, loss {step_loss:.3f}")
                 stopping = processes.any(stop.is_set())
@@ -143,7 +161,13 @@ class _Trainer:
             metrics.close()
         newest = checkpoints.step_dir(self.run_dir, last_saved) if last_saved is not None else None
         return TrainResult(
-            self.run_dir, step, step * config.batch_tokens, loss, newest, interrupted=step < config.steps
+            self.run_dir,
+            step,
+            step * config.batch_tokens,
+            loss,
+            newest,
+            interrupted=step < config.steps,
+            restarts=self.recovery.restarts,
         )
 
     def _restore(self, branch_from: Path | None) -> int:
@@ -152,6 +176,9 @@ class _Trainer:
             return 0
         extra = checkpoints.load_checkpoint(source, model=self.model, optimizer=self.optimizer)
         checkpoints.restore_rng(extra)
+        self.recovery.load(extra)
+        if self.average is not None:
+            restore_average(self.average, source)
         step = int(extra["step"])
         if step > self.config.steps:
             raise CheckpointError(
@@ -160,13 +187,24 @@ class _Trainer:
             )
         return step
 
-    def _step(self, step: int) -> tuple[float, float]:
-        """One optimizer step; returns the mean loss over the step's targets and the gradient norm."""
+    def _go_back(self, step: int, verdict: Verdict) -> int:
+        """Go on from an average of checkpoints before the onset of a collapse; returns the step to go on from."""
+        source, extra = self.recovery.go_back(step, verdict, model=self.model, optimizer=self.optimizer)
+        checkpoints.restore_rng(extra)
+        if self.average is not None:
+            restore_average(self.average, source)
+        return int(extra["step"])
+
+    def _step(self, step: int) -> tuple[float, float, Verdict]:
+        """One optimizer step, unless the verdict on it is to leave it out or to go back.
+
+        Returns the mean loss over the step's targets, the gradient norm and the verdict.
+        """
         config, processes = self.config, self.processes
-        factor = learning_rate_factor(step, config.schedule, steps=config.steps)
+        factor = learning_rate_factor(step, config.schedule, steps=config.steps) * self.recovery.rate(step)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        batch = self.loader.batch(step)
+        batch = self.loader.batch(step + self.recovery.skipped_batches)
         tokens, targets = batch.tokens.to(processes.device), batch.targets.to(processes.device)
         num_targets = processes.sum((targets != -100).sum())
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,13 +221,16 @@ class _Trainer:
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         # The only wait for the device in a step: a step that is not finite must not reach the weights.
-        loss, norm_value = torch.stack([processes.sum(total), norm.to(total.device)]).tolist()
+        loss, norm_value = processes.largest(torch.stack([processes.sum(total), norm.to(total.device)])).tolist()
+        verdict = self.recovery.judge(step + 1, loss, norm_value)
+        if verdict.action in ("skip", "restart"):
+            return loss, norm_value, verdict
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             self._refuse(step, loss)
         if config.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
-        return loss, norm_value
+        return loss, norm_value, verdict
 
     def _parts(self, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rows = (self.config.micro_batch_tokens // self.config.data.seq_len) or len(tokens)
@@ -223,32 +264,38 @@ class _Trainer:
         }
 
     def _save(self, step: int, metrics: Metrics | None) -> None:
-        config = self.config
+        config, average = self.config, self.average
         checkpoints.save_checkpoint(
             self.run_dir,
             step=step,
             tokens=step * config.batch_tokens,
             model=self.model,
             optimizer=self.optimizer,
-            extra={"step": step, **checkpoints.rng_state()},
+            extra={"step": step, **checkpoints.rng_state(), **self.recovery.extra()},
             config_toml=to_toml(config),
             tokenizer_path=self.data_dir / "tokenizer.json",
+            tensors=average.state_dict() if average is not None else None,
         )
         if config.checkpoint.keep:
             checkpoints.prune(self.run_dir, config.checkpoint.keep)
+        has_average = average is not None and average.samples > 0
+        if has_average and (step == config.steps or config.averaging.online.save == "every"):
+            save_average(average, self.run_dir, step, config, tokenizer_path=self.data_dir / "tokenizer.json")
         if config.eval.checkpoint_tokens:
-            held_out = TokenShards(self.data_dir, "validation")
-            result = evaluate_bpb(
-                self.model, held_out, seq_len=config.data.seq_len, max_tokens=config.eval.checkpoint_tokens
-            )
+            line = self._validate()
+            if has_average:
+                with average.swapped():
+                    line |= {f"average_{name}": value for name, value in self._validate().items()}
             if metrics is not None:
-                metrics.write(
-                    step=step,
-                    tokens=step * config.batch_tokens,
-                    validation_loss=result.nats_per_token,
-                    validation_bits_per_byte=result.bits_per_byte,
-                    time=time.time(),
-                )
+                metrics.write(step=step, tokens=step * config.batch_tokens, **line, time=time.time())
+
+    def _validate(self) -> dict[str, float]:
+        config = self.config
+        held_out = TokenShards(self.data_dir, "validation")
+        result = evaluate_bpb(
+            self.model, held_out, seq_len=config.data.seq_len, max_tokens=config.eval.checkpoint_tokens
+        )
+        return {"validation_loss": result.nats_per_token, "validation_bits_per_byte": result.bits_per_byte}
 
 
 class _Window:

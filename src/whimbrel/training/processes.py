@@ -39,6 +39,13 @@ class Processes(NamedTuple):
             dist.all_reduce(value)
         return value
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Each value's maximum over all processes, one that is not finite in any of them as infinity."""
+        if self.world > 1:
+            values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds in any process."""
         if self.world == 1:
