@@ -86,7 +86,7 @@ def eager_attention_forward(
     scores = (query @ key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -102,6 +102,9 @@ class WhimbrelBlock(GradientCheckpointingLayer, Block):
             layer = mixer.build(model.hidden_size, model.norm_eps)
         super().__init__(model, layer)
         self.index, self.layer_type = index, layer_type(mixer)
+        for writer in (getattr(layer, "o_proj", None), self.mlp.down):
+            if writer is not None:
+                writer.writes_to_stream = True
 
     def forward(  # pyrefly: ignore [bad-override]
         self,
@@ -184,8 +187,10 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As whimbrel.model.build_model draws them."""
-        std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.initializer_range
+            if getattr(module, "writes_to_stream", False):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
@@ -197,11 +202,6 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LinearMixer):
             for parameter, drawn in zip((module.A_log, module.dt_bias), decay_parameters(module.num_value_heads)):
                 init.copy_(parameter, drawn)
-        elif isinstance(module, Block):
-            # Comes after the modules inside of it.
-            for name, inner in module.named_modules():
-                if name in ("mixer.o_proj", "mlp.down"):
-                    init.normal_(inner.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
     def _hidden(
         self,
