@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,13 @@ class Args:
     """Print the report as JSON."""
 
 
+SUBCOMMANDS = {"forecast": "whimbrel.cli.merge_forecast", "path": "whimbrel.cli.merge_path"}
+
+
 def main(argv: list[str]) -> int:
-    """Merge."""
+    """Merge, or hand over to a subcommand."""
+    if argv and argv[0] in SUBCOMMANDS:
+        return importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
     args = parse(Args, argv, verb="merge")
     from whimbrel.config import MergeConfig
     from whimbrel.merge import merge_checkpoints

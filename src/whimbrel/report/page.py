@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from whimbrel.files import atomic_write_text
-from whimbrel.report import averaging, comparison, long_context, memory, recall, training
+from whimbrel.report import averaging, comparison, forecast, long_context, memory, recall, training
 from whimbrel.report.block import Block, Table
 from whimbrel.report.numbers import count, fixed, seconds
 from whimbrel.report.schema import Configuration, Header, Report, check
@@ -59,6 +59,8 @@ def _sections(report: Report) -> Iterator[tuple[str, str, str]]:
         made.append(("training", "Training", training.blocks(report["training"])))
     if "averaging" in report:
         made.append(("averaging", "Averaging", averaging.blocks(report["averaging"], report.get("training"))))
+    if "forecast" in report:
+        made.append(("forecast", "Forecast of annealing", forecast.blocks(report["forecast"])))
     if "memory" in report:
         made.append(("memory", "Memory", memory.blocks(report["memory"])))
     if "recall" in report:

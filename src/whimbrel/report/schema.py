@@ -102,6 +102,59 @@ class Averaging(TypedDict):
     """Of the intervals, for example 0.95."""
 
 
+class GainPoint(TypedDict):
+    """An averaged or annealed model at one place of a run."""
+
+    tokens: int
+    loss: float
+    """Nats per token."""
+    difference: Interval
+    """This loss minus the raw checkpoint's over the same blocks (paired), nats per token."""
+
+
+class ForecastWindow(TypedDict):
+    count: int
+    """Checkpoints in the average."""
+    points: list[GainPoint]
+
+
+class WindowSplit(TypedDict):
+    count: int
+    noise_left: float
+    """Variance of the noise in the average, as a share of that in one checkpoint."""
+    error: float
+    """The same with the squared lag behind the drift."""
+
+
+class DriftSplit(TypedDict):
+    """What distances between neighbouring checkpoints say."""
+
+    drift: float
+    """Drift over one interval, relative to the length of the weights."""
+    noise: float
+    """Standard deviation of the noise, likewise."""
+    correlation: float
+    """Of the noise from one checkpoint to the next."""
+    windows: list[WindowSplit]
+
+
+class Forecast(TypedDict):
+    """Averages along a run, as a forecast of annealing."""
+
+    method: str
+    """Of averaging, for example "SMA"."""
+    interval_tokens: int
+    """Between neighbouring checkpoints."""
+    raw: list[ValidationPoint]
+    windows: list[ForecastWindow]
+    annealed: NotRequired[GainPoint]
+    statistics: NotRequired[DriftSplit]
+    advice: list[str]
+    limits: str
+    blocks: int
+    confidence: float
+
+
 class RecallPoint(TypedDict):
     x: int
     """Pairs (MQAR), or length of the context in tokens (needle)."""
@@ -284,6 +337,7 @@ class Report(TypedDict):
     header: Header
     training: NotRequired[Training]
     averaging: NotRequired[Averaging]
+    forecast: NotRequired[Forecast]
     memory: NotRequired[Memory]
     recall: NotRequired[Recall]
     long_context: NotRequired[LongContext]
