@@ -104,7 +104,7 @@ class WhimbrelBlock(GradientCheckpointingLayer, Block):
         self.index, self.layer_type = index, layer_type(mixer)
         for writer in (getattr(layer, "o_proj", None), self.mlp.down):
             if writer is not None:
-                writer.writes_to_stream = True
+                writer.writes_to_stream = True  # pyrefly: ignore
 
     def forward(  # pyrefly: ignore [bad-override]
         self,
