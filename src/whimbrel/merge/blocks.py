@@ -186,7 +186,7 @@ class Averager:
             wrong = np.flatnonzero(~np.isfinite(values))
             if len(wrong):
                 return BadValue(start + int(wrong[0]), number, float(values[wrong[0]]))
-        total = sum(values * factor for values, factor in zip(wide, self.factors, strict=True)) / self.divisor
+        total = np.sum([values * factor for values, factor in zip(wide, self.factors, strict=True)], 0) / self.divisor
         worst = int(np.argmax(np.abs(total)))
         return BadValue(start + worst, None, float(total[worst]))
 

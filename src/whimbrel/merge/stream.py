@@ -1,57 +1,64 @@
-"""The streaming average: read N checkpoints once, in file order and in bounded memory, write one.
+"""The streaming average: read N checkpoints once, in file order and in bounded memory, write one or several.
 
-Extents of consecutive tensors are cut into pieces; a thread takes a piece, reads its bytes from every source,
-sums them in the order of the sources, rounds, and writes. Pieces do not depend on each other, so the bytes
-written are the same for any number of threads and any size of piece.
+The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source, sums them in the order
+of the sources, rounds, and writes; meanwhile the kernel is told which bytes come next. Pieces do not depend on each
+other, so the bytes written are the same for any number of threads, any size of piece, and after an interruption.
 """
 
 from __future__ import annotations
 
-import bisect
 import errno
 import glob
+import hashlib
 import json
 import os
-import shutil
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 import whimbrel
-from whimbrel.checkpoint.steps import META, Meta, read_meta
-from whimbrel.checkpoint.tensorfile import (
-    INDEX,
-    ITEM_BYTES,
-    SINGLE,
-    Entry,
-    TensorFolder,
-    make_header,
-    read_exactly,
-    read_folder,
-    write_exactly,
-)
+from whimbrel.checkpoint.crc import Pieces
+from whimbrel.checkpoint.tensorfile import ITEM_BYTES, read_exactly, write_exactly
 from whimbrel.config import MergeConfig, encode, require
-from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, nearest
-from whimbrel.files import atomic_folder, disk_space, remove_leftovers, sha256_file
-from whimbrel.merge.blocks import BLOCK, FLOATS, Averager, BadValue
+from whimbrel.errors import CheckpointError, ConfigError
+from whimbrel.files import disk_space, publish_folder, remove_leftovers, sha256_file
+from whimbrel.merge.blocks import BLOCK, Averager, BadValue
 from whimbrel.merge.config import merge_config
+from whimbrel.merge.journal import Done, Journal, Part, open_journal, work_folder
+from whimbrel.merge.outputs import MANIFEST, Layout, finish_folder, make_layout, write_step_meta
+from whimbrel.merge.plan import Extent, Item, Piece, Read, Rules, Slot, cut, list_items, make_extents, reads
 from whimbrel.merge.pma import Number, Weights
+from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
 
-MANIFEST = "merge.json"
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 Progress = Callable[[int, int], None]
 
-_COPIED_SUFFIXES = (".json", ".toml", ".txt", ".model", ".jinja")
-_NOT_COPIED = (MANIFEST, META, INDEX, "trainer_state.json")
-_EXACT = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-_LARGEST_PIECE = 4 * 2**20
+_LARGEST_PIECE = 8 * 2**20
 _SMALLEST_PIECE = 64 * 2**10
+# Seconds between two times that what was written goes to the disk and into the journal.
+_SYNC_SECONDS = 2.0
+_SAMPLE_BYTES = 64 * 2**20
+_DEFAULT = Rules()
+
+
+class Target(NamedTuple):
+    """One of the averages that a pass over the sources forms."""
+
+    name: str
+    """Its folder below the result's; "" for the result itself."""
+    members: tuple[int, ...]
+    """Numbers of its sources, oldest first."""
+    config: MergeConfig
+    """Its method."""
 
 
 class MergeReport(NamedTuple):
@@ -62,40 +69,72 @@ class MergeReport(NamedTuple):
     sources: tuple[Path, ...]
     """What was averaged, oldest first."""
     weights: Weights
-    """Their weights."""
+    """Their weights; of several results those of the first."""
     tensors: int
     """Tensors in the result."""
     read_bytes: int
     """Bytes of tensors read."""
     written_bytes: int
-    """Bytes of tensors written."""
+    """Bytes of files of tensors written."""
     seconds: float
     """Wall time of the whole merge."""
+    resumed_bytes: int
+    """Bytes that an earlier, interrupted attempt had read already; not in `read_bytes`."""
 
 
-class _Source(NamedTuple):
-    folder: TensorFolder
-    meta: Meta | None
+class MergePlan(NamedTuple):
+    """What a merge would do."""
 
-
-class _Extent(NamedTuple):
-    """Elements of one type that lie consecutively in every source and in the result."""
-
-    dtype: str
-    out_dtype: str
-    elements: int
-    names: tuple[str, ...]
-    starts: tuple[int, ...]
-    reads: tuple[tuple[Path, int], ...]
-    out_file: str
-    out_offset: int
-
-
-class _Plan(NamedTuple):
-    headers: dict[str, bytes]
-    sizes: dict[str, int]
-    extents: list[_Extent]
+    sources: tuple[Path, ...]
+    """What would be averaged, oldest first."""
+    weights: Weights
+    """Their weights; of several results those of the first."""
     tensors: int
+    """Tensors in the result."""
+    read_bytes: int
+    """Bytes of tensors to read."""
+    write_bytes: int
+    """Bytes of files of tensors to write."""
+    buffer_bytes: int
+    """Memory for all buffers; the interpreter and its libraries come on top."""
+    disk_rate: float
+    """Bytes a second at which the newest source was read for a moment, in order."""
+    seconds: float
+    """Bytes to read and write at that rate."""
+
+
+class _Result(NamedTuple):
+    target: Target
+    weights: Weights
+
+
+class _Job(NamedTuple):
+    """A merge that was checked and planned."""
+
+    sources: list[Source]
+    results: list[_Result]
+    rules: Rules
+    layout: Layout
+    extents: list[Extent]
+    piece: int
+    workers: int
+    buffers: int
+
+    def needed(self, item: Item) -> list[int]:
+        """The sources that a tensor is read from."""
+        if item.policy == "newest":
+            return sorted({result.target.members[-1] for result in self.results})
+        return list(range(len(self.sources)))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all extents in all sources that they need."""
+        return sum(extent.size * len(self.needed(extent.item)) for extent in self.extents)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of all files of tensors of all results."""
+        return self.layout.written_bytes * len(self.results)
 
 
 def merge_checkpoints(
@@ -107,6 +146,13 @@ def merge_checkpoints(
     weights: Sequence[Number] | None = None,
     dtype: str | None = None,
     tied: Sequence[tuple[str, str]] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    newest: Sequence[str] = (),
+    integers: Literal["equal", "newest", "max"] = "equal",
+    router_bias: Literal["average", "newest"] = "average",
+    optimizer: Literal["average", "newest", "reset"] | None = None,
+    format: Literal["safetensors", "dcp"] = "safetensors",
+    accumulate: str = "float64",
     memory_limit: int = 256 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
@@ -114,46 +160,129 @@ def merge_checkpoints(
 ) -> MergeReport:
     """Write the weighted average of checkpoints of one run to the folder `out`, complete or not at all.
 
-    sources: step folders, other folders of safetensors (one file, or several with an index), or files; oldest
-    first. method: a kind of `whimbrel.merge.KINDS`, or a config; `alpha` is the option of `ema` and
-    `ema-corrected` (0.2 if left out), `weights` that of `explicit`, one for each source. dtype: type of the
-    float tensors of the result ("float32", "bfloat16", ...); theirs if left out. tied: pairs of names that
-    are one weight. A source may hold either or both; copies that differ are refused. memory_limit: bytes of
-    all buffers, whatever the size of the model and the number of sources. workers: threads, 2 to 4 by
-    default; the result does not depend on it. progress: called with the bytes read so far and in all.
+    sources: oldest first; each a step folder, another folder of safetensors (one file, or several with an index), a
+    distributed checkpoint of torch (sharded in any way), a folder of pytorch_model.bin, or one such file. method: a
+    kind of `whimbrel.merge.KINDS`, or a config; `alpha` is the option of `ema` and `ema-corrected` (0.2 if left out),
+    `weights` that of `explicit`, one for each source.
 
-    Floats are averaged in float64 and rounded once. Integer and bool tensors must be equal in all sources.
-    The files beside the weights (config.toml, tokenizer.json, ...) come from the newest source; `merge.json`
-    records sources, exact weights and checksums.
+    dtype: type of the float tensors of the result ("float32", "bfloat16", ...); theirs if left out. tied: pairs of
+    names that are one weight. A source may hold either or both; copies that differ are refused. rename: regular
+    expressions and replacements for the names of weights. newest: regular expressions of names to copy from the
+    newest source. integers: integer and bool tensors must be equal in all sources, or come from the newest, or are
+    the largest. router_bias: whether balancing biases of routers are averaged or the newest. optimizer: with
+    "average", "newest" or "reset" the result of step folders is one that a run can go on from. format: "safetensors"
+    or "dcp". accumulate: type of the sums; "float64" is exact for 16-bit sources.
+
+    memory_limit: bytes of all buffers, whatever the size of the model and the number of sources. workers: threads, 2
+    to 4 by default; the result does not depend on it. progress: called with the bytes read so far and in all.
+
+    A merge that was killed is taken up where it was when it is called again with the same arguments. The files beside
+    the weights (config.json, tokenizer.json, ...) come from the newest source; `merge.json` records sources, exact
+    weights and checksums. Bytes that carry a CRC-32 (all but safetensors) are checked against it.
 
     Raises ConfigError for arguments, CheckpointError for sources that are damaged, do not match, hold NaN or
     infinities (each with tensor and source named) and for a full disk, UnsupportedError for 8-bit floats.
     """
-    begin = time.perf_counter()
     config = merge_config(method, alpha=alpha, weights=weights)
+    rules = Rules(
+        dtype=dtype, accumulate=accumulate, format=format, tied=tuple(tied), rename=tuple(rename),
+        newest=tuple(newest), integers=integers, router_bias=router_bias, optimizer=optimizer,
+    )  # fmt: skip
+    target = Target("", tuple(range(len(sources))), config)
+    return merge_many(
+        sources, out, [target], rules=rules, memory_limit=memory_limit, workers=workers, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
+
+
+def merge_many(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    targets: Sequence[Target],
+    *,
+    rules: Rules = _DEFAULT,
+    memory_limit: int = 256 * 2**20,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write several averages of the same checkpoints in one pass over them: `out` gets a folder for each of `targets`.
+
+    Everything else as `merge_checkpoints`; the whole of `out` appears at once. `optimizer` is for one result only.
+    """
+    begin = time.perf_counter()
     out = Path(out)
     _check_out(out, sources, overwrite)
-    opened = _open_sources(sources)
-    numbers = config.weights(len(opened))
-    _check_order(opened, numbers)
-    plan = _make_plan([source.folder for source in opened], _out_dtype(dtype), tied)
+    job = _prepare(sources, targets, rules, memory_limit, workers)
+    remove_leftovers(out.parent, glob.escape(out.name))
+    journal_of = open_journal(out, _fingerprint(job))
+    allocated = _allocated(work_folder(out))
+    needed = max(job.written_bytes + 2**20 - allocated, 0)
+    with disk_space(out, needed, f"merge {out}", CheckpointError), journal_of as journal:
+        resumed = _Pass(job, journal, progress).run()
+        _check_unchanged(job.sources)
+        publish_folder(journal.folder, out, overwrite=overwrite)
+    seconds = time.perf_counter() - begin
+    tensors = len({slot.item.name for slot in job.layout.slots})
+    paths = tuple(Path(source) for source in sources)
+    read = job.read_bytes - resumed
+    return MergeReport(out, paths, job.results[0].weights, tensors, read, job.written_bytes, seconds, resumed)
+
+
+def plan_merge(
+    sources: Sequence[str | Path],
+    targets: Sequence[Target],
+    *,
+    rules: Rules = _DEFAULT,
+    memory_limit: int = 256 * 2**20,
+    workers: int | None = None,
+) -> MergePlan:
+    """What `merge_many` would do, after all checks that need no data; reads a moment to see how fast the disk is."""
+    job = _prepare(sources, targets, rules, memory_limit, workers)
+    rate = disk_rate(job.sources[-1])
+    seconds = (job.read_bytes + job.written_bytes) / max(rate, 1.0)
+    tensors = len({slot.item.name for slot in job.layout.slots})
+    return MergePlan(
+        tuple(Path(source) for source in sources), job.results[0].weights, tensors, job.read_bytes,
+        job.written_bytes, job.buffers, rate, seconds,
+    )  # fmt: skip
+
+
+def disk_rate(source: Source) -> float:
+    """Bytes a second at which the largest file of a source is read in order, from the disk; 64 MiB of it are tried."""
+    path = max((file.path for file in source.files.values()), key=lambda path: path.stat().st_size)
+    size = min(path.stat().st_size, _SAMPLE_BYTES)
+    buffer = memoryview(bytearray(4 * 2**20))
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        for start in range(0, size, len(buffer)):
+            read_exactly(handle, buffer[: min(len(buffer), size - start)], start, path)
+        return size / max(time.perf_counter() - begin, 1e-9)
+    finally:
+        os.close(handle)
+
+
+def _prepare(
+    paths: Sequence[str | Path], targets: Sequence[Target], rules: Rules, memory_limit: int, workers: int | None
+) -> _Job:
+    if rules.optimizer is not None and len(targets) > 1:
+        raise ConfigError(f"merge.optimizer = '{rules.optimizer}' is for a single result; merge those one by one")
+    sources = open_sources(paths, rename=rules.rename, training=rules.optimizer is not None)
+    results = [_Result(target, target.config.weights(len(target.members))) for target in targets]
+    for result in results:
+        _check_order([sources[member] for member in result.target.members], result.weights)
+    tied = [*rules.tied, *(pair for pair in tied_pairs(sources) if pair not in rules.tied)]
+    items, training = list_items(sources, rules, tied)
+    _check_tied(sources, tied)
+    layout = make_layout(items, training, sources[-1], rules.format)
+    extents = make_extents(layout.slots)
     workers = max(2, min(4, os.cpu_count() or 1)) if workers is None else workers
     require(workers >= 1, "merge.workers", workers, "at least one thread")
-    piece = _piece_bytes(memory_limit, workers, len(opened))
-    remove_leftovers(out.parent, glob.escape(out.name))
-    written = sum(plan.sizes.values())
-    with (
-        disk_space(out, written + 2**20, f"merge {out}", CheckpointError),
-        atomic_folder(out, overwrite=overwrite) as folder,
-    ):
-        _stream(plan, opened, numbers, folder, workers, piece, progress)
-        _check_unchanged(opened)
-        _copy_companions(opened[-1].folder, folder)
-        _write_index(opened[-1].folder, plan, folder)
-        _write_manifest(folder, opened, config, numbers, dtype)
-    read = sum(_extent_bytes(extent) * len(opened) for extent in plan.extents)
-    paths = tuple(Path(source) for source in sources)
-    return MergeReport(out, paths, numbers, plan.tensors, read, written, time.perf_counter() - begin)
+    wider = max([ITEM_BYTES[item.out_dtype] // ITEM_BYTES[item.dtype] for item in items], default=1)
+    piece, buffers = _piece_bytes(memory_limit, workers, len(sources), len(targets) * max(wider, 1))
+    return _Job(sources, results, rules, layout, extents, piece, workers, buffers)
 
 
 def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
@@ -168,242 +297,369 @@ def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> Non
         raise ConfigError(f"merge.out = '{out}' is not a merge and is not overwritten; choose another folder")
 
 
-def _open_sources(sources: Sequence[str | Path]) -> list[_Source]:
-    require(len(sources) > 0, "number of checkpoints to merge", 0, "at least one")
-    opened: list[_Source] = []
-    owners: dict[tuple[int, int], int] = {}
-    for number, source in enumerate(sources):
-        folder = read_folder(source)
-        for file in folder.files.values():
-            status = file.path.stat()
-            first = owners.setdefault((status.st_dev, status.st_ino), number)
-            if first != number:
-                raise ConfigError(f"source {source} is the same as source {sources[first]}; name each checkpoint once")
-        is_step = Path(source).is_dir() and (folder.path / META).is_file()
-        opened.append(_Source(folder, read_meta(folder.path) if is_step else None))
-    return opened
-
-
-def _check_order(opened: list[_Source], weights: Weights) -> None:
+def _check_order(opened: list[Source], weights: Weights) -> None:
     """Where order matters and the steps are known, they must rise."""
     if len(set(weights.values)) <= 1:
         return
-    known = [source for source in opened if source.meta is not None]
-    for before, after in pairwise(known):
-        if before.meta is not None and after.meta is not None and after.meta.step < before.meta.step:
+    known = [(source.path, source.meta) for source in opened if source.meta is not None]
+    for (path_before, before), (path, after) in pairwise(known):
+        if after.step < before.step:
             raise ConfigError(
-                f"{after.folder.path} (step {after.meta.step}) comes after {before.folder.path}"
-                f" (step {before.meta.step}); name the checkpoints from oldest to newest"
+                f"{path} (step {after.step}) comes after {path_before}"
+                f" (step {before.step}); name the checkpoints from oldest to newest"
             )
 
 
-def _out_dtype(dtype: str | None) -> str | None:
-    if dtype is not None and dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ConfigError(f"merge.dtype = '{dtype}' is not known{nearest(dtype, DTYPES)}; use {known}")
-    return None if dtype is None else DTYPES[dtype]
-
-
-def _piece_bytes(memory_limit: int, workers: int, num_sources: int) -> int:
-    """Bytes to read from each source at a time, so that all buffers of all threads fit the limit."""
-    # The result of a piece may be up to four times as wide as its source (bfloat16 to float64).
-    shares = workers * (num_sources + 4)
+def _piece_bytes(memory_limit: int, workers: int, num_sources: int, num_outputs: int) -> tuple[int, int]:
+    """Bytes to read from each source at a time, so that all buffers fit the limit, and what these take."""
+    # One share more holds bytes that are to be spread over a piece.
+    shares = workers * (num_sources + num_outputs + 1)
     scratch = workers * 64 * BLOCK
     least = shares * _SMALLEST_PIECE + scratch
     allowed = f"at least {least} bytes for {num_sources} sources and {workers} threads"
     require(memory_limit >= least, "merge.memory_limit", memory_limit, allowed)
-    return min(_LARGEST_PIECE, (memory_limit - scratch) // shares // 8 * 8)
+    piece = min(_LARGEST_PIECE, (memory_limit - scratch) // shares // 8 * 8)
+    return piece, shares * piece + scratch
 
 
-def _make_plan(folders: list[TensorFolder], out_dtype: str | None, tied: Sequence[tuple[str, str]]) -> _Plan:
-    newest = folders[-1]
-    partner = {a: b for pair in tied for a, b in (pair, pair[::-1])}
-    _check_names(folders, partner)
-    _check_tied(folders, tied)
-    headers: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    extents: list[_Extent] = []
-    for stored_name, file in newest.files.items():
-        file_name = stored_name if len(newest.files) > 1 else SINGLE
-        in_order = sorted(file.entries, key=lambda name: file.entries[name].start)
-        stored_as = {name: [_stored_name(folder, name, partner) for folder in folders] for name in in_order}
-        layout = {
-            name: (_result_dtype(name, folders, stored_as[name], out_dtype), file.entries[name].shape)
-            for name in in_order
-        }
-        headers[file_name], places = make_header(layout, file.metadata)
-        sizes[file_name] = max([len(headers[file_name]), *(place.stop for place in places.values())])
-        for name in in_order:
-            reads = tuple(_place(folder, own) for folder, own in zip(folders, stored_as[name], strict=True))
-            _append(extents, name, file.entries[name], reads, file_name, places[name])
-    return _Plan(headers, sizes, extents, len(newest.places))
+def _fingerprint(job: _Job) -> str:
+    """What the bytes of the result, and their cutting into pieces, depend on."""
+    described = {
+        "whimbrel": whimbrel.__version__,
+        "sources": [
+            [str(source.path.resolve()), [(name, *file[1:]) for name, file in source.files.items()]]
+            for source in job.sources
+        ],
+        "results": [(result.target.name, result.target.members, result.weights.texts()) for result in job.results],
+        "rules": asdict(job.rules),
+        "piece": job.piece,
+    }
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _stored_name(folder: TensorFolder, name: str, partner: Mapping[str, str]) -> str:
-    """The name under which `folder` holds the tensor: its own or that of its tied partner."""
-    return name if name in folder.places else partner.get(name, name)
+def _allocated(folder: Path) -> int:
+    """Bytes on the disk of what an interrupted merge has left in `folder`."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def _check_names(folders: list[TensorFolder], partner: Mapping[str, str]) -> None:
-    newest = folders[-1]
-    for folder in folders[:-1]:
-        for one, other in ((newest, folder), (folder, newest)):
-            for name in one.places:
-                if _stored_name(other, name, partner) not in other.places:
-                    raise CheckpointError(f"tensor '{name}' is in {one.path} but not in {other.path}")
+def _check_tied(sources: Sequence[Source], tied: Sequence[tuple[str, str]]) -> None:
+    for a, b in tied:
+        for source in sources:
+            if a in source.tensors and b in source.tensors and not _equal(source.tensors[a], source.tensors[b]):
+                raise CheckpointError(f"tensors '{a}' and '{b}' are tied, but differ in {source.path}")
 
 
-def _check_tied(folders: list[TensorFolder], tied: Sequence[tuple[str, str]]) -> None:
-    for pair in tied:
-        for folder in folders:
-            if all(name in folder.places for name in pair) and not _equal_tensors(folder, *pair):
-                raise CheckpointError(f"tensors '{pair[0]}' and '{pair[1]}' are tied, but differ in {folder.path}")
-        if not any(name in folders[-1].places for name in pair):
-            raise ConfigError(f"merge.tied names '{pair[0]}' and '{pair[1]}', but {folders[-1].path} has neither")
-
-
-def _equal_tensors(folder: TensorFolder, a: str, b: str) -> bool:
-    one, other = folder.entry(a), folder.entry(b)
+def _equal(one: Stored, other: Stored) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    for start in range(0, one.stop - one.start, _LARGEST_PIECE):
-        size = min(_LARGEST_PIECE, one.stop - one.start - start)
-        left, right = bytearray(size), bytearray(size)
-        _read(folder.file(a).path, memoryview(left), one.start + start)
-        _read(folder.file(b).path, memoryview(right), other.start + start)
-        if left != right:
-            return False
+    handles = _Handles()
+    with handles.closing():
+        both = Item("", one.dtype, one.dtype, one.shape, "equal", (one, other))
+        extents = make_extents([Slot(both, (0,) * len(one.shape), one.shape, "", 0)])
+        buffers = _Buffers(2, _LARGEST_PIECE, 0, [])
+        for piece in cut(extents, _LARGEST_PIECE):
+            left, right = (buffers.fill(piece, number, handles) for number in range(2))
+            if left != right:
+                return False
     return True
 
 
-def _result_dtype(name: str, folders: list[TensorFolder], stored_as: list[str], out_dtype: str | None) -> str:
-    """The type of a tensor in the result, after a check that all sources agree on it."""
-    newest, entry = folders[-1], folders[-1].entry(name)
-    for folder, own in zip(folders, stored_as, strict=True):
-        other = folder.entry(own)
-        if other.shape != entry.shape:
-            raise CheckpointError(
-                f"tensor '{name}' has shape {list(other.shape)} in {folder.path},"
-                f" but {list(entry.shape)} in {newest.path}"
-            )
-        if other.dtype != entry.dtype:
-            raise CheckpointError(
-                f"tensor '{name}' is {other.dtype} in {folder.path}, but {entry.dtype} in {newest.path};"
-                " convert one of them first"
-            )
-    if entry.dtype not in (*FLOATS, *_EXACT, "C64"):
-        raise UnsupportedError(
-            f"tensor '{name}' in {newest.path} is {entry.dtype}, whose codes cannot be averaged;"
-            " merge a copy of the checkpoint in bfloat16 or wider"
-        )
-    return out_dtype if out_dtype is not None and entry.dtype in FLOATS else entry.dtype
+class _Handles:
+    """Files open for reading, as many as the process may well hold; others are opened for each read."""
 
+    def __init__(self) -> None:
+        import resource
 
-def _place(folder: TensorFolder, name: str) -> tuple[Path, int]:
-    return folder.file(name).path, folder.entry(name).start
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._room = max((limit if limit != resource.RLIM_INFINITY else 4096) // 2 - 64, 0)
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
-
-def _append(
-    extents: list[_Extent],
-    name: str,
-    entry: Entry,
-    reads: tuple[tuple[Path, int], ...],
-    out_file: str,
-    place: Entry,
-) -> None:
-    """Add a tensor to the last extent if it goes on there, else as a new one."""
-    # A complex number is two floats, and its parts are averaged as such.
-    dtype, out_dtype = ("F32", "F32") if entry.dtype == "C64" else (entry.dtype, place.dtype)
-    elements = (entry.stop - entry.start) // ITEM_BYTES[dtype]
-    if elements == 0:
-        return
-    last = extents[-1] if extents else None
-    if last is not None and (last.dtype, last.out_dtype, last.out_file) == (dtype, out_dtype, out_file):
-        after = _extent_bytes(last)
-        if reads == tuple((path, offset + after) for path, offset in last.reads):
-            extents[-1] = last._replace(
-                elements=last.elements + elements,
-                names=(*last.names, name),
-                starts=(*last.starts, last.elements),
-            )
+    @contextmanager
+    def use(self, path: Path) -> Iterator[int]:
+        """A handle for reading `path`."""
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is None and len(self._open) < self._room:
+                handle = self._open[path] = os.open(path, os.O_RDONLY)
+        if handle is not None:
+            yield handle
             return
-    extents.append(_Extent(dtype, out_dtype, elements, (name,), (0,), reads, out_file, place.start))
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close all of them at the end of the block."""
+        try:
+            yield
+        finally:
+            for handle in self._open.values():
+                os.close(handle)
 
 
-def _extent_bytes(extent: _Extent) -> int:
-    return extent.elements * ITEM_BYTES[extent.dtype]
+class _Buffers:
+    """The memory of one thread."""
+
+    def __init__(self, num_sources: int, piece: int, wider: int, averagers: list[Averager]) -> None:
+        self._inputs = [bytearray(piece) for _ in range(num_sources)]
+        self._spread = bytearray(piece)
+        self.output = bytearray(piece * wider)
+        self.averagers = averagers
+
+    def fill(
+        self, piece: Piece, source: int, handles: _Handles, parts: list[tuple[Read, int]] | None = None
+    ) -> memoryview:
+        """The piece's bytes of a source; CRC-32 of what was read of boxes that have one go to `parts`."""
+        size = piece.stop - piece.start
+        whole = memoryview(self._inputs[source])[:size]
+        boxes = piece.extent.item.stored[source].boxes
+        for read in reads(piece, source):
+            buffer = memoryview(self._spread) if read.into is not None else whole[read.offset :]
+            buffer = buffer[: read.size]
+            with handles.use(read.path) as handle:
+                read_exactly(handle, buffer, read.start, read.path)
+                os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_DONTNEED)
+            if parts is not None and boxes[read.box].crc is not None:
+                parts.append((read, zlib.crc32(buffer)))
+            if read.into is not None:
+                item = f"V{ITEM_BYTES[piece.extent.item.dtype]}"
+                target = np.frombuffer(whole, item).reshape(piece.sizes)
+                target[read.into] = np.frombuffer(buffer, item).reshape(read.sizes)
+        return whole
 
 
-def _read(path: Path, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from the file's bytes at `offset`."""
-    # Opened anew for every piece: sources times shards may exceed the files that a process can hold open.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        read_exactly(handle, buffer, offset, path)
-    finally:
-        os.close(handle)
+class _Pass:
+    """One pass over the sources, which writes all results into the journal's folder."""
 
-
-class _Worker:
-    """The buffers of one thread."""
-
-    def __init__(self, num_sources: int, piece: int, weights: Weights) -> None:
-        self.inputs = [bytearray(piece) for _ in range(num_sources)]
-        self.output = bytearray(4 * piece)
-        self.averager = Averager(weights)
-
-
-def _stream(
-    plan: _Plan,
-    opened: list[_Source],
-    weights: Weights,
-    folder: Path,
-    num_workers: int,
-    piece: int,
-    progress: Progress | None,
-) -> None:
-    """Write the files of the result."""
-    sources = [source.folder for source in opened]
-    total = sum(_extent_bytes(extent) for extent in plan.extents) * len(sources)
-    local = threading.local()
-    done = 0
-    with ExitStack() as stack:
-        outputs = {
-            name: _create(folder / name, header, plan.sizes[name], stack) for name, header in plan.headers.items()
+    def __init__(self, job: _Job, journal: Journal, progress: Progress | None) -> None:
+        self._job, self._journal, self._progress = job, journal, progress
+        self._handles = _Handles()
+        self._local = threading.local()
+        self._files: dict[tuple[int, str], int] = {}
+        self._hashes = {
+            (k, file): hashlib.sha256() for k in range(len(job.results)) for file in job.layout.places.values()
         }
+        self._boxes: dict[tuple[int, str, int], Pieces] = {}
+        self._crcs: list[dict[int, Pieces]] = [{} for _ in job.results]
+        self._slot_crcs: list[dict[int, int]] = [{} for _ in job.results]
+        self._unsynced: list[Done] = []
+        self._synced = time.monotonic()
+        self._done_bytes = 0
 
-        def work(extent: _Extent, start: int, stop: int) -> int:
-            if not hasattr(local, "worker"):
-                local.worker = _Worker(len(sources), piece, weights)
-            return _merge_piece(extent, start, stop, sources, local.worker, outputs[extent.out_file])
+    def run(self) -> int:
+        """Write all files but the results' names; returns the bytes that an earlier attempt had read."""
+        job = self._job
+        pieces = list(cut(job.extents, job.piece))
+        with ExitStack() as stack:
+            stack.enter_context(self._handles.closing())
+            for number, result in enumerate(job.results):
+                for file, size in job.layout.sizes.items():
+                    self._files[number, file] = _create(self._folder(result) / file, size, stack)
+                for file, heads in job.layout.heads.items():
+                    for place, data in heads:
+                        write_exactly(self._files[number, file], memoryview(data), place)
+                        if (number, file) in self._hashes:
+                            self._hashes[number, file].update(data)
+            resumed = self._take_up(pieces)
+            first = len(self._journal.done)
+            syncer = stack.enter_context(ThreadPoolExecutor(1))
+            pool = stack.enter_context(ThreadPoolExecutor(job.workers))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            waiting: deque[tuple[Piece, Future[Done]]] = deque()
+            sync: Future[None] | None = None
+            for piece in pieces[first:]:
+                self._announce(piece)
+                waiting.append((piece, pool.submit(self._merge, piece)))
+                if len(waiting) > 2 * job.workers:
+                    sync = self._take(*waiting.popleft(), syncer, sync)
+            while waiting:
+                sync = self._take(*waiting.popleft(), syncer, sync)
+            if sync is not None:
+                sync.result()
+        self._finish()
+        return resumed
 
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting: deque[Future[int]] = deque()
-        for extent, start, stop in _pieces(plan.extents, piece):
-            waiting.append(pool.submit(work, extent, start, stop))
-            if len(waiting) > 2 * num_workers:
-                done = _report(waiting.popleft(), done, total, progress)
-        while waiting:
-            done = _report(waiting.popleft(), done, total, progress)
+    def _folder(self, result: _Result) -> Path:
+        return self._journal.folder / result.target.name
+
+    def _announce(self, piece: Piece) -> None:
+        """Tell the kernel which bytes come next, so that it reads them while others are summed."""
+        for source in self._job.needed(piece.extent.item):
+            for read in reads(piece, source):
+                with self._handles.use(read.path) as handle:
+                    os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_WILLNEED)
+
+    def _merge(self, piece: Piece) -> Done:
+        """Merge one piece for every result."""
+        job, extent = self._job, piece.extent
+        if not hasattr(self._local, "buffers"):
+            averagers = [Averager(result.weights, job.rules.accumulate) for result in job.results]
+            wider = max(ITEM_BYTES[e.item.out_dtype] // ITEM_BYTES[e.item.dtype] for e in job.extents)
+            self._local.buffers = _Buffers(len(job.sources), job.piece, max(wider, 1), averagers)
+        buffers: _Buffers = self._local.buffers
+        parts: list[Part] = []
+        inputs: dict[int, memoryview] = {}
+        for source in job.needed(extent.item):
+            found: list[tuple[Read, int]] = []
+            inputs[source] = buffers.fill(piece, source, self._handles, found)
+            parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in found]
+        written = []
+        for number, result in enumerate(job.results):
+            out = memoryview(buffers.output)[: _out_bytes(extent, piece.stop - piece.start)]
+            members = result.target.members
+            self._combine(piece, members, [inputs[m] for m in members if m in inputs], buffers.averagers[number], out)
+            slot = extent.slots[0]
+            write_exactly(self._files[number, slot.file], out, slot.start + _out_bytes(extent, piece.start))
+            written.append(zlib.crc32(out))
+        return Done(tuple(written), tuple(parts))
+
+    def _combine(
+        self, piece: Piece, members: tuple[int, ...], inputs: list[memoryview], averager: Averager, out: memoryview
+    ) -> None:
+        item = piece.extent.item
+        if item.policy == "newest":
+            out[:] = inputs[-1]
+        elif item.policy == "max":
+            kind = {"I": "i", "U": "u", "B": "u"}[item.dtype[0]]
+            arrays = [np.frombuffer(data, f"<{kind}{ITEM_BYTES[item.dtype]}") for data in inputs]
+            np.maximum.reduce(arrays, out=np.frombuffer(out, arrays[0].dtype))
+        elif item.policy == "equal":
+            for number, data in zip(members, inputs, strict=True):
+                if data != inputs[-1]:
+                    raise self._unequal(piece, data, inputs[-1], number, members[-1])
+            out[:] = inputs[-1]
+        else:
+            # A complex number is two floats, and its parts are averaged as such.
+            dtype, out_dtype = ("F32", "F32") if item.dtype == "C64" else (item.dtype, item.out_dtype)
+            try:
+                averager.average(inputs, dtype, out, out_dtype)
+            except BadValue as bad:
+                raise self._describe(bad, piece, ITEM_BYTES[dtype], members) from None
+
+    def _tensor_at(self, piece: Piece, byte: int) -> str:
+        """The tensor that a byte of the piece belongs to."""
+        starts = piece.extent.starts
+        number = next(i for i in reversed(range(len(starts))) if starts[i] <= piece.start + byte)
+        return piece.extent.slots[number].item.name
+
+    def _describe(self, bad: BadValue, piece: Piece, width: int, members: tuple[int, ...]) -> CheckpointError:
+        name = self._tensor_at(piece, bad.element * width)
+        if bad.source is None:
+            return CheckpointError(
+                f"tensor '{name}': an average of {bad.value:.4g} is too large for {piece.extent.item.out_dtype};"
+                " choose a wider type for the result"
+            )
+        path = self._job.sources[members[bad.source]].path
+        return CheckpointError(f"tensor '{name}' holds {bad.value} in {path}; leave that checkpoint out of the merge")
+
+    def _unequal(self, piece: Piece, one: memoryview, other: memoryview, source: int, newest: int) -> CheckpointError:
+        differing = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        name, sources = self._tensor_at(piece, differing), self._job.sources
+        return CheckpointError(
+            f"tensor '{name}' ({piece.extent.item.dtype}) differs between {sources[source].path} and"
+            f" {sources[newest].path}; integers and booleans are not averaged, they must be equal"
+            " (or say merge.integers = newest or max)"
+        )
+
+    def _take(
+        self, piece: Piece, future: Future[Done], syncer: ThreadPoolExecutor, sync: Future[None] | None
+    ) -> Future[None] | None:
+        """Account for a merged piece, in order; every few seconds put what was written on the disk."""
+        done = future.result()
+        self._count(piece, done)
+        self._unsynced.append(done)
+        if time.monotonic() - self._synced > _SYNC_SECONDS and (sync is None or sync.done()):
+            if sync is not None:
+                sync.result()
+            self._synced = time.monotonic()
+            sync = syncer.submit(self._sync, self._unsynced)
+            self._unsynced = []
+        return sync
+
+    def _sync(self, pieces: list[Done]) -> None:
+        for handle in self._files.values():
+            os.fdatasync(handle)
+        self._journal.write(pieces)
+
+    def _count(self, piece: Piece, done: Done) -> None:
+        """Check what was read against stored CRC-32s, hash what was written, say how far it is."""
+        extent = piece.extent
+        for part in done.parts:
+            self._check(part, extent)
+        size = _out_bytes(extent, piece.stop - piece.start)
+        start = extent.slots[0].start + _out_bytes(extent, piece.start)
+        file = extent.slots[0].file
+        for number in range(len(self._job.results)):
+            if (number, file) in self._hashes:
+                data = os.pread(self._files[number, file], size, start)
+                self._hashes[number, file].update(data)
+            else:
+                crcs = self._crcs[number].setdefault(extent.number, Pieces(_out_bytes(extent, extent.size)))
+                whole = crcs.add(start - extent.slots[0].start, size, done.written[number])
+                if whole is not None:
+                    self._slot_crcs[number][extent.number] = whole
+        self._done_bytes += (piece.stop - piece.start) * len(self._job.needed(extent.item))
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._job.read_bytes)
+
+    def _check(self, part: Part, extent: Extent) -> None:
+        item, source = extent.item, self._job.sources[part.source]
+        box = item.stored[part.source].boxes[part.box]
+        # By the tensor, not the slot: a box may be spread over several of them.
+        key = (part.source, item.name, part.box)
+        size = ITEM_BYTES[item.dtype] * int(np.prod(box.sizes, dtype=np.int64))
+        pieces = self._boxes.setdefault(key, Pieces(size))
+        found = pieces.add(part.at, part.size, part.crc)
+        if found is None:
+            return
+        del self._boxes[key]
+        if found != box.crc:
+            raise CheckpointError(
+                f"tensor '{item.name}' of {source.path} is damaged: the CRC-32 of its {size:,} bytes at"
+                f" {box.start:,} in {box.path} is {found:08x}, but was {box.crc:08x} when they were written"
+            )
+
+    def _take_up(self, pieces: list[Piece]) -> int:
+        """Check and count the pieces of an earlier attempt; returns the bytes of the sources that they stand for."""
+        for count, (piece, done) in enumerate(zip(pieces, self._journal.done)):
+            slot, extent = piece.extent.slots[0], piece.extent
+            size, start = _out_bytes(extent, piece.stop - piece.start), slot.start + _out_bytes(extent, piece.start)
+            found = tuple(
+                zlib.crc32(os.pread(self._files[number, slot.file], size, start))
+                for number in range(len(self._job.results))
+            )
+            if found != done.written:
+                self._journal.keep(count, _fingerprint(self._job))
+                break
+            self._count(piece, done)
+        return self._done_bytes
+
+    def _finish(self) -> None:
+        job = self._job
+        for number, result in enumerate(job.results):
+            newest = job.sources[result.target.members[-1]]
+            folder = self._folder(result)
+            finish_folder(folder, job.layout, self._slot_crcs[number], newest, job.rules.optimizer)
+            hashes = {file: digest.hexdigest() for (k, file), digest in self._hashes.items() if k == number}
+            _write_manifest(folder, job, result, hashes)
+            if job.rules.optimizer is not None and newest.meta is not None:
+                write_step_meta(folder, newest.meta, hashes)
+        if len(job.results) > 1:
+            _write_contents(self._journal.folder, job)
 
 
-def _pieces(extents: list[_Extent], piece: int) -> Iterator[tuple[_Extent, int, int]]:
-    for extent in extents:
-        step = piece // ITEM_BYTES[extent.dtype]
-        for start in range(0, extent.elements, step):
-            yield extent, start, min(start + step, extent.elements)
+def _out_bytes(extent: Extent, size: int) -> int:
+    """Bytes of the result for `size` bytes of a source."""
+    return size // ITEM_BYTES[extent.item.dtype] * ITEM_BYTES[extent.item.out_dtype]
 
 
-def _report(future: Future[int], done: int, total: int, progress: Progress | None) -> int:
-    done += future.result()
-    if progress is not None:
-        progress(done, total)
-    return done
-
-
-def _create(path: Path, header: bytes, size: int, stack: ExitStack) -> int:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+def _create(path: Path, size: int, stack: ExitStack) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     stack.callback(os.close, handle)
     try:
         # A disk that is too small shows now, not after hours of reading.
@@ -411,117 +667,64 @@ def _create(path: Path, header: bytes, size: int, stack: ExitStack) -> int:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-    write_exactly(handle, memoryview(header), 0)
     return handle
 
 
-def _merge_piece(
-    extent: _Extent,
-    start: int,
-    stop: int,
-    sources: list[TensorFolder],
-    worker: _Worker,
-    output: int,
-) -> int:
-    """Merge elements [start, stop) of an extent; returns the bytes read."""
-    width = ITEM_BYTES[extent.dtype]
-    inputs = [memoryview(buffer)[: (stop - start) * width] for buffer in worker.inputs]
-    for (path, offset), buffer in zip(extent.reads, inputs, strict=True):
-        _read(path, buffer, offset + start * width)
-    out_width = ITEM_BYTES[extent.out_dtype]
-    result = memoryview(worker.output)[: (stop - start) * out_width]
-    if extent.dtype in FLOATS:
-        try:
-            worker.averager.average(inputs, extent.dtype, result, extent.out_dtype)
-        except BadValue as bad:
-            raise _describe(bad, extent, start, sources) from None
-    else:
-        for number, buffer in enumerate(inputs):
-            if buffer != inputs[-1]:
-                raise _unequal(extent, start, inputs, number, sources)
-        result[:] = inputs[-1]
-    write_exactly(output, result, extent.out_offset + start * out_width)
-    return len(inputs) * (stop - start) * width
-
-
-def _tensor_at(extent: _Extent, element: int) -> str:
-    return extent.names[bisect.bisect_right(extent.starts, element) - 1]
-
-
-def _describe(bad: BadValue, extent: _Extent, start: int, sources: list[TensorFolder]) -> CheckpointError:
-    name = _tensor_at(extent, start + bad.element)
-    if bad.source is None:
-        return CheckpointError(
-            f"tensor '{name}': an average of {bad.value:.4g} is too large for {extent.out_dtype};"
-            " choose a wider type for the result"
-        )
-    return CheckpointError(
-        f"tensor '{name}' holds {bad.value} in {sources[bad.source].path}; leave that checkpoint out of the merge"
-    )
-
-
-def _unequal(
-    extent: _Extent, start: int, inputs: list[memoryview], number: int, sources: list[TensorFolder]
-) -> CheckpointError:
-    width = ITEM_BYTES[extent.dtype]
-    differing = next(i for i, (a, b) in enumerate(zip(inputs[number], inputs[-1], strict=True)) if a != b)
-    name = _tensor_at(extent, start + differing // width)
-    return CheckpointError(
-        f"tensor '{name}' ({extent.dtype}) differs between {sources[number].path} and {sources[-1].path};"
-        " integers and booleans are not averaged, they must be equal"
-    )
-
-
-def _check_unchanged(opened: list[_Source]) -> None:
-    for source in opened:
-        for file in source.folder.files.values():
+def _check_unchanged(sources: Sequence[Source]) -> None:
+    for source in sources:
+        for file in source.files.values():
             status = file.path.stat()
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise CheckpointError(f"{file.path} changed while it was merged; start again")
 
 
-def _copy_companions(newest: TensorFolder, folder: Path) -> None:
-    """Copy what belongs to the weights of the newest source: configuration, tokenizer."""
-    for file in sorted(newest.path.iterdir()):
-        if file.is_file() and file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED:
-            shutil.copyfile(file, folder / file.name)
-
-
-def _write_index(newest: TensorFolder, plan: _Plan, folder: Path) -> None:
-    if len(newest.files) > 1:
-        data = sum(plan.sizes[name] - len(plan.headers[name]) for name in plan.sizes)
-        index = {"metadata": {"total_size": data}, "weight_map": newest.places}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_manifest(
-    folder: Path, opened: list[_Source], config: MergeConfig, weights: Weights, dtype: str | None
-) -> None:
+def _write_manifest(folder: Path, job: _Job, result: _Result, hashes: Mapping[str, str]) -> None:
     """Record what was averaged and what came out; `files` is as in a checkpoint's meta.json."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())
+        name: {"bytes": (folder / name).stat().st_size, "sha256": hashes.get(name) or sha256_file(folder / name)}
+        for name in names
     }
+    rules = {name: value for name, value in asdict(job.rules).items() if value not in (None, ())}
+    sums = job.rules.accumulate
     manifest: dict[str, Any] = {
         "format": 1,
         "whimbrel": whimbrel.__version__,
-        "method": encode(config),
-        "arithmetic": "float64 sums of "
-        + ("integer weights, one division" if weights.integers() else "float64 weights")
+        "method": encode(result.target.config),
+        "arithmetic": f"{sums} sums of "
+        + ("integer weights, one division" if result.weights.integers() else "float64 weights")
         + ", each result rounded once to nearest even",
-        "dtype": dtype,
+        "dtype": job.rules.dtype,
+        "rules": rules,
         "sources": [
             {
-                "path": str(source.folder.path.resolve()),
+                "path": str(source.path.resolve()),
                 "weight": weight,
                 "step": source.meta.step if source.meta else None,
                 "tokens": source.meta.tokens if source.meta else None,
                 "files": {
                     name: {"bytes": file.size, "mtime_ns": file.mtime_ns, "header_sha256": file.header_sha256}
-                    for name, file in source.folder.files.items()
+                    for name, file in source.files.items()
                 },
             }
-            for source, weight in zip(opened, weights.texts(), strict=True)
+            for source, weight in zip(
+                (job.sources[m] for m in result.target.members), result.weights.texts(), strict=True
+            )
         ],
         "files": files,
     }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_contents(folder: Path, job: _Job) -> None:
+    """Which merges a sweep's folder holds."""
+    merges = {
+        result.target.name: {
+            "method": encode(result.target.config),
+            "sources": [str(job.sources[member].path.resolve()) for member in result.target.members],
+            "weights": result.weights.texts(),
+        }
+        for result in job.results
+    }
+    manifest = {"format": 1, "whimbrel": whimbrel.__version__, "merges": merges, "files": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,7 +395,7 @@ def test_sources_that_are_no_checkpoints(run: list[Path], tmp_path: Path) -> Non
         merge_checkpoints([run[0].parent], tmp_path / "out")
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"files of torch.save are not read, convert them to safetensors first"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is damaged at byte 0: no archive of torch.save"):
         merge_checkpoints([tmp_path / "pickle"], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors file; name a folder with model.safetensors"):
@@ -508,26 +510,97 @@ def test_source_that_changes_meanwhile(run: list[Path], tmp_path: Path) -> None:
 
 SLOW_MERGE = """
 import sys, time
-from whimbrel.merge import merge_checkpoints
+from whimbrel.merge import stream
+stream._LARGEST_PIECE, stream._SYNC_SECONDS = 300, 0.0
+count = int(sys.argv[1])
 def slow(done, total):
-    print("under way", flush=True)
-    time.sleep(60)
-merge_checkpoints(sys.argv[2:], sys.argv[1], progress=slow)
+    global count
+    count -= 1
+    if count == 0:
+        print("under way", flush=True)
+        time.sleep(60)
+stream.merge_checkpoints(sys.argv[3:], sys.argv[2], progress=slow)
 """
 
 
-def test_killed_merge_leaves_nothing_behind_but_a_hidden_folder(run: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW_MERGE, str(out), *map(str, run)]
+def killed_merge(out: Path, sources: list[Path], pieces: int) -> None:
+    """A merge in a process of its own that is killed after some pieces."""
+    command = [sys.executable, "-c", SLOW_MERGE, str(pieces), str(out), *map(str, sources)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"under way\n"
-        hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.tmp-")]
         child.send_signal(signal.SIGKILL)
-    assert len(hidden) == 1
-    assert not out.exists()
-    merge_checkpoints(run, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_killed_merge_leaves_a_hidden_folder_and_is_taken_up_from_there(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed four times, each time further on; then a merge that reads only the rest and gives the same bytes."""
+    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", 300)
+    whole = merge_checkpoints(run, tmp_path / "whole")
+    out = tmp_path / "out"
+    for pieces in (5, 20, 21, 40):
+        killed_merge(out, run, pieces)
+        assert (tmp_path / ".out.merging" / "journal").is_file()
+        assert not out.exists()
+    report = merge_checkpoints(run, out)
+    assert report.resumed_bytes > 0
+    assert report.read_bytes + report.resumed_bytes == whole.read_bytes
+    assert sha256_file(out / "model.safetensors") == sha256_file(tmp_path / "whole" / "model.safetensors")
+    files = [json.loads((path / "merge.json").read_text())["files"] for path in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+
+
+def test_interruption_at_any_point(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after any piece, and after it other damage: a torn line, bytes that never reached the disk."""
+    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", 300)
+    monkeypatch.setattr("whimbrel.merge.stream._SYNC_SECONDS", -1.0)
+    merge_checkpoints(run, tmp_path / "whole", method="wma")
+    wanted = sha256_file(tmp_path / "whole" / "model.safetensors")
+    work = tmp_path / ".out.merging"
+    rng = random.Random(0)
+    for attempt in range(10):
+        stop = rng.randrange(2, 50)
+
+        def interrupt(done: int, total: int) -> None:
+            nonlocal stop
+            stop -= 1
+            if stop == 0:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoints(run, tmp_path / "out", method="wma", progress=interrupt)
+        if attempt % 3 == 1:
+            with open(work / "journal", "ab") as journal:
+                journal.write(b"[[12345],")
+        if attempt % 3 == 2:
+            file = work / "result" / "model.safetensors"
+            data = bytearray(file.read_bytes())
+            data[rng.randrange(2000, 4000)] ^= 255
+            file.write_bytes(data)
+        merge_checkpoints(run, tmp_path / "out", method="wma", workers=1 + attempt % 3)
+        assert sha256_file(tmp_path / "out" / "model.safetensors") == wanted
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_another_plan_does_not_take_up_the_work(run: list[Path], tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(run, tmp_path / "out", progress=interrupt)
+    assert merge_checkpoints(run, tmp_path / "out", method="wma").resumed_bytes == 0
+
+
+def test_two_merges_into_one_folder(run: list[Path], tmp_path: Path) -> None:
+    def again(done: int, total: int) -> None:
+        merge_checkpoints(run, tmp_path / "out")
+
+    with pytest.raises(
+        ConfigError, match=r"merge.out = .* is being written by another process; wait or choose another"
+    ):
+        merge_checkpoints(run, tmp_path / "out", progress=again)
 
 
 MEASURE = """
