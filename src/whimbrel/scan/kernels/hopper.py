@@ -55,6 +55,28 @@ def publish():
 
 
 @gluon.jit
+def keep_rows(tile, rows, WARPS: gl.constexpr):
+    """Zeros in the rows of a tile [64, N] from `rows` on: they hold another sequence, or nothing."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, L))
+    x = tile.load(L)
+    tile.store(gl.where((row < rows)[:, None], x, 0.0).to(x.dtype))
+
+
+@gluon.jit
+def put(tile, matrix, memory, first, column, rows, stride, N: gl.constexpr, WARPS: gl.constexpr):
+    """A tile [64, N] to the rows from `first` on, or as many as there are; `matrix` is the descriptor of `memory`."""
+    if rows >= 64:
+        tma.async_copy_shared_to_global(matrix, [first, column], tile)
+    else:
+        L: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+        row = gl.arange(0, 64, gl.SliceLayout(1, L))
+        col = gl.arange(0, N, gl.SliceLayout(0, L))
+        place = (first + row)[:, None].to(gl.int64) * stride + column + col[None, :]
+        gl.store(memory + place, tile.load(L), mask=(row < rows)[:, None])
+
+
+@gluon.jit
 def load_state(states, at, V: gl.constexpr, KT: gl.constexpr, FROM: gl.constexpr, ACC: gl.constexpr):
     """The two halves of a state along K, [64, 64] each; the second is unused where K is 64."""
     x0 = gl.zeros([64, 64], gl.float32, ACC)
@@ -86,11 +108,13 @@ def forward_stream(
     x,
     tiles,
     saved,
+    y,
+    residual,
     gates,
     starts,
     ends,
-    y,
-    residual,
+    y_memory,
+    residual_memory,
     inside,
     decays,
     stretch_start,
@@ -113,9 +137,10 @@ def forward_stream(
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
     SAVE: gl.constexpr,
+    MASK: gl.constexpr,
     ONLY: gl.constexpr,
 ):
-    """One stream of `forward` in chunks of 64; q, k, x, tiles and saved are descriptors of matrices.
+    """One stream of `forward` in chunks of 64; q, k, x, tiles, saved, y and residual are descriptors.
 
     x is v for the first or only stream, the residual for the second. The first leaves the residual and its share of
     y; the second adds to that y. ONLY = END gives just the end states of the stretches, from zero, and their decays
@@ -127,7 +152,9 @@ def forward_stream(
     NV: gl.constexpr = V // 64
     # A state that adds is written without looking at what is in it.
     HAS_TILE: gl.constexpr = DELTA or (FIRST and not ONLY)
-    BYTES: gl.constexpr = 8192 * ((1 if ONLY else 2) * KT + (0 if ONLY == MAP else 1) + (1 if HAS_TILE else 0))
+    ADDS: gl.constexpr = TWO and not FIRST and not ONLY
+    BYTES: gl.constexpr = 8192 * (KT + (0 if ONLY == MAP else 1) + (1 if HAS_TILE else 0))
+    QUERIES: gl.constexpr = 8192 * (KT + (1 if ADDS else 0))
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
@@ -140,15 +167,16 @@ def forward_stream(
     col = gl.arange(0, 64, gl.SliceLayout(0, ACC))
 
     k_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
-    q_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
+    q_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     state_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     one = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(full.index(0), count=1)
-    mbarrier.init(full.index(1), count=1)
+    y_s = gl.allocate_shared_memory(dtype, [2 if ADDS else 1, 64, 64], TILE)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for b in gl.static_range(3):
+        mbarrier.init(full.index(b), count=1)
     barrier()
 
     at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V) + i_v * 64 + row[:, None] * V + col[None, :]
@@ -185,12 +213,18 @@ def forward_stream(
     mbarrier.expect(full.index(0), BYTES, pred=some)
     for j in gl.static_range(KT):
         tma.async_copy_global_to_shared(k, [entry, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
-        if not ONLY:
-            tma.async_copy_global_to_shared(q, [entry, key_col + j * 64], full.index(0), q_s.index(j), pred=some)
     if ONLY != MAP:
         tma.async_copy_global_to_shared(x, [entry, value_col], full.index(0), x_s.index(0), pred=some)
     if HAS_TILE:
         tma.async_copy_global_to_shared(tiles, [tile_row + begin * 64, 0], full.index(0), l_s.index(0), pred=some)
+
+    asked = full.index(2)
+    if not ONLY:
+        mbarrier.expect(asked, QUERIES, pred=some)
+        for j in gl.static_range(KT):
+            tma.async_copy_global_to_shared(q, [entry, key_col + j * 64], asked, q_s.index(j), pred=some)
+        if ADDS:
+            tma.async_copy_global_to_shared(y, [entry, value_col], asked, y_s.index(0), pred=some)
 
     for i in range(begin, n):
         par = (i - begin) & 1
@@ -219,8 +253,6 @@ def forward_stream(
         mbarrier.expect(then, BYTES, pred=more)
         for j in gl.static_range(KT):
             tma.async_copy_global_to_shared(k, [after, key_col + j * 64], then, k_s.index(there + j), pred=more)
-            if not ONLY:
-                tma.async_copy_global_to_shared(q, [after, key_col + j * 64], then, q_s.index(there + j), pred=more)
         if SAVE:
             for j in gl.static_range(KT):
                 tma.async_copy_shared_to_global(saved, [save_row + i * HV * K + j * 64, i_v * 64], state_s.index(j))
@@ -228,7 +260,8 @@ def forward_stream(
         if HAS_TILE:
             seen = product(k_s, state_s, KT, ACC, here + o, o)
         if not ONLY:
-            score = product(q_s, k_s, KT, ACC, here + o, here + o, B_T=True)
+            mbarrier.wait(asked, (i - begin) & 1)
+            score = product(q_s, k_s, KT, ACC, o, here + o, B_T=True)
             until_c = gl.where(tc < end, until_c, last)
         until = gl.where(ok, until, last)
         before = gl.where(ok, before, last)
@@ -263,7 +296,7 @@ def forward_stream(
                 seen_by = row[:, None] >= col[None, :]
             fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
             p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
-            out = product(q_s, state_s, KT, ACC, here + o, o)
+            out = product(q_s, state_s, KT, ACC, o, o)
             values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
             if HAS_TILE:
                 inner, out = warpgroup_mma_wait(0, deps=(inner, out))
@@ -279,25 +312,27 @@ def forward_stream(
                     seen = seen * alpha[:, None]
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
-                    if SAVE:
+                    if MASK:
                         gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=ok[:, None])
                     left = gl.minimum(gl.maximum(left, -clip), clip)
-                gl.store(residual + values, left.to(dtype), mask=ok[:, None])
+                x_s.index(o).store(left.to(dtype))
         elif HAS_TILE:
             inner = warpgroup_mma_wait(0, deps=(inner,))
         if DELTA:
             work = (work + inner * alpha[:, None]) * rate[:, None]
-        if SAVE:
+        if not ONLY:
             tma.store_wait(0)
         barrier()
-        if ONLY != MAP:
-            tma.async_copy_global_to_shared(x, [after, value_col], then, x_s.index(0), pred=more)
         if HAS_TILE:
             tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], then, l_s.index(0), pred=more)
+        if ONLY == END or (not FIRST and not ONLY):
+            tma.async_copy_global_to_shared(x, [after, value_col], then, x_s.index(0), pred=more)
         one.index(o).store(work.to(dtype))
         state_s.index(o).store((work * tail[:, None]).to(dtype))
         publish()
         o = opaque(0)
+        if FIRST and not ONLY:
+            put(x_s.index(o), residual, residual_memory, first, value_col, end - first, HV * V, 64, 4)
         s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
@@ -307,11 +342,27 @@ def forward_stream(
             out = warpgroup_mma(p_s.index(o), one.index(o), out, is_async=True)
             out, s0, s1 = warpgroup_mma_wait(0, deps=(out, s0, s1))
             out = out * scale
-            if TWO and not FIRST:
+            if ADDS:
                 if GATED:
                     out = out * rate[:, None]
-                out += gl.load(y + values, mask=ok[:, None], other=0.0).to(gl.float32)
-            gl.store(y + values, out.to(dtype), mask=ok[:, None])
+                out += y_s.index(par).load(ACC).to(gl.float32)
+                y_s.index(par).store(out.to(dtype))
+            else:
+                y_s.index(o).store(out.to(dtype))
+            if FIRST:
+                tma.store_wait(0)
+            publish()
+            o = opaque(0)
+            put(y_s.index(par if ADDS else o), y, y_memory, first, value_col, end - first, HV * V, 64, 4)
+            if FIRST:
+                tma.async_copy_global_to_shared(x, [after, value_col], then, x_s.index(0), pred=more)
+            mbarrier.expect(asked, QUERIES, pred=more)
+            for j in gl.static_range(KT):
+                tma.async_copy_global_to_shared(q, [after, key_col + j * 64], asked, q_s.index(j), pred=more)
+            if ADDS:
+                tma.async_copy_global_to_shared(y, [after, value_col], asked, y_s.index(1 - par), pred=more)
+    if not ONLY:
+        tma.store_wait(0)
     store_state(ends, at, s0, s1, V, KT)
 
 

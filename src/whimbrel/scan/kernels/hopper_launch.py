@@ -51,33 +51,38 @@ def count_stretches(tokens: int, sequences: int, value_heads: int, value_dim: in
     programs = max(1, sequences * value_heads * (value_dim // 64))
     if programs * 2 > ENOUGH:
         return 1
-    return max(1, min(-(-ENOUGH // programs), 64, tokens // (CHUNK * LEAST * max(1, sequences))))
+    return max(1, min(ENOUGH // programs, 64, tokens // (CHUNK * LEAST * max(1, sequences))))
 
 
-def carried_shape(delta: bool, stretches: int, splits: int, value_heads: int, key_dim: int) -> tuple[int, ...]:
+def splits(q: Tensor, v: Tensor, sequences: int) -> int:
+    """`count_stretches` of a call."""
+    return count_stretches(q.shape[0] * q.shape[1], sequences, v.shape[2], v.shape[3])
+
+
+def carried_shape(delta: bool, stretches: int, parts: int, value_heads: int, key_dim: int) -> tuple[int, ...]:
     """What takes a start state to the end of its stretch: a matrix for the delta rule, else a number."""
-    if splits == 1:
+    if parts == 1:
         return (0,)
     shape = (2, stretches, value_heads)
     return (*shape, key_dim, key_dim) if delta else shape
 
 
-def _matrices(*tensors: Tensor) -> list[Any]:
-    """Descriptors of [64, 64] blocks: of [B, T, heads, D] as [B * T, heads * D], of anything else as [.., last]."""
+def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Any]:
+    """Descriptors of [rows, columns] blocks: of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = gl.NVMMASharedLayout(128, 16, 2)
     flat = (x.view(-1, x.shape[2] * x.shape[3]) if x.dim() == 4 else x.view(-1, x.shape[-1]) for x in tensors)
-    return [TensorDescriptor.from_tensor(x, [64, 64], layout) for x in flat]
+    return [TensorDescriptor.from_tensor(x, [rows, columns], layout) for x in flat]
 
 
 def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int, int]:
     """The table, the number of sequences and of stretches in each."""
     batch, time = q.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    splits = count_stretches(batch * time, sequences, v.shape[2], v.shape[3])
-    return segments(cu_seqlens, batch, time, CHUNK, splits, q.device), sequences, splits
+    parts = splits(q, v, sequences)
+    return segments(cu_seqlens, batch, time, CHUNK, parts, q.device), sequences, parts
 
 
 def forward(
@@ -109,7 +114,8 @@ def forward(
     queries, keys, values = _matrices(q, k, v)
     solved = _matrices(tiles)[0] if tiles.numel() else queries
     keep = _matrices(saved)[0] if save else queries
-    left = _matrices(residual)[0] if flags.TWO else values
+    result = _matrices(y)[0]
+    left = _matrices(residual)[0] if flags.TWO else result
     begins, finals, local = start, ends, ends
     if splits > 1:
         begins, finals, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
@@ -118,9 +124,11 @@ def forward(
         forward_stream[(stretches * value_heads * (columns // 64),)](
             queries,
             keys,
-            values if first else left,
+            values if first or not flags.TWO else left,
             solved,
             keep,
+            result,
+            left,
             gates,
             out if starts is None else starts,
             out,
@@ -143,6 +151,7 @@ def forward(
             FIRST=first,
             FROM=starts is not None,
             SAVE=save and not only,
+            MASK=save and not only and splits > 1,
             ONLY=only,
             num_warps=4,
             **flags._asdict(),
@@ -213,35 +222,36 @@ def backward(
     clip: float | None,
 ) -> None:
     """Fill the cotangents."""
-    from whimbrel.scan.kernels.hopper import backward_stream
-    from whimbrel.scan.kernels.hopper_tokens import backward_tokens_stream
+    from whimbrel.scan.kernels.hopper import backward_stream as backward_reach
+    from whimbrel.scan.kernels.hopper_backward import backward_stream
 
     table, sequences, splits = _cut(q, v, cu_seqlens)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
     tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), sequences * splits
-    dr = torch.empty_like(v) if flags.TWO else dv
-    pulled = torch.empty_like(saved)
-    queries, keys, values, given, from_v, from_r, kept, pull = _matrices(q, k, v, dy, dv, dr, saved, pulled)
+    queries, keys, to_q, to_k = _matrices(q, k, dq, dk, columns=key_dim)
+    values, given, to_v = _matrices(v, dy, dv, columns=value_dim)
+    left = _matrices(residual, columns=value_dim)[0] if flags.TWO else values
     solved = _matrices(tiles)[0] if tiles.numel() else queries
-    left = _matrices(residual)[0] if flags.TWO else values
+    kept = _matrices(saved.view(-1, value_dim), rows=key_dim, columns=value_dim)[0]
     finals, begins, local = dends, dstarts, dstarts
     if splits > 1:
         finals, begins, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
+        small = _matrices(q, k, dy)
 
-    def launch(first: bool, last: Tensor | None, out: Tensor, only: int) -> None:
-        backward_stream[(stretches * value_heads * (value_dim // 64),)](
-            queries,
-            keys,
-            given,
+    def reach(first: bool) -> None:
+        backward_reach[(stretches * value_heads * (value_dim // 64),)](
+            small[0],
+            small[1],
+            small[2],
             solved,
-            pull,
+            small[2],
             gates,
-            out if last is None else last,
-            out,
-            dr,
+            local,
+            local,
+            dv,
             inside,
-            dv if first or not flags.TWO else dr,
+            dv,
             table.stretch_start,
             table.stretch_end,
             table.stretch_chunk,
@@ -254,42 +264,41 @@ def backward(
             K=key_dim,
             V=value_dim,
             FIRST=first,
-            FROM=last is not None,
-            ONLY=only,
+            FROM=False,
+            ONLY=1,
             num_warps=4,
             **flags._asdict(),
         )
 
-    order = (False, True) if flags.TWO else (False,)
-    for first in order:
+    for first in (False, True) if flags.TWO else (False,):
         if splits > 1 and finals is not None:
             stream = 0 if first else 1
-            launch(first, None, local, 1)
+            reach(first)
             _hand_back(finals[stream], local[stream], carried[stream], None if dends is None else dends[stream], splits)
-        launch(first, finals, begins, 0)
-    if splits > 1:
-        streams = slice(0 if flags.TWO else 1, 2)
-        dstarts[streams] = begins[streams].unflatten(1, (sequences, splits))[:, :, 0]
-    for first in order:
-        backward_tokens_stream[(chunks * value_heads,)](
+        backward_stream[(stretches * value_heads,)](
             queries,
             keys,
-            values if first else left,
+            values if first or not flags.TWO else left,
             given,
-            from_v if first or not flags.TWO else from_r,
             solved,
             kept,
-            pull,
+            to_v,
+            to_q,
+            to_k,
             gates,
-            dr,
+            begins if finals is None else finals,
+            begins,
+            dv,
             dq,
             dk,
             dlog,
             dfirst if first else dsecond,
-            table.chunk_start,
-            table.chunk_end,
+            table.stretch_start,
+            table.stretch_end,
+            table.stretch_chunk,
             tokens,
             chunks,
+            stretches,
             heads,
             value_heads,
             scale,
@@ -297,6 +306,10 @@ def backward(
             K=key_dim,
             V=value_dim,
             FIRST=first,
-            num_warps=4,
+            FROM=finals is not None,
+            num_warps=8,
             **flags._asdict(),
         )
+    if splits > 1:
+        streams = slice(0 if flags.TWO else 1, 2)
+        dstarts[streams] = begins[streams].unflatten(1, (sequences, splits))[:, :, 0]

@@ -87,7 +87,7 @@ def scan_forward(
     gates = _empty(q, (3, value_heads, tokens), torch.float32)
     tiles = _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype)
     saved = _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP else (0,), torch.int8)
+    inside = _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8)
     hopper = _hopper.fits(q, v)
     residual, carried = (_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences))
     common: dict[str, Any] = {"C": chunk, "BK": _block(key_dim), "K": key_dim, "PRECISION": _precision(q.dtype)}
@@ -168,17 +168,24 @@ def _(q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gat
         _empty(q, (3, value_heads, batch * time), torch.float32),
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
         _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and flags.TWO and flags.CLIP else (0,), torch.int8),
+        _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8),
         *(_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences)),
     )
+
+
+def _keeps_mask(q: Tensor, v: Tensor, flags: Flags, sequences: int) -> bool:
+    """Whether the backward reads where the clip was active; on Hopper only a walk that cannot see the states does."""
+    if not (flags.TWO and flags.CLIP):
+        return False
+    return not _hopper.fits(q, v) or _hopper.splits(q, v, sequences) > 1
 
 
 def _hopper_extras(q: Tensor, v: Tensor, flags: Flags, sequences: int) -> list[tuple[Any, torch.dtype]]:
     """Shape and dtype of what only the kernels for Hopper keep: the residual, and what carries a state on."""
     if not _hopper.fits(q, v):
         return [((0,), q.dtype), ((0,), torch.float32)]
-    value_heads, value_dim = v.shape[2:]
-    splits = _hopper.count_stretches(q.shape[0] * q.shape[1], sequences, value_heads, value_dim)
+    value_heads = v.shape[2]
+    splits = _hopper.splits(q, v, sequences)
     carried = _hopper.carried_shape(flags.DELTA, sequences * splits, splits, value_heads, q.shape[3])
     return [(v.shape if flags.TWO else (0,), q.dtype), (carried, torch.float32)]
 
@@ -227,7 +234,7 @@ def scan_backward(
     dstarts = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
     if not two:
         dstarts[0].zero_()
-    group_dtype = q.dtype if value_heads == heads else torch.float32
+    group_dtype = q.dtype if value_heads == heads or _hopper.fits(q, v) else torch.float32
     dq = _empty(q, (batch, time, value_heads, key_dim), group_dtype)
     dk = torch.empty_like(dq)
     dlog, dfirst, dsecond = (_empty(q, (batch, time, value_heads), torch.float32) for _ in range(3))
@@ -309,7 +316,7 @@ def scan_backward(
     else:
         dstarts.zero_()
     if value_heads != heads:
-        dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(q.dtype) for x in (dq, dk))
+        dq, dk = (x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dlog, dfirst, dsecond, dstarts
 
 

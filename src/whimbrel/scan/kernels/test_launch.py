@@ -100,31 +100,37 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from whimbrel.scan.kernels import hopper, hopper_tokens
+from whimbrel.scan.kernels.hopper import backward_stream as reach, forward_stream as forward
+from whimbrel.scan.kernels.hopper_backward import backward_stream as backward
 
-block = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-kinds = dict.fromkeys("tokens chunks stretches H HV".split(), "i32")
-kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk chunk_start chunk_end".split(), "*i32")
-kinds |= dict.fromkeys("scale clip".split(), "fp32") | dict.fromkeys("residual dresidual dq dk y".split(), "*bf16")
-kinds |= dict.fromkeys("q k x dy tiles saved pulled".split(), block) | {"inside": "*i8"}
+def block(rows, columns):
+    return f"tensordesc<bf16[{rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+
+kinds = dict.fromkeys("tokens chunks stretches H HV".split(), "i32") | dict.fromkeys("scale clip".split(), "fp32")
+kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk".split(), "*i32") | {"inside": "*i8"}
+kinds |= dict.fromkeys("y_memory residual_memory dresidual dx_memory dq_memory dk_memory".split(), "*bf16")
 flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
-forward, backward, tokens = hopper.forward_stream, hopper.backward_stream, hopper_tokens.backward_tokens_stream
-rla, only = dict(DELTA=False, GATED=False, DECAYED=True), dict(ONLY=1, SAVE=False)
-for function, dx, changes in (
-    (forward, None, {}), (backward, "*bf16", {}), (tokens, block, {}),
-    (forward, None, rla), (backward, "*bf16", rla), (tokens, block, rla | dict(K=64)),
-    (forward, None, dict(FIRST=False, TWO=False)), (tokens, block, dict(FIRST=False)),
-    (forward, None, only), (forward, None, only | rla), (forward, None, only | dict(ONLY=2)), (backward, "*bf16", only),
+flags |= dict(SAVE=True, MASK=True, ONLY=0)
+rla, only, one = dict(DELTA=False, GATED=False, DECAYED=True), dict(ONLY=1, SAVE=False), dict(FIRST=False, TWO=False)
+for function, changes in (
+    (forward, {}), (forward, rla), (forward, one), (forward, dict(FIRST=False)),
+    (forward, only), (forward, only | rla), (forward, only | dict(ONLY=2)), (reach, only), (reach, only | rla),
+    (backward, {}), (backward, rla), (backward, one), (backward, dict(FIRST=False)), (backward, dict(K=64)),
+    (backward, dict(V=64, FIRST=False)), (backward, dict(K=64, V=64, DELTA=False, FIRST=False)),
 ):
-    constants = {n: v for n, v in (flags | dict(SAVE=True, ONLY=0) | changes).items() if n in function.arg_names}
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in function.arg_names}
-    if dx is not None:
-        signature["dx"] = dx
+    constants = {n: v for n, v in (flags | changes).items() if n in function.arg_names}
+    key, value = (constants["K"], constants["V"]) if function is backward else (64, 64)
+    blocks = dict.fromkeys("q k dq dk".split(), block(64, key))
+    blocks |= dict.fromkeys("x y residual".split(), block(64, value))
+    blocks |= dict(dy=block(64, value), tiles=block(64, 64), saved=block(key, value), pulled=block(64, 64))
+    blocks["dx"] = block(64, value) if function is backward else "*bf16"
+    signature = {n: "constexpr" if n in constants else (kinds | blocks).get(n, "*fp32") for n in function.arg_names}
     source = GluonASTSource(function, signature, constants)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    warps, most = (8, 232448) if function is backward else (4, 115712)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     room = made.metadata.shared
     assert "wgmma" in made.asm["ptx"]
-    assert room <= 115712, f"{function.__name__} takes {room} bytes, which does not leave room for two programs"
+    assert room <= most, f"{function.__name__} with {changes} takes {room} bytes of shared memory, of {most}"
 """
 
 

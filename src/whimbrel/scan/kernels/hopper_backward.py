@@ -1,0 +1,466 @@
+"""The backward of one stream on Hopper, in Gluon: cotangents of values, keys, queries, gates and states in one walk.
+
+Two warpgroups hold the state's cotangent in registers, half of the value columns each, and everything else of a chunk
+is in shared memory, so one program fills a multiprocessor. What the forward formed inside the chunk is formed again
+from the saved state, the rest of the chunk follows from both, and nothing but the results is written. Two streams take
+two passes, the second stream first: it leaves the residual's cotangent where the values' will stand, and its share of
+the gradients of queries and keys.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from whimbrel.scan.kernels.hopper import barrier, keep_rows, opaque, publish, put
+from whimbrel.scan.kernels.prepare import COUNTS
+
+# Rows of the table of gates that a chunk keeps, and of the sums over the columns of a tile.
+UNTIL, BEFORE, RATE, WEIGHT = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
+GROW, ALPHA, FRESH, TAIL = gl.constexpr(4), gl.constexpr(5), gl.constexpr(6), gl.constexpr(7)
+OWN, SEEN, WROTE, READ, PAIR = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3), gl.constexpr(4)
+
+
+@gluon.jit
+def multiply(a, b, L: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """a @ b in shared memory, started but not waited for."""
+    return warpgroup_mma(a, b, gl.zeros([M, N], gl.float32, L), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def keep_sum(parts, which: gl.constexpr, x, N: gl.constexpr):
+    """Sums of x [64, N] over each warpgroup's half of the columns; no warp waits for another."""
+    parts.index(which).permute((1, 0)).store(gl.sum(x.reshape([64, 2, N // 2]), axis=2))
+
+
+@gluon.jit
+def whole_sum(sums, which: gl.constexpr, L: gl.constexpr):
+    return sums.index(2 * which).load(L) + sums.index(2 * which + 1).load(L)
+
+
+@gluon.jit
+def load_gates(gate_row, rate_row, first, end, L: gl.constexpr):
+    """Of a chunk: the decay summed until and before each token, the rate, and the sum over the chunk."""
+    row = gl.arange(0, 64, L)
+    ok = first + row < end
+    last = gl.load(gate_row + gl.minimum(first + 64, end) - 1)
+    until = gl.load(gate_row + first + row, mask=ok, other=0.0)
+    before = gl.load(gate_row + first + row - 1, mask=ok & (row > 0), other=0.0)
+    rate = gl.load(rate_row + first + row, mask=ok, other=0.0)
+    return gl.where(ok, until, last), gl.where(ok, before, last), rate, last, gl.where(ok, 1.0, 0.0)
+
+
+@gluon.jit
+def keep_gates(table, half, until, before, rate, last, ok, scale, WEIGHTED: gl.constexpr):
+    weight = ok * scale
+    if WEIGHTED:
+        weight = weight * rate
+    table.index(half + UNTIL).store(until)
+    table.index(half + BEFORE).store(before)
+    table.index(half + RATE).store(rate)
+    table.index(half + WEIGHT).store(weight)
+    table.index(half + GROW).store(gl.exp2(until))
+    table.index(half + ALPHA).store(gl.exp2(until - before))
+    table.index(half + FRESH).store(gl.exp2(before))
+    table.index(half + TAIL).store(gl.exp2(last - until))
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def backward_stream(
+    q,
+    k,
+    x,
+    dy,
+    tiles,
+    saved,
+    dx,
+    dq,
+    dk,
+    gates,
+    dends,
+    dstarts,
+    dx_memory,
+    dq_memory,
+    dk_memory,
+    dlog,
+    drate,
+    stretch_start,
+    stretch_end,
+    stretch_chunk,
+    tokens,
+    chunks,
+    stretches,
+    H,
+    HV,
+    scale,
+    clip,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    FIRST: gl.constexpr,
+    DELTA: gl.constexpr,
+    TWO: gl.constexpr,
+    GATED: gl.constexpr,
+    DECAYED: gl.constexpr,
+    CLIP: gl.constexpr,
+    FROM: gl.constexpr,
+):
+    """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
+
+    q, k, x, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is what
+    the stream was given and dx its cotangent: the residual for the second stream, v for the first, or for the only one.
+    The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
+    the first adds to them.
+    """
+    LV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
+    LK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, K // 2, 16])
+    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    RV: gl.constexpr = gl.SliceLayout(1, LV)
+    RK: gl.constexpr = gl.SliceLayout(1, LK)
+    RC: gl.constexpr = gl.SliceLayout(1, LC)
+    COL: gl.constexpr = gl.SliceLayout(0, LC)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    TILE: gl.constexpr = q.layout
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    HAS_TILE: gl.constexpr = DELTA or FIRST
+    WEIGHTED: gl.constexpr = TWO and GATED and not FIRST  # the output takes this stream times its rate
+    RISE: gl.constexpr = BEFORE if FIRST and not GATED else UNTIL
+    READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
+    STREAM: gl.constexpr = 0 if FIRST else 1
+    SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
+    dtype: gl.constexpr = q.dtype
+    pid = gl.program_id(0)
+    hv, s = pid % HV, pid // HV
+    start = gl.load(stretch_start + s)
+    end = gl.load(stretch_end + s)
+    chunk = gl.load(stretch_chunk + s)
+    n = gl.cdiv(end - start, 64)
+
+    k_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
+    q_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
+    x_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    dy_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    state_s = gl.allocate_shared_memory(dtype, [1, K, V], TILE)
+    pull_s = gl.allocate_shared_memory(dtype, [1, K, V], TILE)
+    one_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    two_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    # Holds the residual's cotangent at first, where there is one.
+    work_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    if HAS_TILE:
+        l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+        if FIRST:
+            z_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+        else:
+            z_s = work_s._reinterpret(dtype, [1, 64, 64], TILE)
+    # The delta rule's error, and dx, which may take the place of x once no product reads it any more.
+    if DELTA:
+        e_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+        dx_s = x_s
+    else:
+        e_s = x_s
+        dx_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
+    if K == V:
+        dq_s, dk_s = one_s, two_s
+    else:
+        dq_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
+        dk_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
+    # Of the queries' products, without the weight of the stream in the output.
+    if WEIGHTED:
+        bare_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    else:
+        bare_s = p_s
+    table = gl.allocate_shared_memory(gl.float32, [16, 64], ROWS)
+    sums = gl.allocate_shared_memory(gl.float32, [16, 64], ROWS)
+    parts = sums._reinterpret(gl.float32, [8, 2, 64], PLAIN)
+    below = sums._reinterpret(gl.float32, [4, 4, 64], PLAIN)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for b in gl.static_range(4):
+        mbarrier.init(full.index(b), count=1)
+    barrier()
+    side, middle, outer, shares = full.index(0), full.index(1), full.index(2), full.index(3)
+
+    at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V)
+    col_v = gl.arange(0, V, gl.SliceLayout(0, LV))
+    if FROM:
+        ds = gl.load(dends + at + gl.arange(0, K, RV)[:, None] * V + col_v[None, :])
+    else:
+        ds = gl.zeros([K, V], gl.float32, LV)
+    gate_row = gates + hv.to(gl.int64) * tokens
+    rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
+    tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
+    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    key_col = hv // (HV // H) * K
+    own_col = hv * K
+    value_col = hv * V
+
+    if n > 0:
+        begin = start + (n - 1) * 64
+        mbarrier.expect(outer, 256 * K)
+        tma.async_copy_global_to_shared(k, [begin, key_col], outer, k_s.index(0))
+        tma.async_copy_global_to_shared(q, [begin, key_col], outer, q_s.index(0))
+        mbarrier.expect(middle, 256 * V + 2 * K * V)
+        tma.async_copy_global_to_shared(saved, [save_row + (n - 1) * HV * K, 0], middle, state_s.index(0))
+        tma.async_copy_global_to_shared(x, [begin, value_col], middle, x_s.index(0))
+        tma.async_copy_global_to_shared(dy, [begin, value_col], middle, dy_s.index(0))
+        if HAS_TILE:
+            mbarrier.expect(side, SIDE)
+            tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], side, l_s.index(0))
+            if FIRST:
+                tma.async_copy_global_to_shared(dx, [begin, value_col], side, work_s.index(0))
+    until, before, rate, last, ok = load_gates(gate_row, rate_row, start + gl.maximum(n - 1, 0) * 64, end, LINE)
+    keep_gates(table, 0, until, before, rate, last, ok, scale, WEIGHTED)
+
+    for back in range(n):
+        i = n - 1 - back
+        phase = back & 1
+        more = i > 0
+        first = start + i * 64
+        prior = first - 64
+        rows = end - first
+        whole = gl.exp2(last)
+        o = opaque(0)
+        now = 8 * phase
+        pull_s.index(o).store(ds.to(dtype))
+        tma.store_wait(0)
+        mbarrier.wait(outer, phase)
+        mbarrier.wait(middle, phase)
+        if HAS_TILE:
+            mbarrier.wait(side, phase)
+        if rows < 64:
+            keep_rows(k_s.index(o), rows, 8)
+            keep_rows(q_s.index(o), rows, 8)
+            keep_rows(x_s.index(o), rows, 8)
+            keep_rows(dy_s.index(o), rows, 8)
+            if FIRST:
+                keep_rows(work_s.index(o), rows, 8)
+        publish()
+        o = opaque(0)
+        score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+        if HAS_TILE:
+            seen = multiply(k_s.index(o), state_s.index(o), LV, 64, V)
+        pull = multiply(k_s.index(o), pull_s.index(o), LV, 64, V)
+        one_s.index(o).store(
+            (
+                dy_s.index(o).load(LV).to(gl.float32)
+                * (table.index(now + WEIGHT).load(RV) * table.index(now + READS).load(RV))[:, None]
+            ).to(dtype)
+        )
+        row_c = gl.arange(0, 64, RC)
+        col = gl.arange(0, 64, COL)
+        fade = gl.exp2(
+            gl.minimum(table.index(now + RISE).load(RC)[:, None] - table.index(now + UNTIL).load(COL)[None, :], 0.0)
+        )
+        if FIRST:
+            fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
+        else:
+            fade = gl.where(row_c[:, None] >= col[None, :], fade, 0.0)
+        if HAS_TILE:
+            score = warpgroup_mma_wait(2, deps=(score,))
+        else:
+            score = warpgroup_mma_wait(1, deps=(score,))
+        score = score * fade
+        p_s.index(o).store((score * table.index(now + WEIGHT).load(RC)[:, None]).to(dtype))
+        if HAS_TILE:
+            seen = warpgroup_mma_wait(1, deps=(seen,))
+            work = x_s.index(o).load(LV).to(gl.float32)
+            if DELTA:
+                work = work - seen * table.index(now + GROW).load(RV)[:, None]
+            else:
+                work = work * table.index(now + RATE).load(RV)[:, None]
+            two_s.index(o).store(work.to(dtype))
+        pull = warpgroup_mma_wait(0, deps=(pull,))
+        pull = pull * table.index(now + TAIL).load(RV)[:, None]
+        publish()
+
+        o = opaque(0)
+        if HAS_TILE:
+            inner = multiply(l_s.index(o), two_s.index(o), LV, 64, V)
+        pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
+        ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
+        if HAS_TILE:
+            inner = warpgroup_mma_wait(2, deps=(inner,))
+            if DELTA:
+                e_s.index(o).store((work + inner * table.index(now + ALPHA).load(RV)[:, None]).to(dtype))
+            if FIRST:
+                seen = seen * table.index(now + FRESH).load(RV)[:, None]
+                if DELTA:
+                    seen = seen - inner
+                else:
+                    seen = seen + inner
+                if DECAYED:
+                    seen = seen * table.index(now + ALPHA).load(RV)[:, None]
+                dseen = -work_s.index(o).load(LV).to(gl.float32)
+                if CLIP:
+                    left = x_s.index(o).load(LV).to(gl.float32) - seen
+                    dseen = gl.where(gl.abs(left) <= clip, dseen, 0.0)
+                keep_sum(parts, SEEN, seen * dseen, V)
+        pull = warpgroup_mma_wait(1, deps=(pull,))
+        if DELTA or not FIRST:
+            pull = pull * table.index(now + RATE).load(RV)[:, None]
+        if HAS_TILE:
+            if FIRST:
+                dread = dseen
+                if DECAYED:
+                    dread = dseen * table.index(now + ALPHA).load(RV)[:, None]
+                if DELTA:
+                    work = pull * table.index(now + ALPHA).load(RV)[:, None] - dread
+                else:
+                    work = dread
+            else:
+                work = pull * table.index(now + ALPHA).load(RV)[:, None]
+            work_s.index(o).store(work.to(dtype))
+        ds = warpgroup_mma_wait(0, deps=(ds,))
+        publish()
+
+        o = opaque(0)
+        if HAS_TILE:
+            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), work_s.index(o), pull, is_async=True)
+        dp = multiply(dy_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
+        key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
+        until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
+        if HAS_TILE:
+            pull = warpgroup_mma_wait(2, deps=(pull,))
+            if FIRST and not DELTA:
+                pull = pull * table.index(now + RATE).load(RV)[:, None]
+        keep_sum(parts, OWN, x_s.index(o).load(LV).to(gl.float32) * pull, V)
+        if FIRST:
+            dx_s.index(o).store((pull - dseen).to(dtype))
+        else:
+            dx_s.index(o).store(pull.to(dtype))
+        if HAS_TILE:
+            if DELTA:
+                lift = -pull * table.index(now + ALPHA).load(RV)[:, None] if FIRST else -pull
+                drop = -pull * table.index(now + GROW).load(RV)[:, None]
+                if FIRST:
+                    lift += dread
+                    drop += dread * table.index(now + FRESH).load(RV)[:, None]
+            else:
+                lift = dread
+                drop = dread * table.index(now + FRESH).load(RV)[:, None]
+            one_s.index(o).store(drop.to(dtype))
+            two_s.index(o).store(lift.to(dtype))
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        pairs = dp * score
+        dp = dp * fade * table.index(now + RATE).load(COL)[None, :]
+        if WEIGHTED:
+            bare_s.index(o).store((dp * scale).to(dtype))
+        p_s.index(o).store((dp * table.index(now + WEIGHT).load(RC)[:, None]).to(dtype))
+        pairs = pairs * table.index(now + WEIGHT).load(RC)[:, None]
+        key = warpgroup_mma_wait(0, deps=(key,))
+        key = key * table.index(now + TAIL).load(RK)[:, None]
+        keep_sum(parts, WROTE, key * k_s.index(o).load(LK).to(gl.float32), K)
+        key = key * table.index(now + RATE).load(RK)[:, None]
+        publish()
+
+        o = opaque(0)
+        put(dx_s.index(o), dx, dx_memory, first, value_col, rows, HV * V, V, 8)
+        if HAS_TILE:
+            if more:
+                mbarrier.expect(side, SIDE)
+                tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
+                if FIRST:
+                    tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
+            z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
+            keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+        query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
+        key = warpgroup_mma(p_s.index(o).permute((1, 0)), q_s.index(o), key, is_async=True)
+        # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
+        pair = state_s.index(o).load(LV).to(gl.float32) * pull_s.index(o).load(LV).to(gl.float32)
+        parts.index(PAIR).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
+        if HAS_TILE:
+            key = warpgroup_mma(one_s.index(o), state_s.index(o).permute((1, 0)), key, is_async=True)
+            ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
+            z, keys = warpgroup_mma_wait(4, deps=(z, keys))
+            row_c = gl.arange(0, 64, RC)
+            col = gl.arange(0, 64, COL)
+            rise: gl.constexpr = BEFORE if FIRST else UNTIL
+            fade = gl.exp2(
+                gl.minimum(table.index(now + rise).load(RC)[:, None] - table.index(now + UNTIL).load(COL)[None, :], 0.0)
+            )
+            z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
+            pairs += z * keys
+            z_s.index(o).store((z * table.index(now + RATE).load(COL)[None, :]).to(dtype))
+            query, key, ds = warpgroup_mma_wait(0, deps=(query, key, ds))
+        else:
+            query, key = warpgroup_mma_wait(0, deps=(query, key))
+        query = query * (table.index(now + READS).load(RK) * scale)[:, None]
+        below.index(3).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
+        tma.store_wait(0)
+        publish()
+
+        o = opaque(0)
+        query = warpgroup_mma(bare_s.index(o), k_s.index(o), query, is_async=True)
+        if HAS_TILE:
+            key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
+            key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
+        if FIRST:
+            mbarrier.expect(shares, 256 * K)
+            tma.async_copy_global_to_shared(dq, [first, own_col], shares, dq_s.index(o))
+            tma.async_copy_global_to_shared(dk, [first, own_col], shares, dk_s.index(o))
+        if more:
+            mbarrier.expect(middle, 256 * V + 2 * K * V)
+            tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
+            tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
+            tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
+        if HAS_TILE:
+            query = warpgroup_mma_wait(2, deps=(query,))
+        else:
+            query = warpgroup_mma_wait(0, deps=(query,))
+        keep_sum(parts, READ, query * q_s.index(o).load(LK).to(gl.float32), K)
+        if WEIGHTED:
+            query = query * table.index(now + RATE).load(RK)[:, None]
+        if FIRST:
+            mbarrier.wait(shares, phase)
+            query += dq_s.index(o).load(LK).to(gl.float32)
+        dq_s.index(o).store(query.to(dtype))
+        if HAS_TILE:
+            key = warpgroup_mma_wait(0, deps=(key,))
+        if FIRST:
+            key += dk_s.index(o).load(LK).to(gl.float32)
+        dk_s.index(o).store(key.to(dtype))
+        keep_gates(table, o + 8 * (1 - phase), until, before, rate, last, ok, scale, WEIGHTED)
+        publish()
+
+        o = opaque(0)
+        put(dq_s.index(o), dq, dq_memory, first, own_col, rows, HV * K, K, 8)
+        put(dk_s.index(o), dk, dk_memory, first, own_col, rows, HV * K, K, 8)
+        if more:
+            mbarrier.expect(outer, 256 * K)
+            tma.async_copy_global_to_shared(k, [prior, key_col], outer, k_s.index(o))
+            tma.async_copy_global_to_shared(q, [prior, key_col], outer, q_s.index(o))
+        # Sums of everything from the token on; of the predictions at the key, from the next token on.
+        LAST: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [8, 1], [1, 0])
+        ROW: gl.constexpr = gl.SliceLayout(1, LAST)
+        ALL: gl.constexpr = gl.SliceLayout(0, LAST)
+        t = gl.arange(0, 64, ROW)
+        later = gl.arange(0, 64, ALL)[None, :] >= t[:, None]
+        own = whole_sum(sums, READ, ALL)
+        if WEIGHTED:
+            own = own * table.index(now + RATE).load(ALL)
+        own -= whole_sum(sums, OWN, ALL)
+        each = whole_sum(sums, WROTE, ALL) * table.index(now + RATE).load(ALL) + whole_sum(sums, PAIR, ALL) * whole
+        total = gl.where(later, own[None, :], 0.0) + each[None, :]
+        if FIRST:
+            if not DECAYED:
+                later = gl.arange(0, 64, ALL)[None, :] > t[:, None]
+            total += gl.where(later, whole_sum(sums, SEEN, ALL)[None, :], 0.0)
+        dgate = gl.sum(total, axis=1)
+        read = whole_sum(sums, READ, ROW)
+        wrote = whole_sum(sums, WROTE, ROW)
+        for b in gl.static_range(4):
+            wrote += sums.index(12 + b).load(ROW)
+        if WEIGHTED:
+            wrote += read
+        place = (first + t).to(gl.int64) * HV + hv
+        held = t < rows
+        if FIRST:
+            if not GATED:
+                dgate -= read
+            dgate += gl.load(dlog + place, mask=held, other=0.0)
+        gl.store(dlog + place, dgate, mask=held)
+        gl.store(drate + place, wrote, mask=held)
+    tma.store_wait(0)
+    o = opaque(0)
+    gl.store(dstarts + at + (gl.arange(0, K, RV)[:, None] + o) * V + col_v[None, :], ds)
