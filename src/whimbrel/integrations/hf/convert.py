@@ -38,6 +38,7 @@ _COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_EXTRA = ("eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings")
 _TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END_OF_TEXT,
@@ -110,30 +111,39 @@ def convert_checkpoint(
 
 
 def _open(source: Path) -> _Source:
-    if (source / "config.json").is_file() and not (source / "config.toml").is_file():
-        return _open_foreign(source)
-    folder = model_dir(source)
-    run = load_run_config(folder)
+    """What `source` is; config.toml of a run goes before config.json where a conversion has left both."""
+    theirs = _read_config(source) if (source / "config.json").is_file() else None
+    if theirs is None or (source / "config.toml").is_file():
+        folder = model_dir(source)
+        run = load_run_config(folder)
+        extra = _extra_of_run(folder, run) if theirs is None else _extra_of(theirs)
+        return _Source(folder, "run", run, extra)
+    run = Config(name=source.resolve().name or "model")
+    if isinstance(theirs, WhimbrelConfig):
+        run = replace(run, model=theirs.model_config, prefill=selector_of(theirs.prefill))
+    else:
+        run = replace(run, model=model_of(theirs))
+    return _Source(source, theirs.model_type, run, _extra_of(theirs))
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def _extra_of(config: PreTrainedConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name, None) for name in _EXTRA}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _extra_of_run(folder: Path, run: Config) -> dict[str, Any]:
     extra: dict[str, Any] = {"max_position_embeddings": run.data.seq_len}
     if (folder / "tokenizer.json").is_file():
         end = load_tokenizer(folder).end_of_text
         extra |= {"eos_token_id": end, "pad_token_id": end}
-    return _Source(folder, "run", run, extra)
-
-
-def _open_foreign(folder: Path) -> _Source:
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    names = ("eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings")
-    extra = {name: getattr(config, name, None) for name in names}
-    run = Config(name=folder.resolve().name or "model")
-    if isinstance(config, WhimbrelConfig):
-        run = replace(run, model=config.model_config, prefill=selector_of(config.prefill))
-    else:
-        run = replace(run, model=model_of(config))
-    return _Source(folder, config.model_type, run, {name: value for name, value in extra.items() if value is not None})
+    return extra
 
 
 def _config(found: _Source, to: str) -> PreTrainedConfig:
