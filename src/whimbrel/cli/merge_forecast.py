@@ -148,11 +148,11 @@ def _print(found: dict[str, Any]) -> None:
         print(f"annealed branch: {branch['loss']:.4f}, {_gain(branch['difference'])} to the last checkpoint")
     if "statistics" in found:
         split = found["statistics"]
-        print_table(
-            f"Drift {split['drift']:.2g} of the weights' length per interval, noise {split['noise']:.2g}, "
-            f"correlated {split['correlation']:.2f} from one to the next",
-            ("window", "noise left", "with the lag"),
-            [(w["count"], f"{w['noise_left']:.0%}", f"{w['error']:.0%}") for w in split["windows"]],
+        rows = [(w["count"], f"{w['noise_left']:.0%}", f"{w['error']:.0%}") for w in split["windows"]]
+        print_table("Variance left of one checkpoint's noise", ("window", "noise left", "with the lag"), rows)
+        print(
+            f"drift over one interval {split['drift']:.2g} of the weights' length, noise {split['noise']:.2g}, "
+            f"correlation of neighbours {split['correlation']:.2f}"
         )
     for sentence in found["advice"]:
         print(sentence)

@@ -183,6 +183,11 @@ def _advice_of_distances(drift: Drift, config: MergeConfig, most: int) -> list[s
         return [
             "The checkpoints drift without noise that an average could remove: they are too close, or the rate low."
         ]
+    if drift.is_walk:
+        return [
+            "Over these checkpoints the weights move as in a random walk, whose distances do not tell noise that an "
+            "average removes from progress that it holds back: go by the losses."
+        ]
     found = []
     if drift.correlation > _ALIKE:
         times = math.ceil(math.log(_ALIKE) / math.log(drift.correlation))

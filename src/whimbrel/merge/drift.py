@@ -26,6 +26,8 @@ LEAST = 4
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BLOCK = 4096
+# From here on 1 - ρ^k is nearly a straight line over a window of checkpoints, as it is for a random walk.
+_WALK = 0.95
 _CORRELATIONS = np.arange(0, 0.991, 0.01)
 
 
@@ -56,6 +58,11 @@ class Drift(NamedTuple):
     """Standard deviation of the noise, likewise."""
     correlation: float
     """ρ, correlation of the noise from one checkpoint to the next."""
+
+    @property
+    def is_walk(self) -> bool:
+        """Whether the noise did not settle within the checkpoints looked at: then it cannot be told from drift."""
+        return self.correlation > _WALK
 
     def noise_left(self, weights: Weights) -> float:
         """Variance of the noise in an average of these weights, as a share of that in one checkpoint."""

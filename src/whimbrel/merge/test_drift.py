@@ -63,6 +63,15 @@ def test_drift_and_noise_are_told_apart(step: float, noise: float, correlation: 
         assert found.correlation == pytest.approx(correlation, abs=0.08)
 
 
+def test_a_random_walk_is_called_one(tmp_path: Path) -> None:
+    points = walk(12, step=0.0, noise=0.0, correlation=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for i in range(1, 12):
+        points[i] = points[i - 1] + 0.0005 * torch.randn(40_000, generator=generator, dtype=torch.float64)
+    assert fit_drift(gram(write_sources(tmp_path, [{"w": point} for point in points]), share=1)).is_walk
+    assert not Drift(0.01, 0.1, 0.5).is_walk
+
+
 @pytest.mark.parametrize(("correlation", "left"), [(0.0, 0.1), (0.5, 0.26), (0.8, 0.54), (0.9, 0.73)])
 def test_noise_left_in_an_average_of_ten(correlation: float, left: float) -> None:
     assert Drift(0.0, 1.0, correlation).noise_left(sma(10)) == pytest.approx(left, abs=0.005)

@@ -18,6 +18,7 @@ from whimbrel.integrations.hf.model import WhimbrelModel as _Model
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "AveragingCallback": "whimbrel.integrations.hf.averaging:AveragingCallback",
         "OptimizerFactory": "whimbrel.integrations.hf.optimizer:OptimizerFactory",
         "WhimbrelCache": "whimbrel.integrations.hf.cache:WhimbrelCache",
         "WhimbrelConfig": "whimbrel.integrations.hf.config:WhimbrelConfig",
