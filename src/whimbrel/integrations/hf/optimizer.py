@@ -29,7 +29,8 @@ class OptimizerFactory:
         """
         cls = kind_class(OptimConfig.FAMILY, kind)
         if "low_rank" in {field.name for field in dataclasses.fields(cls)}:
-            options["low_rank"] = _linear_weights(model) if targets == "all-linear" else targets
+            patterns = [targets] if isinstance(targets, str) else targets
+            options["low_rank"] = _linear_weights(model) if targets == "all-linear" else patterns
         config: OptimConfig = decode(cls, options, where="optim.")
         return config.build(config.groups(model))
 
