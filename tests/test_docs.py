@@ -30,7 +30,10 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+HOWTO = [page for page in PAGES if page.parent.name == "howto"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in HOWTO], ids=name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -38,17 +41,45 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch) -> None:
         exec(compile(code, str(page), "exec"), names)
 
 
-def test_readme_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:
-    """With every recipe shrunk, in a folder with a text, as a user would type them."""
+@pytest.fixture
+def users_folder(tmp_path: Path, monkeypatch) -> Path:
+    """A folder with a text, where every recipe is shrunk."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "my-text")
     monkeypatch.setattr(recipes, "get", tiny_recipe)
-    commands = [line for code in blocks(ROOT / "README.md", "bash") for line in code.splitlines()]
-    commands = [line.partition("#")[0] for line in commands if line.startswith("whimbrel ")]
-    assert len(commands) >= 8
-    for command in commands:
-        argv = [part for word in shlex.split(command)[1:] for part in expand(tmp_path, word)]
-        assert cli.main(argv) == 0, f"{command}: {capsys.readouterr().err}"
+    return tmp_path
+
+
+def commands(code: str) -> list[str]:
+    return [line.partition("#")[0] for line in code.splitlines() if line.startswith("whimbrel ")]
+
+
+def run_command(folder: Path, command: str, capsys) -> None:
+    """As a user would type it."""
+    argv = [part for word in shlex.split(command)[1:] for part in expand(folder, word)]
+    assert cli.main(argv) == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_readme_commands_run(users_folder: Path, capsys) -> None:
+    lines = [line for code in blocks(ROOT / "README.md", "bash") for line in commands(code)]
+    assert len(lines) >= 8
+    for command in lines:
+        run_command(users_folder, command, capsys)
+
+
+@pytest.mark.parametrize("page", HOWTO, ids=name)
+def test_howto_pages_run(page: Path, users_folder: Path, capsys) -> None:
+    """Commands and Python blocks, from top to bottom."""
+    text = page.read_text(encoding="utf-8")
+    if "whimbrel.integrations.hf" in text:
+        pytest.importorskip("transformers")
+    names: dict[str, object] = {}
+    for language, code in FENCE.findall(text):
+        if language == "python":
+            exec(compile(code, str(page), "exec"), names)
+        elif language == "bash":
+            for command in commands(code):
+                run_command(users_folder, command, capsys)
 
 
 def tiny_recipe(wanted: str) -> Config:
