@@ -19,7 +19,7 @@ PUBLIC = {
     "whimbrel.mixers.rdn": ["rdn", "rdn_step"],
     "whimbrel.mixers.rla": ["rla", "rla_step"],
     "whimbrel.optim": ["AdamW", "Fira", "GaLore", "param_groups"],
-    "whimbrel.merge": ["merge_checkpoints", "merge_weights"],
+    "whimbrel.merge": ["merge_checkpoints", "merge_weights", "select_window"],
     "whimbrel.sparse.flex_prefill": ["flex_prefill"],
     "whimbrel.sparse.row_local": ["row_local"],
     "whimbrel.attend": ["Plan", "attend"],

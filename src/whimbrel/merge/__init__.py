@@ -21,5 +21,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "load_average": "whimbrel.merge.recover:load_average",
         "merge_checkpoints": "whimbrel.merge.stream:merge_checkpoints",
         "merge_weights": "whimbrel.merge.config:merge_weights",
+        "select_window": "whimbrel.merge.select:select_window",
     },
 )
