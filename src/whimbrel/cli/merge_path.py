@@ -22,7 +22,7 @@ class Args:
     """The loss along the line between two checkpoints; half-way between each pair of three or more, or of a run's."""
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Two or more checkpoints or merges, or one run folder."""
+    """Two or more checkpoints, merges or runs (their newest checkpoints), or one run folder."""
     points: int = 11
     """Points on the line between two, both ends included."""
     per_layer: bool = False
@@ -44,7 +44,12 @@ class Args:
 def main(argv: list[str]) -> int:
     """Evaluate between checkpoints and print; raises CheckpointError across a barrier above --max-barrier."""
     args = parse(Args, argv, verb="merge path")
-    paths = list(args.sources) if len(args.sources) > 1 else run_checkpoints(args.sources[0], every=args.every)
+    from whimbrel.infer.load import model_dir
+
+    several = len(args.sources) > 1
+    paths = (
+        [model_dir(path) for path in args.sources] if several else run_checkpoints(args.sources[0], every=args.every)
+    )
     if args.per_layer and len(paths) != 2:
         raise ConfigError(f"--per-layer is for two checkpoints, not {len(paths)}; name the first and the last")
     work = held_out(paths[-1], data=args.data, tokens=args.tokens, device=args.device)

@@ -1,6 +1,6 @@
 """The way back from a collapse: weights, and on request optimizer state, averaged over earlier checkpoints.
 
-arXiv 2505.12082, section 5.3, goes on from the average of three checkpoints saved before the collapse. It does not say
+arXiv 2505.12082, figure 7, goes on from the average of three checkpoints saved before the collapse. It does not say
 what becomes of the optimizer's state, so that is a choice here.
 """
 

@@ -3,7 +3,7 @@
 The median and the median absolute deviation of the last normal steps set the bounds (1.4826 times that deviation is
 the standard deviation of a normal distribution); logarithms make ratios of them. What to do rises with what is seen:
 a line in the log, an update left out, and for a loss that stays up a return to an average of checkpoints
-(arXiv 2505.12082, section 5.3, which gives no rule for the detection).
+(arXiv 2505.12082, figure 7, which gives no rule for the detection).
 """
 
 from __future__ import annotations
