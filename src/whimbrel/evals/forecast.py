@@ -78,7 +78,7 @@ def forecast(
             if count > end + 1:
                 continue
             progress(f"{count} up to {paths[end].name}")
-            merged = _evaluate_average(model, paths[end + 1 - count : end + 1], config, evaluate)
+            merged = evaluate_average(model, paths[end + 1 - count : end + 1], config, evaluate)
             difference = compare_bpb(merged, last)._asdict()
             gains[count].append({"tokens": tokens[end], "loss": merged.nats_per_token, "difference": difference})
     result: dict[str, Any] = {
@@ -115,7 +115,8 @@ def _places(checkpoints: int, smallest: int, points: int) -> list[int]:
     return sorted({last - round(i * (last - first) / max(points - 1, 1)) for i in range(points)})
 
 
-def _evaluate_average(model: nn.Module, paths: Sequence[Path], config: MergeConfig, evaluate: Evaluate) -> BpbResult:
+def evaluate_average(model: nn.Module, paths: Sequence[Path], config: MergeConfig, evaluate: Evaluate) -> BpbResult:
+    """The evaluation of the average of checkpoints, oldest first; `model` is left with its weights."""
     average = OnlineAverage(model, count=len(paths), method=config)
     for number, path in enumerate(paths):
         load_weights(path, model)

@@ -1,0 +1,62 @@
+"""The experiments of benchmarks/merge_quality.py, at a size that says nothing but that they run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from whimbrel.bench.results import read_lines
+from whimbrel.config import Config, to_toml, with_overrides
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "merge_quality.py"
+
+
+@pytest.fixture
+def study(tiny: Config, tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("merge_quality", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    spikes = {"spikes.window": 8, "spikes.patience": 3, "spikes.margin_steps": 1}
+    config = with_overrides(tiny, {"averaging.anneal_steps": 4, **spikes})
+    source = tmp_path / "tiny.toml"
+    source.write_text(to_toml(config))
+
+    def run(name: str, *options: str) -> list[dict]:
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        module.main([name, str(source), "--steps", "24", "--every", "2", *places, *options])
+        return read_lines(tmp_path / "out" / "merge_quality.jsonl")
+
+    return run
+
+
+def test_anneal(study) -> None:
+    lines = study("anneal", "--forks", "2")
+    methods = [line["params"]["method"] for line in lines]
+    assert methods.count("last") == methods.count("annealed") == 2
+    assert {"sma", "wma", "ema", "minus-sqrt"} < set(methods)
+    tokens = {line["params"]["tokens"] for line in lines}
+    assert tokens == {12 * 256, 24 * 256}
+    windows = {(line["params"].get("count"), line["params"].get("interval_tokens")) for line in lines}
+    assert (10, 512) in windows
+    assert (3, 2048) in windows
+    annealed = next(line for line in lines if line["params"]["method"] == "annealed")
+    low, middle, high = (annealed["params"][f"difference{end}"] for end in ("_low", "", "_high"))
+    assert low <= middle <= high
+
+
+def test_start(study) -> None:
+    lines = study("start", "--forks", "1")
+    assert [line["params"]["method"] for line in lines] == ["start-last", "start-average"]
+    assert lines[0]["value"] != lines[1]["value"]
+
+
+def test_spike(study) -> None:
+    lines = study("spike", "--burst-factor", "300")
+    found = {line["params"]["method"]: (line["value"], line["params"].get("restarts")) for line in lines}
+    assert list(found) == ["undisturbed", "spike-none", "spike-average", "spike-newest", "spike-reset"]
+    assert [restarts for _, restarts in found.values()] == [None, 0, 1, 1, 1]
+    assert found["spike-average"][0] < found["spike-none"][0]
