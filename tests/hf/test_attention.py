@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.integrations.hf import prefill_report
-from whimbrel.integrations.hf.fixtures.models import HYBRID, left_padded, pair, tokens
+from whimbrel.integrations.hf.fixtures.models import HYBRID, MODELS, left_padded, pair, tokens
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.sparse.row_local.config import RowLocalConfig
 from whimbrel.testing.budget import assert_close
@@ -165,6 +165,21 @@ def test_calls_that_are_no_prefill_run_dense(model):
     ids = tokens(1, 20)
     assert_close("window", *(under(mistral, name, lambda m: m(ids).logits) for name in ("sdpa", NAME)), 1e-6)
     assert set(calls(mistral)) == {"sliding_window"}
+    windows = pair(MODELS["window"])[1].double()
+    assert_close("ours", *(under(windows, name, lambda m: m(ids).logits) for name in ("sdpa", NAME)), 1e-6)
+    reports = prefill_report(windows)
+    assert [reports[f"blocks.{i}.mixer"].calls for i in range(4)] == [{"sliding_window": 1}, {"sparse": 1}] * 2
+
+
+def test_room_in_a_static_cache_is_not_taken_for_tokens():
+    from whimbrel.integrations.hf.attention import sparse_attention_mask
+
+    for offset in (2, torch.tensor(2)):
+        assert sparse_attention_mask(2, 3, 8, q_offset=offset).tolist() == [[True] * 5 + [False] * 3] * 2
+    short = torch.tensor([[0, 1, 1, 1, 1]])
+    assert sparse_attention_mask(1, 3, 7, q_offset=2, attention_mask=short).tolist() == [
+        [False] + [True] * 4 + [False] * 2
+    ]
 
 
 def test_a_selector_that_is_not_known_is_an_error(model):
