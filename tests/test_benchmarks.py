@@ -66,7 +66,7 @@ def kernel_lines(tmp_path, monkeypatch):
 def test_every_case_agrees_and_is_timed(name, tmp_path):
     lines = run_case(name, device="cpu", quick=True, out=tmp_path, table=False)
     assert lines == read_lines(tmp_path / f"{name}.jsonl")
-    times = [line for line in lines if line["unit"] in ("s", "ms", "us", "tokens/s")]
+    times = [line for line in lines if line["unit"] in ("s", "ms", "us", "tokens/s", "GB/s")]
     assert all(line["value"] > 0 for line in times)
     assert len({line["impl"] for line in times}) >= 2
 

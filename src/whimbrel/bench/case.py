@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Param = str | int | float | bool
+Figures = Mapping[str, tuple[float, str]]
+"""Metric -> (value, unit) of one run of an implementation that measures itself."""
 SetUp = Callable[[], Callable[[], object]]
 """Makes inputs and returns the call to time."""
 
@@ -33,7 +35,7 @@ class Case:
     params: Mapping[str, Param]
     """Shape and options, as they stand in the result line: {"T": 4096, "H": 4, "dtype": "float32"}."""
 
-    impls: Mapping[str, SetUp]
+    impls: Mapping[str, SetUp] = field(default_factory=dict)
     """Implementation name -> set-up. The first is the one that ratios are taken against unless the caller names
     another."""
 
@@ -57,6 +59,13 @@ class Case:
 
     bytes: float | None = None
     """Bytes that one call must read and write at least, to state the rate reached."""
+
+    figures: Mapping[str, Callable[[], Figures]] = field(default_factory=dict)
+    """Implementations that measure themselves, such as programs in processes of their own, by name: each call is one
+    run. They take the place of `impls`, alternate like these, and are left out when they raise UnsupportedError."""
+
+    rounds: int = 3
+    """Runs of each of `figures`."""
 
     sizes: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     """Implementation name -> bytes it holds between two calls, for example optimizer state."""

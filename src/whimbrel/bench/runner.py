@@ -18,7 +18,7 @@ from rich.table import Table
 
 from whimbrel._lazy import load_object
 from whimbrel.bench import CASES
-from whimbrel.bench.case import Case, Param
+from whimbrel.bench.case import Case, Figures, Param
 from whimbrel.bench.results import ResultLine, record
 from whimbrel.errors import ConfigError, UnsupportedError, WhimbrelError, nearest
 
@@ -79,7 +79,7 @@ def run_case(
     cases = choose(name, cases, only)
     for case in cases:
         try:
-            if case.impls:
+            if case.impls or case.figures:
                 case.check()
         except AssertionError as error:
             shape = shape_text(case.params)
@@ -141,13 +141,14 @@ def choose(name: str, cases: Sequence[Case], only: Sequence[str] | None) -> list
             case,
             impls={impl: set_up for impl, set_up in case.impls.items() if impl in only},
             rivals={impl: rival for impl, rival in case.rivals.items() if impl in only},
+            figures={impl: call for impl, call in case.figures.items() if impl in only},
         )
         for case in cases
     ]
 
 
 def _refuse_unknown(name: str, cases: Sequence[Case], names: Sequence[str] | None, *, option: str) -> None:
-    known = list(dict.fromkeys(impl for case in cases for impl in (*case.impls, *case.rivals)))
+    known = list(dict.fromkeys(impl for case in cases for impl in (*case.impls, *case.rivals, *case.figures)))
     for wanted in names or ():
         if wanted not in known:
             raise ConfigError(
@@ -186,6 +187,8 @@ def _measure(
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # what the last shape left lies in pieces of other sizes
+    if case.figures:
+        return _run_themselves(case, device=device, out=out)
     calls = {impl: set_up() for impl, set_up in case.impls.items()} | _present(case)
     if not calls:
         return []
@@ -220,6 +223,25 @@ def _measure(
             )
         )
     return found
+
+
+def _run_themselves(case: Case, *, device: str, out: Path | None) -> list[Measurement]:
+    """Run implementations that measure themselves, one after the other in each round."""
+    found: dict[str, list[Figures]] = {impl: [] for impl in case.figures}
+    for _ in range(case.rounds):
+        for impl in list(found):
+            try:
+                found[impl].append(case.figures[impl]())
+            except UnsupportedError as error:
+                say(case, impl, f"left out, {one_line(error)}")
+                del found[impl]
+    measured = []
+    for impl, runs in found.items():
+        for metric, (_, unit) in runs[0].items():
+            values = [run[metric][0] for run in runs]
+            line = record(case.name, impl, case.params, metric, values, unit, device=device, out=out)
+            measured.append(Measurement([line], None, None, None, None, {}))
+    return measured
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

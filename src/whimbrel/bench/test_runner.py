@@ -256,3 +256,29 @@ def test_a_spoilt_results_file_is_named(tmp_path):
 
 def test_table_of_cases_names_functions():
     assert all(callable(load_object(target)) for target in CASES.values())
+
+
+def measuring_themselves(*, device, quick):
+    def absent():
+        raise UnsupportedError("name its environment")
+
+    def run(name):
+        events.note(name)()
+        return {"rate": (float(len(events)), "GB/s"), "peak_rss": (7.0, "bytes")}
+
+    figures = {"ours": lambda: run("ours"), "absent": absent, "read": lambda: run("read")}
+    return [Case(name="toy", params={"T": 8}, figures=figures, rounds=2, check=events.note("check"))]
+
+
+def test_implementations_that_measure_themselves(tmp_path, capsys):
+    found = quick("measuring_themselves", out=tmp_path)
+    assert events == ["check", "ours", "read", "ours", "read"]
+    assert [(x["impl"], x["metric"], x["value"], x["unit"], x["n"]) for x in found] == [
+        ("ours", "rate", 3.0, "GB/s", 2),
+        ("ours", "peak_rss", 7.0, "bytes", 2),
+        ("read", "rate", 4.0, "GB/s", 2),
+        ("read", "peak_rss", 7.0, "bytes", 2),
+    ]
+    assert "absent: left out, name its environment" in capsys.readouterr().err
+    events.clear()
+    assert [x["impl"] for x in quick("measuring_themselves", only=["read"], table=False)] == ["read", "read"]
