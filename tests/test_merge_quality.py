@@ -1,4 +1,4 @@
-"""The experiments of benchmarks/merge_quality.py, at a size that says nothing but that they run."""
+"""The experiments on averages, benchmarks/merge_quality.py and online_overhead.py, so small that they only run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import pytest
 from whimbrel.bench.results import read_lines
 from whimbrel.config import Config, to_toml, with_overrides
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "merge_quality.py"
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def study(tiny: Config, tmp_path: Path):
-    spec = importlib.util.spec_from_file_location("merge_quality", SCRIPT)
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def study(tiny: Config, tmp_path: Path):
+    module = script("merge_quality")
     spikes = {"spikes.window": 8, "spikes.patience": 3, "spikes.margin_steps": 1}
     config = with_overrides(tiny, {"averaging.anneal_steps": 4, **spikes})
     source = tmp_path / "tiny.toml"
@@ -60,3 +65,12 @@ def test_spike(study) -> None:
     assert list(found) == ["undisturbed", "spike-none", "spike-average", "spike-newest", "spike-reset"]
     assert [restarts for _, restarts in found.values()] == [None, 0, 1, 1, 1]
     assert found["spike-average"][0] < found["spike-none"][0]
+
+
+def test_overhead(tmp_path: Path) -> None:
+    sizes = ["--batch", "1", "--seq-len", "32", "--every", "2", "--rounds", "2", "--device", "cpu"]
+    script("online_overhead").main(["--recipe", "tiny-softmax", *sizes, "--out", str(tmp_path)])
+    lines = read_lines(tmp_path / "online_average.jsonl")
+    assert [(line["impl"], line["metric"]) for line in lines] == [
+        (place, metric) for place in ("cpu", "same") for metric in ("overhead", "gpu_bytes", "sample")
+    ]

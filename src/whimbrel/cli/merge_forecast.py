@@ -119,7 +119,7 @@ def _report(args: Args, config: Config, found: dict[str, Any], *, tokens: int, s
     return {
         "header": {
             "name": f"Forecast of annealing: {args.run.name}",
-            "summary": " ".join(found["advice"]),
+            "summary": found["advice"][0],
             "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
             "hardware": f"{device_name(pick_device(args.device).type)}, {memory:.0f} GiB",
             "seconds": seconds,

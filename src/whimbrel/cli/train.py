@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     """Train; exit status 130 after a signal."""
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="train")
     from whimbrel.training.loop import train
+    from whimbrel.training.recovery import EVENTS_FILE
 
     result = train(args.config, run_dir=args.run_dir, branch_from=args.branch_from)
     status = INTERRUPTED if result.interrupted else 0
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> int:
             "run the same command again to go on"
         )
         return status
+    if result.restarts:
+        times = "once" if result.restarts == 1 else f"{result.restarts} times"
+        print(f"went back {times} to an average of checkpoints; {result.run_dir / EVENTS_FILE} tells when and why")
     print(
         f"trained {result.step} steps, {result.tokens:,} tokens; loss {result.loss:.4f} nats a token; "
         f"newest checkpoint {result.checkpoint}"

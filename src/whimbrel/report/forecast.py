@@ -65,11 +65,13 @@ def _draw(forecast: Forecast, width: float) -> Svg:
     narrow = width < NARROW
     main, strip = (200.0, 130.0) if narrow else (260.0, 150.0)
     left, right = 58.0, width - 14
-    upper = Box(left, 58.0, right, 58.0 + main)
+    names = [("checkpoint", _RAW), *((name, _colour(i)) for i, (name, _) in enumerate(lines))]
+    # Drawn once for its height, which the size of the figure depends on.
+    top = legend(Svg(width, 1, label=""), names, x=left, y=14, right=right, marks=True) + 40
+    upper = Box(left, top, right, top + main)
     lower = Box(left, upper.bottom + 44, right, upper.bottom + 44 + strip)
     svg = Svg(width, lower.bottom + 42, label=" ".join(forecast["advice"]))
-    colours = {name: _colour(i) for i, (name, _) in enumerate(lines)}
-    legend(svg, [("checkpoint", _RAW), *colours.items()], x=left, y=14, right=right, marks=True)
+    legend(svg, names, x=left, y=14, right=right, marks=True)
     tokens = [p["tokens"] for p in raw] + [p["tokens"] for _, points in lines for p in points]
     losses = [p["loss"] for p in raw] + [p["loss"] for _, points in lines for p in points]
     changes = [p["difference"][end] for _, points in lines for p in points for end in ("value", "low", "high")]
@@ -85,7 +87,7 @@ def _draw(forecast: Forecast, width: float) -> Svg:
         tip = f"checkpoint: {fixed(point['loss'], 4)} at {count(point['tokens'])} tokens"
         svg.dot(x(point["tokens"]), y(point["loss"]), f"hollow s{_RAW}", radius=3.5, tip=tip)
     for number, (name, points) in enumerate(lines):
-        colour = colours[name]
+        colour = _colour(number)
         # Side by side, so that intervals of the same place do not hide one another.
         aside = 5.0 * (number - (len(lines) - 1) / 2)
         svg.curve([(x(p["tokens"]), y(p["loss"])) for p in points], f"line s{colour}")

@@ -15,7 +15,7 @@ from whimbrel.checkpoint.tensorfile import SINGLE
 from whimbrel.checkpoint.together import on_first, rank
 from whimbrel.config import Config, OnlineConfig, encode, to_toml
 from whimbrel.errors import CheckpointError
-from whimbrel.files import publish_folder, remove, temporary_name
+from whimbrel.files import publish_folder, remove, remove_leftovers, temporary_name
 from whimbrel.merge.online import OnlineAverage
 from whimbrel.merge.stream import MANIFEST
 from whimbrel.model import Decoder
@@ -60,7 +60,8 @@ def save_average(average: OnlineAverage, run_dir: Path, step: int, config: Confi
     temporary = temporary_name(final)
 
     def begin() -> None:
-        remove(temporary)
+        # A run folder has one writer, so whatever unfinished average lies in it is a crash's.
+        remove_leftovers(run_dir, "average-*", only_dead=False)
         temporary.mkdir()
 
     def finish() -> None:

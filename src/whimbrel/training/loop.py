@@ -131,7 +131,8 @@ class _Trainer:
             while step < config.steps:
                 step_loss, norm, verdict = self._step(step)
                 if verdict.action == "restart":
-                    step = self._go_back(step, verdict)
+                    gone, step = step, self._go_back(step, verdict)
+                    bar.advance((step - gone) * config.batch_tokens, f"back at step {step}")
                     if metrics is not None:
                         metrics.close()
                         metrics = Metrics(self.run_dir, last_step=step, tensorboard=config.tensorboard)

@@ -1,0 +1,106 @@
+"""What an average kept during training costs: time of a step, and memory of the GPU.
+
+    python benchmarks/online_overhead.py --recipe rdn-360m --every 50 --rounds 4
+
+Stretches of --every steps with one sample in them alternate with stretches without, on random tokens, in bf16 autocast
+with fp32 weights as the trainer runs it. Lines go to benchmarks/results/online_average.jsonl: `overhead` is the time
+of a stretch with the sample over that of the one before it, less 1; `gpu_bytes` the growth of the peak of allocated
+memory; `sample` the time until a sample has been added, training standing still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from whimbrel.bench.results import RESULTS, record
+from whimbrel.config import load_config
+from whimbrel.merge import OnlineAverage
+from whimbrel.model import build_model
+from whimbrel.training.processes import pick_device
+
+
+class Job:
+    """A model in training."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = pick_device(args.device)
+        config = load_config(args.recipe)
+        torch.manual_seed(0)
+        self.model = build_model(config.model).to(self.device)
+        self.optimizer = config.optim.build(config.optim.groups(self.model))
+        shape = (args.batch, args.seq_len)
+        self.tokens = torch.randint(config.model.vocab_size, shape, device=self.device)
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.model.loss(self.tokens, self.tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def stretch(self, steps: int, average: OnlineAverage | None) -> tuple[float, int]:
+        """Seconds of `steps` steps, with a sample after the first of them, and the peak of allocated memory."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.wait()
+        start = time.perf_counter()
+        for number in range(steps):
+            self.step()
+            if average is not None and number == 0:
+                average.update((average.steps[-1] if average.steps else 0) + 1)
+        self.wait()
+        seconds = time.perf_counter() - start
+        if average is not None:
+            average.wait()
+        return seconds, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="rdn-360m")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--accumulate", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    job = Job(args)
+    params = {"recipe": args.recipe, "B": args.batch, "T": args.seq_len, "every": args.every}
+    for place in ("cpu", "same"):
+        average = OnlineAverage(job.model, job.optimizer, count=0, device=place, accumulate=args.accumulate)
+        job.stretch(3, average)
+        ratios, grown = [], []
+        for _ in range(args.rounds):
+            (without, before), (with_sample, after) = (job.stretch(args.every, a) for a in (None, average))
+            ratios.append(with_sample / without - 1)
+            grown.append(after - before)
+        start = time.perf_counter()
+        average.update(average.steps[-1] + 1)
+        average.wait()
+        job.wait()
+        seconds = time.perf_counter() - start
+        for metric, values, unit in (
+            ("overhead", ratios, "share"),
+            ("gpu_bytes", grown, "bytes"),
+            ("sample", [seconds], "s"),
+        ):
+            given = params | {"accumulate": args.accumulate}
+            record("online_average", place, given, metric, values, unit, device=job.device.type, out=args.out)
+        print(
+            f"sums on {place}: a step takes {sorted(ratios)[len(ratios) // 2]:+.2%} of its time longer, "
+            f"{max(grown):,} bytes of the GPU more, a sample {seconds:.3f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
