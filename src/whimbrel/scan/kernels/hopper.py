@@ -24,6 +24,7 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """Triton 3.7 renamed it."""
 END = gl.constexpr(1)
 MAP = gl.constexpr(2)
+ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -96,6 +97,18 @@ def store_state(states, at, x0, x1, V: gl.constexpr, KT: gl.constexpr):
 
 
 @gluon.jit
+def load_gates(gate_row, rate_row, first, end, L: gl.constexpr):
+    """Of a chunk: the decay summed until and before each token, the rate, and the sum over the chunk."""
+    row = gl.arange(0, 64, L)
+    ok = first + row < end
+    last = gl.load(gate_row + gl.maximum(gl.minimum(first + 64, end) - 1, 0))
+    until = gl.load(gate_row + first + row, mask=ok, other=0.0)
+    before = gl.load(gate_row + first + row - 1, mask=ok & (row > 0), other=0.0)
+    rate = gl.load(rate_row + first + row, mask=ok, other=0.0)
+    return gl.where(ok, until, last), gl.where(ok, before, last), rate, last, gl.where(ok, 1.0, 0.0)
+
+
+@gluon.jit
 def total_decay(gate_row, start, end, i):
     """The sum of the log2 decay over chunk i of a stretch."""
     return gl.load(gate_row + gl.minimum(start + i * 64 + 64, end) - 1)
@@ -147,6 +160,8 @@ def forward_stream(
     [2, stretches, HV]; ONLY = MAP the matrices [K, V = K] that take a stretch's start state to its end.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     TILE: gl.constexpr = q.layout
     KT: gl.constexpr = K // 64
     NV: gl.constexpr = V // 64
@@ -174,6 +189,11 @@ def forward_stream(
     p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     one = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     y_s = gl.allocate_shared_memory(dtype, [2 if ADDS else 1, 64, 64], TILE)
+    if FIRST and not ONLY:
+        left_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    until_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    before_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    rate_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
     full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for b in gl.static_range(3):
         mbarrier.init(full.index(b), count=1)
@@ -202,7 +222,7 @@ def forward_stream(
                 s0 += diagonal
             else:
                 s1 += diagonal
-    gate_plane = HV * tokens.to(gl.int64)
+    rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
     save_row = ((STREAM * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
@@ -226,6 +246,10 @@ def forward_stream(
         if ADDS:
             tma.async_copy_global_to_shared(y, [entry, value_col], asked, y_s.index(0), pred=some)
 
+    entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, entry, end, LINE)
+    until_s.index(0).store(entry_until)
+    before_s.index(0).store(entry_before)
+    rate_s.index(0).store(entry_rate)
     for i in range(begin, n):
         par = (i - begin) & 1
         then = full.index(1 - par)
@@ -235,21 +259,21 @@ def forward_stream(
         first = start + i * 64
         after = first + 64
         t = first + row
-        ok = t < end
-        tc = first + col
-        last = gl.load(gate_row + gl.minimum(after, end) - 1)
-        until = gl.load(gate_row + t, mask=ok, other=0.0)
-        before = gl.load(gate_row + t - 1, mask=ok & (row > 0), other=0.0)
-        rate = gl.load(gate_row + (2 - FIRST) * gate_plane + t, mask=ok, other=0.0)
-        if not ONLY:
-            until_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
+        rows = end - first
+        whole = gl.exp2(last)
 
         o = opaque(0)
         state_s.index(o).store(s0.to(dtype))
         if KT == 2:
             state_s.index(o + 1).store(s1.to(dtype))
+        if FIRST and not ONLY:
+            tma.store_wait(1)
         publish()
-        # Every warp is past the last chunk here, so its keys' and queries' places are free.
+        # Asked for here, to be there by the end of the chunk.
+        next_until, next_before, next_rate, next_last, _ = load_gates(
+            gate_row, rate_row, gl.where(more, after, first), end, LINE
+        )
+        # Every warp is past the last chunk here, so its keys' place is free.
         mbarrier.expect(then, BYTES, pred=more)
         for j in gl.static_range(KT):
             tma.async_copy_global_to_shared(k, [after, key_col + j * 64], then, k_s.index(there + j), pred=more)
@@ -257,17 +281,24 @@ def forward_stream(
             for j in gl.static_range(KT):
                 tma.async_copy_shared_to_global(saved, [save_row + i * HV * K + j * 64, i_v * 64], state_s.index(j))
         mbarrier.wait(full.index(par), ((i - begin) >> 1) & 1)
+        if not ONLY:
+            mbarrier.wait(asked, (i - begin) & 1)
+        if rows < 64:
+            for j in gl.static_range(KT):
+                keep_rows(k_s.index(here + j), rows, 4)
+                if not ONLY:
+                    keep_rows(q_s.index(j), rows, 4)
+            if ONLY != MAP:
+                keep_rows(x_s.index(0), rows, 4)
+            publish()
         if HAS_TILE:
             seen = product(k_s, state_s, KT, ACC, here + o, o)
         if not ONLY:
-            mbarrier.wait(asked, (i - begin) & 1)
             score = product(q_s, k_s, KT, ACC, o, here + o, B_T=True)
-            until_c = gl.where(tc < end, until_c, last)
-        until = gl.where(ok, until, last)
-        before = gl.where(ok, before, last)
+        until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
-        tail, whole = gl.exp2(last - until), gl.exp2(last)
+        tail = gl.exp2(last - until)
         if HAS_TILE:
             seen = warpgroup_mma_wait(0 if ONLY else KT, deps=(seen,))
         if ONLY == MAP:
@@ -294,10 +325,10 @@ def forward_stream(
             else:
                 reads, rise = grow, until
                 seen_by = row[:, None] >= col[None, :]
+            until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
             fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
             p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
             out = product(q_s, state_s, KT, ACC, o, o)
-            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
             if HAS_TILE:
                 inner, out = warpgroup_mma_wait(0, deps=(inner, out))
             else:
@@ -313,9 +344,10 @@ def forward_stream(
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
                     if MASK:
-                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=ok[:, None])
+                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
                     left = gl.minimum(gl.maximum(left, -clip), clip)
-                x_s.index(o).store(left.to(dtype))
+                left_s.index(o).store(left.to(dtype))
         elif HAS_TILE:
             inner = warpgroup_mma_wait(0, deps=(inner,))
         if DELTA:
@@ -325,14 +357,20 @@ def forward_stream(
         barrier()
         if HAS_TILE:
             tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], then, l_s.index(0), pred=more)
-        if ONLY == END or (not FIRST and not ONLY):
+        if ONLY != MAP:
             tma.async_copy_global_to_shared(x, [after, value_col], then, x_s.index(0), pred=more)
+        if not ONLY:
+            mbarrier.expect(asked, QUERIES, pred=more)
+            for j in gl.static_range(KT):
+                tma.async_copy_global_to_shared(q, [after, key_col + j * 64], asked, q_s.index(j), pred=more)
+            if ADDS:
+                tma.async_copy_global_to_shared(y, [after, value_col], asked, y_s.index(1 - par), pred=more)
         one.index(o).store(work.to(dtype))
         state_s.index(o).store((work * tail[:, None]).to(dtype))
         publish()
         o = opaque(0)
         if FIRST and not ONLY:
-            put(x_s.index(o), residual, residual_memory, first, value_col, end - first, HV * V, 64, 4)
+            put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
         s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
@@ -349,18 +387,13 @@ def forward_stream(
                 y_s.index(par).store(out.to(dtype))
             else:
                 y_s.index(o).store(out.to(dtype))
-            if FIRST:
-                tma.store_wait(0)
             publish()
             o = opaque(0)
-            put(y_s.index(par if ADDS else o), y, y_memory, first, value_col, end - first, HV * V, 64, 4)
-            if FIRST:
-                tma.async_copy_global_to_shared(x, [after, value_col], then, x_s.index(0), pred=more)
-            mbarrier.expect(asked, QUERIES, pred=more)
-            for j in gl.static_range(KT):
-                tma.async_copy_global_to_shared(q, [after, key_col + j * 64], asked, q_s.index(j), pred=more)
-            if ADDS:
-                tma.async_copy_global_to_shared(y, [after, value_col], asked, y_s.index(1 - par), pred=more)
+            put(y_s.index(par if ADDS else o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+        until_s.index(0).store(next_until)
+        before_s.index(0).store(next_before)
+        rate_s.index(0).store(next_rate)
+        last = next_last
     if not ONLY:
         tma.store_wait(0)
     store_state(ends, at, s0, s1, V, KT)

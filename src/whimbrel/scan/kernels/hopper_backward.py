@@ -13,13 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from whimbrel.scan.kernels.hopper import barrier, keep_rows, opaque, publish, put
+from whimbrel.scan.kernels.hopper import ROWS, barrier, keep_rows, load_gates, opaque, publish, put
 from whimbrel.scan.kernels.prepare import COUNTS
 
-# Rows of the table of gates that a chunk keeps, and of the sums over the columns of a tile.
+# Places in the table of gates that a chunk keeps.
 UNTIL, BEFORE, RATE, WEIGHT = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 GROW, ALPHA, FRESH, TAIL = gl.constexpr(4), gl.constexpr(5), gl.constexpr(6), gl.constexpr(7)
-OWN, SEEN, WROTE, READ, PAIR = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3), gl.constexpr(4)
+HALVES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -29,26 +29,20 @@ def multiply(a, b, L: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def keep_sum(parts, which: gl.constexpr, x, N: gl.constexpr):
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def keep_sum(halves, x, N: gl.constexpr):
     """Sums of x [64, N] over each warpgroup's half of the columns; no warp waits for another."""
-    parts.index(which).permute((1, 0)).store(gl.sum(x.reshape([64, 2, N // 2]), axis=2))
+    halves.index(0).permute((1, 0)).store(gl.sum(x.reshape([64, 2, N // 2]), axis=2))
 
 
 @gluon.jit
-def whole_sum(sums, which: gl.constexpr, L: gl.constexpr):
-    return sums.index(2 * which).load(L) + sums.index(2 * which + 1).load(L)
-
-
-@gluon.jit
-def load_gates(gate_row, rate_row, first, end, L: gl.constexpr):
-    """Of a chunk: the decay summed until and before each token, the rate, and the sum over the chunk."""
-    row = gl.arange(0, 64, L)
-    ok = first + row < end
-    last = gl.load(gate_row + gl.minimum(first + 64, end) - 1)
-    until = gl.load(gate_row + first + row, mask=ok, other=0.0)
-    before = gl.load(gate_row + first + row - 1, mask=ok & (row > 0), other=0.0)
-    rate = gl.load(rate_row + first + row, mask=ok, other=0.0)
-    return gl.where(ok, until, last), gl.where(ok, before, last), rate, last, gl.where(ok, 1.0, 0.0)
+def whole_sum(halves, L: gl.constexpr):
+    lines = halves._reinterpret(gl.float32, [2, 64], ROWS)
+    return lines.index(0).load(L) + lines.index(1).load(L)
 
 
 @gluon.jit
@@ -56,14 +50,14 @@ def keep_gates(table, half, until, before, rate, last, ok, scale, WEIGHTED: gl.c
     weight = ok * scale
     if WEIGHTED:
         weight = weight * rate
-    table.index(half + UNTIL).store(until)
-    table.index(half + BEFORE).store(before)
-    table.index(half + RATE).store(rate)
-    table.index(half + WEIGHT).store(weight)
-    table.index(half + GROW).store(gl.exp2(until))
-    table.index(half + ALPHA).store(gl.exp2(until - before))
-    table.index(half + FRESH).store(gl.exp2(before))
-    table.index(half + TAIL).store(gl.exp2(last - until))
+    table[UNTIL].index(half).store(until)
+    table[BEFORE].index(half).store(before)
+    table[RATE].index(half).store(rate)
+    table[WEIGHT].index(half).store(weight)
+    table[GROW].index(half).store(gl.exp2(until))
+    table[ALPHA].index(half).store(gl.exp2(until - before))
+    table[FRESH].index(half).store(gl.exp2(before))
+    table[TAIL].index(half).store(gl.exp2(last - until))
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -120,9 +114,8 @@ def backward_stream(
     RC: gl.constexpr = gl.SliceLayout(1, LC)
     COL: gl.constexpr = gl.SliceLayout(0, LC)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    LAST: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     TILE: gl.constexpr = q.layout
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     HAS_TILE: gl.constexpr = DELTA or FIRST
     WEIGHTED: gl.constexpr = TWO and GATED and not FIRST  # the output takes this stream times its rate
     RISE: gl.constexpr = BEFORE if FIRST and not GATED else UNTIL
@@ -157,7 +150,7 @@ def backward_stream(
     # The delta rule's error, and dx, which may take the place of x once no product reads it any more.
     if DELTA:
         e_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
-        dx_s = x_s
+        dx_s = x_s if FIRST else two_s
     else:
         e_s = x_s
         dx_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
@@ -171,10 +164,23 @@ def backward_stream(
         bare_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     else:
         bare_s = p_s
-    table = gl.allocate_shared_memory(gl.float32, [16, 64], ROWS)
-    sums = gl.allocate_shared_memory(gl.float32, [16, 64], ROWS)
-    parts = sums._reinterpret(gl.float32, [8, 2, 64], PLAIN)
-    below = sums._reinterpret(gl.float32, [4, 4, 64], PLAIN)
+    # Each in a place of its own, so that nothing waits between stores to two of them.
+    table = (
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+        gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
+    )
+    own_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    seen_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    wrote_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    read_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    pair_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    below_s = gl.allocate_shared_memory(gl.float32, [1, 4, 64], HALVES)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for b in gl.static_range(4):
         mbarrier.init(full.index(b), count=1)
@@ -221,7 +227,6 @@ def backward_stream(
         rows = end - first
         whole = gl.exp2(last)
         o = opaque(0)
-        now = 8 * phase
         pull_s.index(o).store(ds.to(dtype))
         tma.store_wait(0)
         mbarrier.wait(outer, phase)
@@ -236,6 +241,8 @@ def backward_stream(
             if FIRST:
                 keep_rows(work_s.index(o), rows, 8)
         publish()
+        # Asked for here, to be there by the end of the chunk.
+        until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
         if HAS_TILE:
@@ -244,13 +251,13 @@ def backward_stream(
         one_s.index(o).store(
             (
                 dy_s.index(o).load(LV).to(gl.float32)
-                * (table.index(now + WEIGHT).load(RV) * table.index(now + READS).load(RV))[:, None]
+                * (table[WEIGHT].index(phase).load(RV) * table[READS].index(phase).load(RV))[:, None]
             ).to(dtype)
         )
         row_c = gl.arange(0, 64, RC)
         col = gl.arange(0, 64, COL)
         fade = gl.exp2(
-            gl.minimum(table.index(now + RISE).load(RC)[:, None] - table.index(now + UNTIL).load(COL)[None, :], 0.0)
+            gl.minimum(table[RISE].index(phase).load(RC)[:, None] - table[UNTIL].index(phase).load(COL)[None, :], 0.0)
         )
         if FIRST:
             fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
@@ -261,17 +268,17 @@ def backward_stream(
         else:
             score = warpgroup_mma_wait(1, deps=(score,))
         score = score * fade
-        p_s.index(o).store((score * table.index(now + WEIGHT).load(RC)[:, None]).to(dtype))
+        p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
         if HAS_TILE:
             seen = warpgroup_mma_wait(1, deps=(seen,))
             work = x_s.index(o).load(LV).to(gl.float32)
             if DELTA:
-                work = work - seen * table.index(now + GROW).load(RV)[:, None]
+                work = work - seen * table[GROW].index(phase).load(RV)[:, None]
             else:
-                work = work * table.index(now + RATE).load(RV)[:, None]
+                work = work * table[RATE].index(phase).load(RV)[:, None]
             two_s.index(o).store(work.to(dtype))
         pull = warpgroup_mma_wait(0, deps=(pull,))
-        pull = pull * table.index(now + TAIL).load(RV)[:, None]
+        pull = pull * table[TAIL].index(phase).load(RV)[:, None]
         publish()
 
         o = opaque(0)
@@ -282,34 +289,36 @@ def backward_stream(
         if HAS_TILE:
             inner = warpgroup_mma_wait(2, deps=(inner,))
             if DELTA:
-                e_s.index(o).store((work + inner * table.index(now + ALPHA).load(RV)[:, None]).to(dtype))
+                if FIRST:  # has no registers left to keep it in
+                    work = x_s.index(o).load(LV).to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
+                e_s.index(o).store((work + inner * table[ALPHA].index(phase).load(RV)[:, None]).to(dtype))
             if FIRST:
-                seen = seen * table.index(now + FRESH).load(RV)[:, None]
+                seen = seen * table[FRESH].index(phase).load(RV)[:, None]
                 if DELTA:
                     seen = seen - inner
                 else:
                     seen = seen + inner
                 if DECAYED:
-                    seen = seen * table.index(now + ALPHA).load(RV)[:, None]
+                    seen = seen * table[ALPHA].index(phase).load(RV)[:, None]
                 dseen = -work_s.index(o).load(LV).to(gl.float32)
                 if CLIP:
                     left = x_s.index(o).load(LV).to(gl.float32) - seen
                     dseen = gl.where(gl.abs(left) <= clip, dseen, 0.0)
-                keep_sum(parts, SEEN, seen * dseen, V)
+                keep_sum(seen_s, seen * dseen, V)
         pull = warpgroup_mma_wait(1, deps=(pull,))
         if DELTA or not FIRST:
-            pull = pull * table.index(now + RATE).load(RV)[:, None]
+            pull = pull * table[RATE].index(phase).load(RV)[:, None]
         if HAS_TILE:
             if FIRST:
                 dread = dseen
                 if DECAYED:
-                    dread = dseen * table.index(now + ALPHA).load(RV)[:, None]
+                    dread = dseen * table[ALPHA].index(phase).load(RV)[:, None]
                 if DELTA:
-                    work = pull * table.index(now + ALPHA).load(RV)[:, None] - dread
+                    work = pull * table[ALPHA].index(phase).load(RV)[:, None] - dread
                 else:
                     work = dread
             else:
-                work = pull * table.index(now + ALPHA).load(RV)[:, None]
+                work = pull * table[ALPHA].index(phase).load(RV)[:, None]
             work_s.index(o).store(work.to(dtype))
         ds = warpgroup_mma_wait(0, deps=(ds,))
         publish()
@@ -319,39 +328,37 @@ def backward_stream(
             pull = warpgroup_mma(l_s.index(o).permute((1, 0)), work_s.index(o), pull, is_async=True)
         dp = multiply(dy_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
         key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
-        until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
         if HAS_TILE:
             pull = warpgroup_mma_wait(2, deps=(pull,))
             if FIRST and not DELTA:
-                pull = pull * table.index(now + RATE).load(RV)[:, None]
-        keep_sum(parts, OWN, x_s.index(o).load(LV).to(gl.float32) * pull, V)
+                pull = pull * table[RATE].index(phase).load(RV)[:, None]
+        keep_sum(own_s, x_s.index(o).load(LV).to(gl.float32) * pull, V)
         if FIRST:
             dx_s.index(o).store((pull - dseen).to(dtype))
         else:
             dx_s.index(o).store(pull.to(dtype))
         if HAS_TILE:
-            if DELTA:
-                lift = -pull * table.index(now + ALPHA).load(RV)[:, None] if FIRST else -pull
-                drop = -pull * table.index(now + GROW).load(RV)[:, None]
-                if FIRST:
-                    lift += dread
-                    drop += dread * table.index(now + FRESH).load(RV)[:, None]
-            else:
+            if FIRST:
                 lift = dread
-                drop = dread * table.index(now + FRESH).load(RV)[:, None]
+                drop = dread * table[FRESH].index(phase).load(RV)[:, None]
+                if DELTA:
+                    lift = lift - pull * table[ALPHA].index(phase).load(RV)[:, None]
+                    drop = drop - pull * table[GROW].index(phase).load(RV)[:, None]
+                two_s.index(o).store(lift.to(dtype))
+            else:
+                drop = -pull * table[GROW].index(phase).load(RV)[:, None]
             one_s.index(o).store(drop.to(dtype))
-            two_s.index(o).store(lift.to(dtype))
         dp = warpgroup_mma_wait(1, deps=(dp,))
         pairs = dp * score
-        dp = dp * fade * table.index(now + RATE).load(COL)[None, :]
+        dp = dp * fade * table[RATE].index(phase).load(COL)[None, :]
         if WEIGHTED:
             bare_s.index(o).store((dp * scale).to(dtype))
-        p_s.index(o).store((dp * table.index(now + WEIGHT).load(RC)[:, None]).to(dtype))
-        pairs = pairs * table.index(now + WEIGHT).load(RC)[:, None]
+        p_s.index(o).store((dp * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
+        pairs = pairs * table[WEIGHT].index(phase).load(RC)[:, None]
         key = warpgroup_mma_wait(0, deps=(key,))
-        key = key * table.index(now + TAIL).load(RK)[:, None]
-        keep_sum(parts, WROTE, key * k_s.index(o).load(LK).to(gl.float32), K)
-        key = key * table.index(now + RATE).load(RK)[:, None]
+        key = key * table[TAIL].index(phase).load(RK)[:, None]
+        keep_sum(wrote_s, key * k_s.index(o).load(LK).to(gl.float32), K)
+        key = key * table[RATE].index(phase).load(RK)[:, None]
         publish()
 
         o = opaque(0)
@@ -368,7 +375,7 @@ def backward_stream(
         key = warpgroup_mma(p_s.index(o).permute((1, 0)), q_s.index(o), key, is_async=True)
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
         pair = state_s.index(o).load(LV).to(gl.float32) * pull_s.index(o).load(LV).to(gl.float32)
-        parts.index(PAIR).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
+        pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
         if HAS_TILE:
             key = warpgroup_mma(one_s.index(o), state_s.index(o).permute((1, 0)), key, is_async=True)
             ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
@@ -377,16 +384,20 @@ def backward_stream(
             col = gl.arange(0, 64, COL)
             rise: gl.constexpr = BEFORE if FIRST else UNTIL
             fade = gl.exp2(
-                gl.minimum(table.index(now + rise).load(RC)[:, None] - table.index(now + UNTIL).load(COL)[None, :], 0.0)
+                gl.minimum(
+                    table[rise].index(phase).load(RC)[:, None] - table[UNTIL].index(phase).load(COL)[None, :], 0.0
+                )
             )
+            if not FIRST:
+                z = -z  # dx stands where the first stream has the other sign
             z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
             pairs += z * keys
-            z_s.index(o).store((z * table.index(now + RATE).load(COL)[None, :]).to(dtype))
+            z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
             query, key, ds = warpgroup_mma_wait(0, deps=(query, key, ds))
         else:
             query, key = warpgroup_mma_wait(0, deps=(query, key))
-        query = query * (table.index(now + READS).load(RK) * scale)[:, None]
-        below.index(3).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
+        query = query * (table[READS].index(phase).load(RK) * scale)[:, None]
+        below_s.index(0).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
         tma.store_wait(0)
         publish()
 
@@ -396,6 +407,8 @@ def backward_stream(
             key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
             key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
         if FIRST:
+            t = gl.arange(0, 64, LAST)
+            earlier = gl.load(dlog + (first + t).to(gl.int64) * HV + hv, mask=t < rows, other=0.0)
             mbarrier.expect(shares, 256 * K)
             tma.async_copy_global_to_shared(dq, [first, own_col], shares, dq_s.index(o))
             tma.async_copy_global_to_shared(dk, [first, own_col], shares, dk_s.index(o))
@@ -408,9 +421,9 @@ def backward_stream(
             query = warpgroup_mma_wait(2, deps=(query,))
         else:
             query = warpgroup_mma_wait(0, deps=(query,))
-        keep_sum(parts, READ, query * q_s.index(o).load(LK).to(gl.float32), K)
+        keep_sum(read_s, query * q_s.index(o).load(LK).to(gl.float32), K)
         if WEIGHTED:
-            query = query * table.index(now + RATE).load(RK)[:, None]
+            query = query * table[RATE].index(phase).load(RK)[:, None]
         if FIRST:
             mbarrier.wait(shares, phase)
             query += dq_s.index(o).load(LK).to(gl.float32)
@@ -420,7 +433,7 @@ def backward_stream(
         if FIRST:
             key += dk_s.index(o).load(LK).to(gl.float32)
         dk_s.index(o).store(key.to(dtype))
-        keep_gates(table, o + 8 * (1 - phase), until, before, rate, last, ok, scale, WEIGHTED)
+        keep_gates(table, 1 - phase, until, before, rate, last, ok, scale, WEIGHTED)
         publish()
 
         o = opaque(0)
@@ -431,34 +444,32 @@ def backward_stream(
             tma.async_copy_global_to_shared(k, [prior, key_col], outer, k_s.index(o))
             tma.async_copy_global_to_shared(q, [prior, key_col], outer, q_s.index(o))
         # Sums of everything from the token on; of the predictions at the key, from the next token on.
-        LAST: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [8, 1], [1, 0])
-        ROW: gl.constexpr = gl.SliceLayout(1, LAST)
-        ALL: gl.constexpr = gl.SliceLayout(0, LAST)
-        t = gl.arange(0, 64, ROW)
-        later = gl.arange(0, 64, ALL)[None, :] >= t[:, None]
-        own = whole_sum(sums, READ, ALL)
+        t = gl.arange(0, 64, LAST)
+        read = whole_sum(read_s, LAST)
+        wrote = whole_sum(wrote_s, LAST)
+        rates = table[RATE].index(phase).load(LAST)
+        own = read
         if WEIGHTED:
-            own = own * table.index(now + RATE).load(ALL)
-        own -= whole_sum(sums, OWN, ALL)
-        each = whole_sum(sums, WROTE, ALL) * table.index(now + RATE).load(ALL) + whole_sum(sums, PAIR, ALL) * whole
-        total = gl.where(later, own[None, :], 0.0) + each[None, :]
+            own = own * rates
+        own -= whole_sum(own_s, LAST)
+        each = wrote * rates + whole_sum(pair_s, LAST) * whole
         if FIRST:
-            if not DECAYED:
-                later = gl.arange(0, 64, ALL)[None, :] > t[:, None]
-            total += gl.where(later, whole_sum(sums, SEEN, ALL)[None, :], 0.0)
-        dgate = gl.sum(total, axis=1)
-        read = whole_sum(sums, READ, ROW)
-        wrote = whole_sum(sums, WROTE, ROW)
+            seen_sum = whole_sum(seen_s, LAST)
+            own += seen_sum
+        dgate = gl.associative_scan(own, 0, add, reverse=True) + gl.sum(each, axis=0)
+        lines = below_s._reinterpret(gl.float32, [4, 64], ROWS)
         for b in gl.static_range(4):
-            wrote += sums.index(12 + b).load(ROW)
+            wrote += lines.index(b).load(LAST)
         if WEIGHTED:
             wrote += read
         place = (first + t).to(gl.int64) * HV + hv
         held = t < rows
         if FIRST:
+            if not DECAYED:
+                dgate -= seen_sum
             if not GATED:
                 dgate -= read
-            dgate += gl.load(dlog + place, mask=held, other=0.0)
+            dgate += earlier
         gl.store(dlog + place, dgate, mask=held)
         gl.store(drate + place, wrote, mask=held)
     tma.store_wait(0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.scan.kernels.segments import Segments, segments
+from whimbrel.scan.kernels.stretches import carry
 
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 CHUNK = 64
@@ -163,38 +164,12 @@ def forward(
             if flags.DELTA:
                 launch(first, None, carried, 2, key_dim)
             launch(first, None, local, 1, value_dim)
-            _hand_on(begins[stream], local[stream], carried[stream], None if start is None else start[stream], splits)
+            given = None if start is None else start[stream]
+            carry(local[stream], carried[stream], given, splits, back=False, out=begins[stream])
         launch(first, begins, finals, 0, value_dim)
     if splits > 1:
         streams = slice(0 if flags.TWO else 1, 2)
         ends[streams] = finals[streams].unflatten(1, (sequences, splits))[:, :, -1]
-
-
-def _hand_on(out: Tensor, local: Tensor, carried: Tensor, start: Tensor | None, splits: int) -> None:
-    """Start states of all stretches [N * splits, HV, K, V] from their end states without any start."""
-    starts, ends, maps = (x.unflatten(0, (-1, splits)).unbind(1) for x in (out, local, carried))
-    starts[0].zero_() if start is None else starts[0].copy_(start)
-    for n in range(splits - 1):
-        _carry(maps[n], starts[n], ends[n], starts[n + 1])
-
-
-def _hand_back(out: Tensor, local: Tensor, carried: Tensor, end: Tensor | None, splits: int) -> None:
-    """Cotangents of all stretches' end states from those of their start states without any end."""
-    ends, starts, maps = (x.unflatten(0, (-1, splits)).unbind(1) for x in (out, local, carried))
-    ends[-1].zero_() if end is None else ends[-1].copy_(end)
-    for n in range(splits - 1, 0, -1):
-        by = maps[n]
-        _carry(by.mT if by.dim() == 4 else by, ends[n], starts[n], ends[n - 1])
-
-
-def _carry(by: Tensor, state: Tensor, local: Tensor, out: Tensor) -> None:
-    """out = local + a state [N, HV, K, V] through a stretch: by [N, HV, K, K], or [N, HV] for a decay alone."""
-    if by.dim() == 2:
-        torch.addcmul(local, by[:, :, None, None], state, out=out)
-    elif len(state) == 1:
-        torch.baddbmm(local[0], by[0], state[0], out=out[0])
-    else:
-        out.copy_(torch.baddbmm(local.flatten(0, 1), by.flatten(0, 1), state.flatten(0, 1)).view_as(out))
 
 
 def backward(
@@ -274,7 +249,8 @@ def backward(
         if splits > 1 and finals is not None:
             stream = 0 if first else 1
             reach(first)
-            _hand_back(finals[stream], local[stream], carried[stream], None if dends is None else dends[stream], splits)
+            end = None if dends is None else dends[stream]
+            carry(local[stream], carried[stream], end, splits, back=True, out=finals[stream])
         backward_stream[(stretches * value_heads,)](
             queries,
             keys,

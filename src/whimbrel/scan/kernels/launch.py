@@ -112,6 +112,7 @@ def scan_forward(
         SOLVE="tf32x3" if q.dtype == torch.float32 else "half",
         num_warps=4 if hopper else WARPS,
         num_stages=1,
+        **({"maxnreg": 168} if hopper else {}),  # three programs on a multiprocessor
         **common,
     )
     if hopper:

@@ -26,21 +26,22 @@ LOG_LEAST = tl.constexpr(-40.0)
 def unit_lower_inverse(m, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + m)^-1 for m [C, C] strictly lower triangular in fp32, C = 16, 32 or 64.
 
-    Substitution within blocks of 16, which no set of keys can make inaccurate; then blocks are joined in pairs.
+    Substitution within blocks of 8, which no set of keys can make inaccurate; then blocks are joined in pairs.
     """
-    NB: tl.constexpr = C // 16
-    within = tl.arange(0, 16)
+    NB: tl.constexpr = C // 8
+    within = tl.arange(0, 8)
     block = tl.arange(0, NB)
     same = block[:, None, None, None] == block[None, None, :, None]
-    diagonal = tl.sum(tl.where(same, tl.reshape(m, [NB, 16, NB, 16]), 0.0), axis=2)
+    diagonal = tl.sum(tl.where(same, tl.reshape(m, [NB, 8, NB, 8]), 0.0), axis=2)
     x = tl.where(within[None, :, None] == within[None, None, :], 1.0, 0.0 * diagonal)
     # Column by column: both factors of each update lie as x does, so nothing moves between warps.
-    for i in range(15):
+    for i in range(7):
         column = tl.sum(tl.where(within[None, None, :] == i, diagonal, 0.0), axis=2)
         row = tl.sum(tl.where(within[None, :, None] == i, x, 0.0), axis=1)
         x -= column[:, :, None] * row[:, None, :]
-    x = tl.reshape(tl.where(same, tl.broadcast_to(x[:, :, None, :], [NB, 16, NB, 16]), 0.0), [C, C])
+    x = tl.reshape(tl.where(same, tl.broadcast_to(x[:, :, None, :], [NB, 8, NB, 8]), 0.0), [C, C])
     place = tl.arange(0, C)
+    x = _join_blocks(x, m, place, 8, PRECISION)
     if C >= 32:
         x = _join_blocks(x, m, place, 16, PRECISION)
     if C >= 64:

@@ -73,24 +73,31 @@ def test_empty_batch_and_no_state():
         assert all(s.shape == (0, 1, 16, 16) for s in states)
 
 
-def test_stretches_are_handed_on_and_back():
-    from whimbrel.scan.kernels.hopper_launch import _hand_back, _hand_on
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5), (2, 2, 40, 24)], ids=str)
+def test_stretches_are_handed_on_and_back(shape: tuple[int, ...]):
+    from whimbrel.scan.kernels.stretches import carry
 
+    sequences, heads, key_dim, value_dim = shape
     random = torch.Generator().manual_seed(0)
-    for sequences in (1, 2):
-        local, out = (torch.randn(3 * sequences, 2, 4, 5, generator=random) for _ in range(2))
-        maps = torch.randn(3 * sequences, 2, 4, 4, generator=random)
-        given = torch.randn(sequences, 2, 4, 5, generator=random)
-        _hand_on(out, local, maps, given, 3)
-        torch.testing.assert_close(out[::3], given)
-        torch.testing.assert_close(out[2::3], maps[1::3] @ out[1::3] + local[1::3])
-        _hand_back(out, local, maps, given, 3)
-        torch.testing.assert_close(out[2::3], given)
-        torch.testing.assert_close(out[::3], maps[1::3].mT @ out[1::3] + local[1::3])
-        decays = maps[..., 0, 0]
-        _hand_on(out, local, decays, None, 3)
-        torch.testing.assert_close(out[1::3], local[::3])
-        torch.testing.assert_close(out[2::3], decays[1::3, :, None, None] * out[1::3] + local[1::3])
+    local = torch.randn(3 * sequences, heads, key_dim, value_dim, generator=random)
+    maps = torch.randn(3 * sequences, heads, key_dim, key_dim, generator=random) / key_dim**0.5
+    given = torch.randn(sequences, heads, key_dim, value_dim, generator=random)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    out = torch.full_like(local, torch.nan)
+    carry(local, maps, given, 3, back=False, out=out)
+    torch.testing.assert_close(out[::3], given)
+    torch.testing.assert_close(out[1::3], maps[::3] @ given + local[::3], **close)
+    torch.testing.assert_close(out[2::3], maps[1::3] @ out[1::3] + local[1::3], **close)
+    out = torch.full_like(local, torch.nan)
+    carry(local, maps, given, 3, back=True, out=out)
+    torch.testing.assert_close(out[2::3], given)
+    torch.testing.assert_close(out[1::3], maps[2::3].mT @ given + local[2::3], **close)
+    torch.testing.assert_close(out[::3], maps[1::3].mT @ out[1::3] + local[1::3], **close)
+    decays = maps[..., 0, 0].contiguous()
+    carry(local, decays, None, 3, back=False, out=out)
+    assert out[::3].abs().max() == 0
+    torch.testing.assert_close(out[1::3], local[::3])
+    torch.testing.assert_close(out[2::3], decays[1::3, :, None, None] * out[1::3] + local[1::3], **close)
 
 
 COMPILE = """
