@@ -127,7 +127,9 @@ def _chunk(folder: Path, name: str, dtype: str, offsets: tuple[int, ...], sizes:
             f"{file} is damaged at byte {start:,}: it does not hold the {dtype} {list(sizes)} of '{name}'"
         )
     payload = archive.payloads.get(view.key)
-    if payload is None or payload.size != math.prod(sizes) * ITEM_BYTES.get(dtype, 1) or not is_contiguous(view):
+    width = ITEM_BYTES.get(dtype)
+    odd = width is not None and payload is not None and payload.size != math.prod(sizes) * width
+    if payload is None or odd or not is_contiguous(view):
         raise CheckpointError(f"tensor '{name}' in {file} is not stored row by row; save it with contiguous()")
     return Chunk(offsets, sizes, file, payload.start, payload.crc)
 

@@ -7,6 +7,7 @@ that were read. A line is written only after the bytes that it speaks of are on 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -78,10 +79,14 @@ def open_journal(out: Path, plan: str) -> Iterator[Journal]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(
                 f"merge.out = '{out}' is being written by another process; wait or choose another"
             ) from None
+        except OSError as error:
+            # Some network file systems have no locks; there a second writer is the user's to avoid.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
         done = _read(handle, plan)
         if done is None:
             remove(folder / RESULT)

@@ -187,7 +187,9 @@ def _training_items(sources: Sequence[Source], rules: Rules) -> list[Item]:
 
 def training_kind(name: str) -> Literal["state", "other"]:
     """Whether a tensor of the training state belongs to a parameter's optimizer state."""
-    return "state" if re.match(r"optim[a-z]*[./]", name) or _key(name) in _MOMENTS else "other"
+    if re.search(r"(^|[./])param_groups[./]", name):
+        return "other"
+    return "state" if re.match(r"(optim[a-z]*|state)[./]", name) or _key(name) in _MOMENTS else "other"
 
 
 def _key(name: str) -> str:

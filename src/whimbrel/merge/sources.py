@@ -21,7 +21,8 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # State of an optimizer and of a trainer, as torch's and the common trainers' checkpoints name it.
 _TRAINING = re.compile(
-    r"(optim|optimizer|optimizers|optimizer_states|lr_schedulers?|scheduler|dataloader|train_state|rng_state|extra|group)[./]"
+    r"(optim|optimizer|optimizers|optimizer_states|lr_schedulers?|scheduler|dataloader|train_state|rng_state|extra|group"
+    r"|param_groups)[./]|state[./].*[./]step$"
     r"|.*[./](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)$"
 )
 # Names of two copies of one weight where config.json says that input and output embeddings are tied.

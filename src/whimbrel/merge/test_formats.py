@@ -387,25 +387,36 @@ def test_training_state_that_cannot_be_merged(tmp_path: Path) -> None:
         merge_checkpoints([tmp_path / "bare"], tmp_path / "no", optimizer="newest")
 
 
-def test_training_state_of_a_plain_distributed_checkpoint(tmp_path: Path) -> None:
+def distributed_state(i: float) -> dict[str, dict]:
+    """Weights, moments and options, under the names that trainers on torch.distributed give them."""
+    optimizer = {
+        "state.w.exp_avg": torch.full((3,), i),
+        "state.w.step": torch.tensor(i),
+        "param_groups.w.lr": torch.tensor(i),
+    }
+    return {"model": {"w": torch.full((3,), i)}, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("prefix", ["optimizer", ""])
+def test_training_state_of_a_plain_distributed_checkpoint(prefix: str, tmp_path: Path) -> None:
+    def arranged(i: float) -> dict:
+        state = distributed_state(i)
+        return state if prefix else {"model": state["model"], **state["optimizer"]}
+
     for i in range(2):
-        state = {
-            "model": {"w": torch.full((3,), float(i))},
-            "optimizer": {"state.w.exp_avg": torch.full((3,), float(i)), "state.w.step": torch.tensor(float(i))},
-        }
-        dcp.save(state, checkpoint_id=str(tmp_path / str(i)))
+        dcp.save(arranged(float(i)), checkpoint_id=str(tmp_path / str(i)))
     sources = [tmp_path / "0", tmp_path / "1"]
     merge_checkpoints(sources, tmp_path / "bare", format="dcp")
     assert set(read_checkpoint(tmp_path / "bare").tensors) == {"model.w"}
     merge_checkpoints(sources, tmp_path / "out", format="dcp", optimizer="average")
-    names = ("model.w", "optimizer.state.w.exp_avg")
-    found = {
-        "model": {"w": torch.zeros(3)},
-        "optimizer": {"state.w.exp_avg": torch.zeros(3), "state.w.step": torch.tensor(9.0)},
-    }
+    found = arranged(9.0)
     dcp.load(found, checkpoint_id=str(tmp_path / "out"))
-    assert found["model"]["w"].tolist() == found["optimizer"]["state.w.exp_avg"].tolist() == [0.5] * 3, names
-    assert float(found["optimizer"]["state.w.step"]) == 1.0
+    state = found["optimizer"] if prefix else found
+    assert found["model"]["w"].tolist() == state["state.w.exp_avg"].tolist() == [0.5] * 3
+    assert float(state["state.w.step"]) == float(state["param_groups.w.lr"]) == 1.0
+    merge_checkpoints(sources, tmp_path / "reset", format="dcp", optimizer="reset")
+    dot = f"{prefix}." if prefix else ""
+    assert set(read_checkpoint(tmp_path / "reset").tensors) == {"model.w", f"{dot}param_groups.w.lr"}
 
 
 def test_manifest_of_a_distributed_result(tmp_path: Path) -> None:
