@@ -23,6 +23,7 @@ from whimbrel.infer import load_tokenizer
 from whimbrel.integrations.hf import WhimbrelForCausalLM, convert_checkpoint
 from whimbrel.integrations.hf.family import family_config
 from whimbrel.integrations.hf.fixtures.models import HYBRID, MODELS, SOFTMAX, pair, tokens
+from whimbrel.merge import merge_checkpoints
 from whimbrel.model import build_model
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.testing.budget import assert_close
@@ -173,6 +174,28 @@ def test_what_transformers_saved_loads_here(name, tmp_path):
     assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (
         tmp_path / "again" / "model.safetensors"
     ).read_bytes()
+
+
+@torch.no_grad()
+def test_converted_checkpoints_are_merged_for_both_sides(tmp_path):
+    for seed in (0, 1):
+        model = WhimbrelForCausalLM(pair()[1].config)
+        model.load_state_dict(build_model(HYBRID, seed=seed).state_dict(), strict=False)
+        model.save_pretrained(tmp_path / f"theirs-{seed}")
+        convert_checkpoint(tmp_path / f"theirs-{seed}", tmp_path / f"ours-{seed}")
+    for source in ("ours", "theirs"):
+        merge_checkpoints([tmp_path / f"{source}-{seed}" for seed in (0, 1)], tmp_path / f"{source}-merged")
+    own = whimbrel.load_model(tmp_path / "ours-merged")
+    ids = tokens(1, 30)
+    for source in ("ours", "theirs"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{source}-merged").eval()
+        assert torch.equal(loaded(ids).logits, own(ids).logits)
+
+
+def test_a_folder_of_transformers_is_told_how_to_come_in(tmp_path):
+    pair()[1].save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"run whimbrel convert .*theirs --out DIR"):
+        whimbrel.load_model(tmp_path / "theirs")
 
 
 def test_a_decoder_goes_out_only_to_a_type_that_computes_it(tmp_path):

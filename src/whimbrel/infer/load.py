@@ -36,6 +36,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_run_config(path: str | Path) -> Config:
     """The configuration that a checkpoint or merge was made with."""
     file = model_dir(path) / "config.toml"
+    if not file.exists() and (file.parent / "config.json").exists():
+        raise CheckpointError(
+            f"{file} does not exist, but config.json of transformers does; run whimbrel convert {file.parent} --out DIR"
+        )
     if not file.exists():
         raise CheckpointError(f"{file} does not exist; a checkpoint folder holds config.toml and model.safetensors")
     return parse_toml(file.read_text(encoding="utf-8"), source=str(file))

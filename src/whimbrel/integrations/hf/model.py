@@ -220,14 +220,18 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UnsupportedError("give exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = WhimbrelCache(self.config)
-        seen = 0 if past_key_values is None else _tokens_in(past_key_values)
         cu_seqlens = None
         if past_key_values is None and attention_mask is None:
             cu_seqlens = _packed(x, position_ids, kwargs.get("cu_seq_lens_q"))
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if use_cache and past_key_values is None:
+            if cu_seqlens is not None:
+                raise UnsupportedError("several sequences packed in a row leave no cache; pass use_cache=False")
+            past_key_values = WhimbrelCache(self.config)
+        seen = 0 if past_key_values is None else _tokens_in(past_key_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         real = self._real(attention_mask, x.shape[1], past_key_values)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
@@ -400,7 +404,9 @@ class WhimbrelForCausalLM(WhimbrelPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
         """Begin generation with a WhimbrelCache: prompts in pieces need one from the first piece on."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
@@ -408,6 +414,6 @@ class WhimbrelForCausalLM(WhimbrelPreTrainedModel, GenerationMixin):
                 f"cache_implementation = '{kind}' is not available for the model type whimbrel; leave it out"
             )
         if model_kwargs.get("past_key_values") is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = WhimbrelCache(self.config)
