@@ -63,9 +63,14 @@ LEFT = left_padded(ROWS)
     ("situation", "arguments", "reason"),
     [
         ("plain", {"input_ids": tokens(2, 37)}, "sparse"),
-        ("left-padded", {"input_ids": LEFT[0], "attention_mask": LEFT[1]}, "padding or static cache"),
-        ("right-padded", {"input_ids": LEFT[0].flip(1), "attention_mask": LEFT[1].flip(1)}, "padding or static cache"),
+        ("left-padded", {"input_ids": LEFT[0], "attention_mask": LEFT[1]}, "sparse"),
+        ("right-padded", {"input_ids": LEFT[0].flip(1), "attention_mask": LEFT[1].flip(1)}, "sparse"),
         ("all real", {"input_ids": tokens(2, 37), "attention_mask": torch.ones(2, 37)}, "sparse"),
+        (
+            "holes",
+            {"input_ids": tokens(2, 9), "attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] + [1] * 3])},
+            "holes in the mask",
+        ),
         (
             "packed",
             {
@@ -88,9 +93,9 @@ def test_a_forward_is_that_of_sdpa(model, situation, arguments, reason):
     ("options", "reasons"),
     [
         ({}, {"sparse", "decoding"}),
-        ({"padded": True}, {"padding or static cache", "decoding"}),
+        ({"padded": True}, {"sparse", "decoding"}),
         ({"prefill_chunk_size": 8}, {"sparse", "decoding"}),
-        ({"prefill_chunk_size": 8, "padded": True}, {"padding or static cache", "decoding"}),
+        ({"prefill_chunk_size": 8, "padded": True}, {"sparse", "decoding"}),
         ({"num_beams": 3}, {"sparse", "decoding"}),
         ({"cache_implementation": "static"}, None),
         ({"cache_implementation": "static", "padded": True}, None),
@@ -122,6 +127,18 @@ def test_a_prefill_is_the_selectors(model):
     # Of 8 blocks of 8 tokens each row reads its own, the one before and the first.
     expected = (8 * 36 + (7 + 6) * 64) / (64 * 65 / 2)
     assert [layer.density for layer in prefill_report(model).values()] == pytest.approx([expected, expected])
+
+
+def test_padded_rows_are_prefilled_as_if_alone(model):
+    """With a selector that leaves blocks out, whole and in pieces; blocks begin at the first real token."""
+    model.config.prefill = WINDOW
+    rows = [tokens(1, n, seed=n)[0] for n in (64, 40, 24)]
+    ids, mask = left_padded(rows)
+    together = under(model, NAME, lambda m: m(ids, attention_mask=mask).logits)
+    for i, row in enumerate(rows):
+        alone = under(model, NAME, lambda m, row=row: m(row[None]).logits[0])
+        assert_close("row", alone, together[i, -len(row) :], 1e-6)
+    assert set(calls(model)) == {"sparse"}
 
 
 def test_settings_are_saved_and_the_name_is_given_again(model, tmp_path):

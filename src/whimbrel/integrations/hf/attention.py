@@ -10,6 +10,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from whimbrel.errors import UnsupportedError
 from whimbrel.integrations.hf.config import selector_of
-from whimbrel.sparse.apply import Selector, apply_selector
+from whimbrel.sparse.apply import Out, Selector, apply_selector
 
 NAME = "whimbrel_sparse"
 _CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
@@ -123,9 +124,11 @@ def sparse_attention_forward(
     record.calls[reason or "sparse"] += 1
     if reason is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = apply_selector(q, k, v, _selector(module), scale=scaling)
-        record.densities.append(out.density.mean().cpu())
-        return out.y, None
+        y, densities = _prefill(
+            q, k, v, attention_mask, partial(apply_selector, selector=_selector(module), scale=scaling)
+        )
+        record.densities += densities
+        return y, None
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = _causal_over(attention_mask, query.shape[2])
     return sdpa_attention_forward(
@@ -158,7 +161,36 @@ def _why_dense(
         return None if queries == keys else "static cache"
     if mask.dim() != 2:
         return "packed or custom mask"
-    return None if bool(mask.all()) else "padding or static cache"
+    return None if bool((_begins(mask).sum(1) <= 1).all()) else "holes in the mask"
+
+
+def _begins(real: Tensor) -> Tensor:
+    """[B, keys] bool: where a run of tokens begins."""
+    return real & ~nn.functional.pad(real, (1, 0))[:, :-1]
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, run: Callable[[Tensor, Tensor, Tensor], Out]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output [B, Tq, H, D], zero at padding, and densities; rows of unequal padding go one by one."""
+    if real is None:
+        out = run(q, k, v)
+        return out.y, [out.density.mean().cpu()]
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    starts = _begins(real).int().argmax(1)
+    spans = torch.stack((starts, starts + real.sum(1)), 1).tolist()
+    same = all(span == spans[0] for span in spans)
+    y, densities = q.new_zeros(*q.shape[:3], v.shape[3]), []
+    for row in [0] if same else range(batch):
+        rows = slice(None) if same else slice(row, row + 1)
+        start, stop = spans[row]
+        offset = 0 if queries == keys else stop - queries
+        asked = slice(max(0, start - offset), stop - offset)
+        if asked.start < asked.stop:
+            out = run(q[rows, asked], k[rows, start:stop], v[rows, start:stop])
+            y[rows, asked] = out.y
+            densities.append(out.density.mean().cpu())
+    return y, densities
 
 
 def _causal_over(real: Tensor, queries: int) -> Tensor:
