@@ -139,6 +139,9 @@ def test_path_between_neighbours_and_across_a_barrier(run: Path, config: Config,
     assert found["losses"][0] == loss_of(near[0], config)
     merge_checkpoints(near, tmp_path / "half")
     assert found["losses"][1] == loss_of(tmp_path / "half", config)
+    half = found["losses"][1] - (found["losses"][0] + found["losses"][2]) / 2
+    assert found["barrier"]["value"] == pytest.approx(half, abs=1e-12)
+    assert half != pytest.approx(found["losses"][1] - found["losses"][0], abs=1e-6)
     far = (tmp_path / "far", tmp_path / "permuted")
     weights = load_file(near[1] / "model.safetensors")
     for name in weights:

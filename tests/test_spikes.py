@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whimbrel.checkpoint import list_checkpoints, load_checkpoint
+from whimbrel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from whimbrel.config import Config, SpikesConfig, to_toml, with_overrides
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.merge import SpikeDetector, load_average, merge_checkpoints
@@ -214,6 +214,17 @@ def detector(**settings) -> SpikeDetector:
     return found
 
 
+def test_scores_are_deviations_of_the_logarithm() -> None:
+    """Of ten values the median is that of a normal distribution's mean, 1.4826 times the deviation its spread."""
+    found = SpikeDetector(SpikesConfig(window=10))
+    logs = [0.1 * i for i in range(10)]
+    for step, value in enumerate(logs, start=1):
+        assert found.check(step, math.exp(value), math.exp(2 * value)).action == "none"
+    verdict = found.check(11, math.exp(0.45 + 3), math.exp(0.9 + 3))
+    assert verdict.loss_score == pytest.approx(3 / (1.4826 * 0.25))
+    assert verdict.norm_score == pytest.approx(3 / (1.4826 * 0.5))
+
+
 def test_detector_escalates_and_heals() -> None:
     found = detector()
     first = found.check(41, 3.6, 1.0)
@@ -245,6 +256,23 @@ def test_detector_goes_on_from_its_state() -> None:
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for step in range(42, 48):
         assert one.check(step, 6.0, 1.0) == other.check(step, 6.0, 1.0)
+
+
+def test_counters_are_the_newest_ones_even_where_they_look_like_a_moment(tmp_path: Path) -> None:
+    """Adam's step of a parameter without dimensions has the parameter's shape."""
+    model = torch.nn.Module()
+    model.gain = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    paths = []
+    for step in (1, 2):
+        (model.gain * step).backward()
+        optimizer.step()
+        state = {"step": step, "tokens": step, "model": model, "optimizer": optimizer}
+        paths.append(save_checkpoint(tmp_path, **state, extra={}, config_toml=""))
+    moments = [0.1 * 1, 0.9 * 0.1 * 1 + 0.1 * 3]
+    load_average(paths, model=model, optimizer=optimizer)
+    assert float(optimizer.state[model.gain]["step"]) == 2
+    assert float(optimizer.state[model.gain]["exp_avg"]) == pytest.approx(sum(moments) / 2)
 
 
 def test_average_of_optimizer_states(tiny: Config, tmp_path: Path) -> None:

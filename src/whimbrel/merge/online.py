@@ -73,7 +73,7 @@ class OnlineAverage:
         weights: Sequence[Number] | None = None,
         device: Literal["cpu", "same"] = "cpu",
         accumulate: Literal["float64", "float32"] = "float64",
-        ring_bytes: int = 256 * 2**20,
+        ring_bytes: int = 512 * 2**20,
     ) -> None:
         require(every >= 1, "every", every, "a positive number of steps")
         require(count >= 0, "count", count, "a positive number of samples, or 0 for a window without end")
