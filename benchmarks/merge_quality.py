@@ -161,7 +161,8 @@ def _averaged_start(study: Study, paths: list[Path], step: int) -> Path:
 def spike(study: Study) -> None:
     """A burst of the learning rate at two thirds of the run, carried through with each optimizer state, and without.
 
-    With --rate the whole run has that rate and collapses, or does not, by itself.
+    Where it goes back no update is left out, so that the optimizer states are compared and nothing else; leaving
+    updates out is a line of its own. With --rate the whole run has that rate and collapses, or does not, by itself.
     """
     config, args = study.config, study.args
     settings: dict[str, Any] = {} if args.rate is None else {"optim.lr": args.rate}
@@ -169,9 +170,11 @@ def spike(study: Study) -> None:
     calm = with_overrides(config, settings)
     if burst is not None:
         study.line("undisturbed", study.judge(list_checkpoints(study.train("constant", calm))[-1]), step=config.steps)
-    for policy in ("none", *POLICIES):
-        action = {"spikes.action": "log"} if policy == "none" else {"spikes.action": "restart"}
-        own = with_overrides(calm, settings | action | ({} if policy == "none" else {"spikes.optimizer": policy}))
+    ways: dict[str, dict[str, Any]] = {"none": {"spikes.action": "log"}, "skip": {"spikes.action": "skip"}}
+    restart = {"spikes.action": "restart", "spikes.max_skips": 0}
+    ways |= {policy: restart | {"spikes.optimizer": policy} for policy in POLICIES}
+    for policy, way in ways.items():
+        own = with_overrides(calm, way)
         name = f"spike-{policy}" if args.rate is None else f"rate-{args.rate:g}-{policy}"
         try:
             with _burst(burst, args.burst_steps, args.burst_factor), warnings.catch_warnings():

@@ -62,8 +62,9 @@ def test_start(study) -> None:
 def test_spike(study) -> None:
     lines = study("spike", "--burst-factor", "300")
     found = {line["params"]["method"]: (line["value"], line["params"].get("restarts")) for line in lines}
-    assert list(found) == ["undisturbed", "spike-none", "spike-average", "spike-newest", "spike-reset"]
-    assert [restarts for _, restarts in found.values()] == [None, 0, 1, 1, 1]
+    ways = ["none", "skip", "average", "newest", "reset"]
+    assert list(found) == ["undisturbed", *(f"spike-{way}" for way in ways)]
+    assert [restarts for _, restarts in found.values()] == [None, 0, 0, 1, 1, 1]
     assert found["spike-average"][0] < found["spike-none"][0]
 
 
