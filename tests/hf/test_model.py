@@ -68,8 +68,6 @@ except ValueError as error:
     assert "whimbrel" in str(error)
 else:
     sys.exit("known already")
-import whimbrel.integrations.hf
-AutoConfig.from_pretrained(sys.argv[1])
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
