@@ -42,8 +42,10 @@ from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
 
 Progress = Callable[[int, int], None]
 
-_LARGEST_PIECE = 8 * 2**20
+# So large that the limit decides for any number of sources, and memory is the same for all.
+_LARGEST_PIECE = 64 * 2**20
 _SMALLEST_PIECE = 64 * 2**10
+_COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
 _SYNC_SECONDS = 2.0
 _SAMPLE_BYTES = 64 * 2**20
@@ -356,8 +358,8 @@ def _equal(one: Stored, other: Stored) -> bool:
     with handles.closing():
         both = Item("", one.dtype, one.dtype, one.shape, "equal", (one, other))
         extents = make_extents([Slot(both, (0,) * len(one.shape), one.shape, "", 0)])
-        buffers = _Buffers(2, _LARGEST_PIECE, 0, [])
-        for piece in cut(extents, _LARGEST_PIECE):
+        buffers = _Buffers(2, _COMPARED_PIECE, 0, [])
+        for piece in cut(extents, _COMPARED_PIECE):
             left, right = (buffers.fill(piece, number, handles) for number in range(2))
             if left != right:
                 return False
