@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -44,6 +45,15 @@ def test_missing_model_exits_4(capsys, tmp_path) -> None:
     status, _, err = run(capsys, "generate", str(tmp_path / "none"), "--prompt", "x")
     assert status == 4
     assert "is not a folder; name a checkpoint, a merge or a run" in err
+
+
+def test_convert_without_transformers_names_the_extra(capsys, tmp_path, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("whimbrel.integrations.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, err = run(capsys, "convert", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert status == 6
+    assert err == ("whimbrel: error: whimbrel.integrations.hf needs transformers; run pip install 'whimbrel[hf]'\n")
 
 
 def test_debug_shows_the_traceback() -> None:

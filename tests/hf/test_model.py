@@ -186,6 +186,22 @@ def test_loss_is_the_decoders_and_takes_the_number_of_items():
     assert_close("over twice the items", loss / 2, halved, 1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_on_a_gpu(name, dtype):
+    own, model = pair(MODELS[name])
+    own, model, ids = own.to("cuda", dtype), model.to("cuda", dtype), tokens(2, 200).cuda()
+    assert_close("logits", own(ids).logits, model(ids).logits, 1e-5 if dtype == torch.float32 else 3e-2)
+    mask = torch.ones_like(ids)
+    mask[0, :60] = 0
+    if dtype == torch.float32:  # these weights carry roundings far, and chunks begin elsewhere without the padding
+        assert_close("padded", model(ids[:1, 60:]).logits[0], model(ids, attention_mask=mask).logits[0, 60:], 1e-3)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 205)
+
+
 @torch.no_grad()
 def test_other_forms_of_call():
     _, model = pair()

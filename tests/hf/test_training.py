@@ -68,6 +68,17 @@ def test_low_rank_state_is_that_of_all_linear_layers_but_the_head():
     assert len(only) == 3 * MODEL.num_layers
 
 
+def test_low_rank_state_in_a_model_of_transformers():
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4
+        )
+    )
+    groups = {group["name"]: group["params"] for group in OptimizerFactory()(llama, **FIRA).param_groups}
+    assert len(groups["low_rank"]) == 2 * 7
+    assert {id(p) for p in groups["decay"]} == {id(llama.lm_head.weight), id(llama.model.embed_tokens.weight)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
