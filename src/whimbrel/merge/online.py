@@ -33,8 +33,8 @@ from whimbrel.merge.pma import Number, Weights
 
 ACCUMULATE = {"float64": torch.float64, "float32": torch.float32}
 _EIGHT_BITS = 1
-# Elements handled at a time. On a CPU sums and what they are made from stay in the last cache (from 4 Mi on it is 3 times
-# slower), and the thread asks for Python's lock some hundred times for a large model, not thousands of times.
+# Elements handled at a time. On a CPU sums and what they are made from stay in the last cache (from 4 Mi on it is 3
+# times slower), and the thread asks for Python's lock some hundred times for a large model, not thousands of times.
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 22}
 _SLOTS = 8
 
