@@ -13,7 +13,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from whimbrel.scan.kernels.hopper import ROWS, barrier, keep_rows, load_gates, opaque, publish, put
+from whimbrel.scan.kernels.hopper import (
+    ROWS,
+    barrier,
+    keep_rows,
+    load_gates,
+    load_state,
+    opaque,
+    product,
+    publish,
+    put,
+    store_state,
+    total_decay,
+)
 from whimbrel.scan.kernels.prepare import COUNTS
 
 # Places in the table of gates that a chunk keeps.
@@ -241,8 +253,6 @@ def backward_stream(
             if FIRST:
                 keep_rows(work_s.index(o), rows, 8)
         publish()
-        # Asked for here, to be there by the end of the chunk.
-        until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
         if HAS_TILE:
@@ -289,8 +299,6 @@ def backward_stream(
         if HAS_TILE:
             inner = warpgroup_mma_wait(2, deps=(inner,))
             if DELTA:
-                if FIRST:  # has no registers left to keep it in
-                    work = x_s.index(o).load(LV).to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
                 e_s.index(o).store((work + inner * table[ALPHA].index(phase).load(RV)[:, None]).to(dtype))
             if FIRST:
                 seen = seen * table[FRESH].index(phase).load(RV)[:, None]
@@ -328,6 +336,8 @@ def backward_stream(
             pull = warpgroup_mma(l_s.index(o).permute((1, 0)), work_s.index(o), pull, is_async=True)
         dp = multiply(dy_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
         key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
+        # Asked for here, to be there by the end of the chunk; earlier, and they would take registers that are wanting.
+        until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
         if HAS_TILE:
             pull = warpgroup_mma_wait(2, deps=(pull,))
             if FIRST and not DELTA:
@@ -475,3 +485,200 @@ def backward_stream(
     tma.store_wait(0)
     o = opaque(0)
     gl.store(dstarts + at + (gl.arange(0, K, RV)[:, None] + o) * V + col_v[None, :], ds)
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def reach(
+    q,
+    k,
+    dy,
+    tiles,
+    gates,
+    dstarts,
+    dresidual,
+    inside,
+    stretch_start,
+    stretch_end,
+    stretch_chunk,
+    tokens,
+    chunks,
+    stretches,
+    H,
+    HV,
+    scale,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    FIRST: gl.constexpr,
+    DELTA: gl.constexpr,
+    TWO: gl.constexpr,
+    GATED: gl.constexpr,
+    DECAYED: gl.constexpr,
+    CLIP: gl.constexpr,
+):
+    """Cotangents of the start states of one stream's stretches, as if there were none of their end states.
+
+    Grid (stretches * HV * V / 64,), of one warpgroup each; q, k, dy and tiles are descriptors of [64, 64] blocks. The
+    first stream reads the residual's cotangent in `dresidual`, and in `inside` where the clip let it through.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    TILE: gl.constexpr = q.layout
+    KT: gl.constexpr = K // 64
+    NV: gl.constexpr = V // 64
+    HAS_TILE: gl.constexpr = DELTA or FIRST
+    BYTES: gl.constexpr = 8192 * (2 * KT + 1 + (1 if HAS_TILE else 0))
+    STREAM: gl.constexpr = 0 if FIRST else 1
+    dtype: gl.constexpr = q.dtype
+    pid = gl.program_id(0)
+    i_v, hv, s = pid % NV, (pid // NV) % HV, pid // (NV * HV)
+    start = gl.load(stretch_start + s)
+    end = gl.load(stretch_end + s)
+    chunk = gl.load(stretch_chunk + s)
+    n = gl.cdiv(end - start, 64)
+    row = gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    col = gl.arange(0, 64, gl.SliceLayout(0, ACC))
+
+    k_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
+    q_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
+    dy_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    state_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    one = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(full.index(0), count=1)
+    mbarrier.init(full.index(1), count=1)
+    barrier()
+
+    at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V) + i_v * 64 + row[:, None] * V + col[None, :]
+    s0, s1 = load_state(dstarts, at, V, KT, False, ACC)
+    gate_row = gates + hv.to(gl.int64) * tokens
+    gate_plane = HV * tokens.to(gl.int64)
+    tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
+    key_col = hv // (HV // H) * K
+    value_col = hv * V + i_v * 64
+
+    # As in the forward: chunks behind a decay by 2^-32 give nothing to the start.
+    decay = 0.0
+    whole_stretch = n
+    n = 0
+    while (n < whole_stretch) & (decay > -32.0):
+        decay += total_decay(gate_row, start, end, n)
+        n += 1
+    some = n > 0
+    begin = start + (n - 1) * 64
+    mbarrier.expect(full.index(0), BYTES, pred=some)
+    for j in gl.static_range(KT):
+        tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
+        tma.async_copy_global_to_shared(q, [begin, key_col + j * 64], full.index(0), q_s.index(j), pred=some)
+    tma.async_copy_global_to_shared(dy, [begin, value_col], full.index(0), dy_s.index(0), pred=some)
+    if HAS_TILE:
+        tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], full.index(0), l_s.index(0), pred=some)
+
+    for back in range(n):
+        i = n - 1 - back
+        par = back & 1
+        then = full.index(1 - par)
+        more = i > 0
+        here = par * KT
+        there = KT - here
+        first = start + i * 64
+        prior = first - 64
+        t = first + row
+        ok = t < end
+        tc = first + col
+        last = gl.load(gate_row + gl.minimum(first + 64, end) - 1)
+        until = gl.load(gate_row + t, mask=ok, other=0.0)
+        before = gl.load(gate_row + t - 1, mask=ok & (row > 0), other=0.0)
+        rate = gl.load(gate_row + (2 - FIRST) * gate_plane + t, mask=ok, other=0.0)
+        rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
+        if FIRST and not GATED:
+            rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+
+        o = opaque(0)
+        state_s.index(o).store(s0.to(dtype))
+        if KT == 2:
+            state_s.index(o + 1).store(s1.to(dtype))
+        publish()
+        mbarrier.expect(then, BYTES, pred=more)
+        for j in gl.static_range(KT):
+            tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
+            tma.async_copy_global_to_shared(q, [prior, key_col + j * 64], then, q_s.index(there + j), pred=more)
+        mbarrier.wait(full.index(par), (back >> 1) & 1)
+        # Scores [j, i]: how much of what token j writes token i reads.
+        score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
+        pull = product(k_s, state_s, KT, ACC, here + o, o)
+        until = gl.where(ok, until, last)
+        before = gl.where(ok, before, last)
+        rise_c = gl.where(tc < end, rise_c, last)
+        grow, alpha = gl.exp2(until), gl.exp2(until - before)
+        start_decay = gl.exp2(before)
+        tail, whole = gl.exp2(last - until), gl.exp2(last)
+        # Rows past the end may hold another sequence's cotangents.
+        given = gl.where(ok[:, None], dy_s.index(o).load(ACC).to(gl.float32) * scale, 0.0)
+        if TWO and GATED and not FIRST:
+            given = given * rate[:, None]
+        if FIRST and not GATED:
+            reads = start_decay
+        else:
+            reads = grow
+        one.index(o).store(given.to(dtype))
+        score = warpgroup_mma_wait(KT, deps=(score,))
+        fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+        if FIRST:
+            read_by = row[:, None] < col[None, :]
+        else:
+            read_by = row[:, None] <= col[None, :]
+        p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
+        pull = warpgroup_mma_wait(0, deps=(pull,))
+        pull = pull * tail[:, None]
+        barrier()
+        tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
+        state_s.index(o).store((given * reads[:, None]).to(dtype))
+        publish()
+        o = opaque(0)
+        pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
+        s0 = warpgroup_mma(q_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
+        if KT == 2:
+            s1 = warpgroup_mma(q_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
+        if FIRST:
+            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+            passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0).to(gl.float32)
+            if CLIP:
+                kept = gl.load(inside + values, mask=ok[:, None], other=0)
+                passed = gl.where(kept != 0, passed, 0.0)
+            dseen = -passed
+            if DECAYED:
+                dseen = dseen * alpha[:, None]
+        pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
+        if DELTA or not FIRST:
+            pull = pull * rate[:, None]
+        if HAS_TILE:
+            if FIRST:
+                if DELTA:
+                    work = pull * alpha[:, None] - dseen
+                else:
+                    work = dseen
+            else:
+                work = pull * alpha[:, None]
+            barrier()
+            one.index(o).store(work.to(dtype))
+            publish()
+            o = opaque(0)
+            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull, is_async=True)
+            pull = warpgroup_mma_wait(0, deps=(pull,))
+            if FIRST:
+                if DELTA:
+                    dread = dseen * start_decay[:, None] - pull * grow[:, None]
+                else:
+                    pull = pull * rate[:, None]
+                    dread = dseen * start_decay[:, None]
+            else:
+                dread = -pull * grow[:, None]
+            state_s.index(o).store(dread.to(dtype))
+            publish()
+            tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], then, l_s.index(0), pred=more)
+            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0, is_async=True)
+            if KT == 2:
+                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1, is_async=True)
+            s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
+    store_state(dstarts, at, s0, s1, V, KT)

@@ -106,26 +106,25 @@ def forward(
     save: bool,
 ) -> None:
     """Fill y, ends, and what the backward needs."""
-    from whimbrel.scan.kernels.hopper import forward_stream
+    from whimbrel.scan.kernels.hopper_forward import forward_stream, forward_streams
 
     table, sequences, splits = _cut(q, v, cu_seqlens)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
     stretches = sequences * splits
-    queries, keys, values = _matrices(q, k, v)
+    queries, keys, values, result = _matrices(q, k, v, y)
     solved = _matrices(tiles)[0] if tiles.numel() else queries
     keep = _matrices(saved)[0] if save else queries
-    result = _matrices(y)[0]
-    left = _matrices(residual)[0] if flags.TWO else result
+    left = _matrices(residual)[0] if residual.numel() else result
     begins, finals, local = start, ends, ends
     if splits > 1:
         begins, finals, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
 
-    def launch(first: bool, starts: Tensor | None, out: Tensor, only: int, columns: int) -> None:
-        forward_stream[(stretches * value_heads * (columns // 64),)](
+    def launch(kernel: Any, given: Any, starts: Tensor | None, out: Tensor, columns: int, **constants: Any) -> None:
+        kernel[(stretches * value_heads * (columns // 64),)](
             queries,
             keys,
-            values if first or not flags.TWO else left,
+            given,
             solved,
             keep,
             result,
@@ -149,24 +148,27 @@ def forward(
             clip or 0.0,
             K=key_dim,
             V=columns,
-            FIRST=first,
             FROM=starts is not None,
-            SAVE=save and not only,
-            MASK=save and not only and splits > 1,
-            ONLY=only,
             num_warps=4,
+            **constants,
             **flags._asdict(),
         )
 
+    if flags.TWO and splits == 1:
+        launch(forward_streams, values, begins, finals, value_dim, SAVE=save)
+        return
     for first in (True, False) if flags.TWO else (False,):
+        given = values if first or not flags.TWO else left
         if splits > 1 and begins is not None:
             stream = 0 if first else 1
+            part = {"FIRST": first, "SAVE": False, "MASK": False}
             if flags.DELTA:
-                launch(first, None, carried, 2, key_dim)
-            launch(first, None, local, 1, value_dim)
-            given = None if start is None else start[stream]
-            carry(local[stream], carried[stream], given, splits, back=False, out=begins[stream])
-        launch(first, begins, finals, 0, value_dim)
+                launch(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
+            launch(forward_stream, given, None, local, value_dim, ONLY=1, **part)
+            begin = None if start is None else start[stream]
+            carry(local[stream], carried[stream], begin, splits, back=False, out=begins[stream])
+        whole = {"FIRST": first, "SAVE": save, "MASK": save and splits > 1, "ONLY": 0}
+        launch(forward_stream, given, begins, finals, value_dim, **whole)
     if splits > 1:
         streams = slice(0 if flags.TWO else 1, 2)
         ends[streams] = finals[streams].unflatten(1, (sequences, splits))[:, :, -1]
@@ -197,8 +199,7 @@ def backward(
     clip: float | None,
 ) -> None:
     """Fill the cotangents."""
-    from whimbrel.scan.kernels.hopper import backward_stream as backward_reach
-    from whimbrel.scan.kernels.hopper_backward import backward_stream
+    from whimbrel.scan.kernels.hopper_backward import backward_stream, reach
 
     table, sequences, splits = _cut(q, v, cu_seqlens)
     heads, key_dim = q.shape[2:]
@@ -214,41 +215,31 @@ def backward(
         finals, begins, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
         small = _matrices(q, k, dy)
 
-    def reach(first: bool) -> None:
-        backward_reach[(stretches * value_heads * (value_dim // 64),)](
-            small[0],
-            small[1],
-            small[2],
-            solved,
-            small[2],
-            gates,
-            local,
-            local,
-            dv,
-            inside,
-            dv,
-            table.stretch_start,
-            table.stretch_end,
-            table.stretch_chunk,
-            tokens,
-            chunks,
-            stretches,
-            heads,
-            value_heads,
-            scale,
-            K=key_dim,
-            V=value_dim,
-            FIRST=first,
-            FROM=False,
-            ONLY=1,
-            num_warps=4,
-            **flags._asdict(),
-        )
-
     for first in (False, True) if flags.TWO else (False,):
         if splits > 1 and finals is not None:
             stream = 0 if first else 1
-            reach(first)
+            reach[(stretches * value_heads * (value_dim // 64),)](
+                *small,
+                solved,
+                gates,
+                local,
+                dv,
+                inside,
+                table.stretch_start,
+                table.stretch_end,
+                table.stretch_chunk,
+                tokens,
+                chunks,
+                stretches,
+                heads,
+                value_heads,
+                scale,
+                K=key_dim,
+                V=value_dim,
+                FIRST=first,
+                num_warps=4,
+                **flags._asdict(),
+            )
             end = None if dends is None else dends[stream]
             carry(local[stream], carried[stream], end, splits, back=True, out=finals[stream])
         backward_stream[(stretches * value_heads,)](

@@ -89,7 +89,7 @@ def scan_forward(
     saved = _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
     inside = _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8)
     hopper = _hopper.fits(q, v)
-    residual, carried = (_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences))
+    residual, carried = (_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, save))
     common: dict[str, Any] = {"C": chunk, "BK": _block(key_dim), "K": key_dim, "PRECISION": _precision(q.dtype)}
     if tokens == 0:
         ends.zero_() if start is None else ends.copy_(start)
@@ -170,7 +170,7 @@ def _(q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gat
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
         _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
         _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8),
-        *(_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences)),
+        *(_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, save)),
     )
 
 
@@ -181,14 +181,15 @@ def _keeps_mask(q: Tensor, v: Tensor, flags: Flags, sequences: int) -> bool:
     return not _hopper.fits(q, v) or _hopper.splits(q, v, sequences) > 1
 
 
-def _hopper_extras(q: Tensor, v: Tensor, flags: Flags, sequences: int) -> list[tuple[Any, torch.dtype]]:
+def _hopper_extras(q: Tensor, v: Tensor, flags: Flags, sequences: int, save: bool) -> list[tuple[Any, torch.dtype]]:
     """Shape and dtype of what only the kernels for Hopper keep: the residual, and what carries a state on."""
     if not _hopper.fits(q, v):
         return [((0,), q.dtype), ((0,), torch.float32)]
     value_heads = v.shape[2]
     splits = _hopper.splits(q, v, sequences)
     carried = _hopper.carried_shape(flags.DELTA, sequences * splits, splits, value_heads, q.shape[3])
-    return [(v.shape if flags.TWO else (0,), q.dtype), (carried, torch.float32)]
+    kept = flags.TWO and (save or splits > 1)
+    return [(v.shape if kept else (0,), q.dtype), (carried, torch.float32)]
 
 
 def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:

@@ -107,8 +107,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from whimbrel.scan.kernels.hopper import backward_stream as reach, forward_stream as forward
-from whimbrel.scan.kernels.hopper_backward import backward_stream as backward
+from whimbrel.scan.kernels.hopper_backward import backward_stream as backward, reach
+from whimbrel.scan.kernels.hopper_forward import forward_stream as forward, forward_streams as both
 
 def block(rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
@@ -121,7 +121,8 @@ flags |= dict(SAVE=True, MASK=True, ONLY=0)
 rla, only, one = dict(DELTA=False, GATED=False, DECAYED=True), dict(ONLY=1, SAVE=False), dict(FIRST=False, TWO=False)
 for function, changes in (
     (forward, {}), (forward, rla), (forward, one), (forward, dict(FIRST=False)),
-    (forward, only), (forward, only | rla), (forward, only | dict(ONLY=2)), (reach, only), (reach, only | rla),
+    (forward, only), (forward, only | rla), (forward, only | dict(ONLY=2)), (reach, {}), (reach, rla),
+    (both, {}), (both, rla | dict(SAVE=False)), (both, dict(K=64, V=64)),
     (backward, {}), (backward, rla), (backward, one), (backward, dict(FIRST=False)), (backward, dict(K=64)),
     (backward, dict(V=64, FIRST=False)), (backward, dict(K=64, V=64, DELTA=False, FIRST=False)),
 ):
@@ -129,12 +130,11 @@ for function, changes in (
     key, value = (constants["K"], constants["V"]) if function is backward else (64, 64)
     blocks = dict.fromkeys("q k dq dk".split(), block(64, key))
     blocks |= dict.fromkeys("x y residual".split(), block(64, value))
-    blocks |= dict(dy=block(64, value), tiles=block(64, 64), saved=block(key, value), pulled=block(64, 64))
-    blocks["dx"] = block(64, value) if function is backward else "*bf16"
+    blocks |= dict(dy=block(64, value), dx=block(64, value), tiles=block(64, 64), saved=block(key, value))
     signature = {n: "constexpr" if n in constants else (kinds | blocks).get(n, "*fp32") for n in function.arg_names}
     source = GluonASTSource(function, signature, constants)
-    warps, most = (8, 232448) if function is backward else (4, 115712)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if function is backward else 4})
+    most = 232448 if function in (backward, both) else 115712
     room = made.metadata.shared
     assert "wgmma" in made.asm["ptx"]
     assert room <= most, f"{function.__name__} with {changes} takes {room} bytes of shared memory, of {most}"

@@ -1,0 +1,725 @@
+"""The forward on Hopper, in Gluon: the mathematics of `forward`, stream by stream.
+
+One warpgroup holds one state of 64 value columns in registers; all else is [64, 64] tiles in shared memory. Two streams
+of one sequence go together: a warpgroup for each in one program, the second a chunk behind the first, which hands it
+the residual and its share of the output; keys and queries are copied in once for both. One stream alone leaves room
+for two programs on a multiprocessor, so that one computes while the other waits. Tiles of a chunk are copied in as soon
+as their place is free.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from whimbrel.scan.kernels.hopper import (
+    END,
+    MAP,
+    ROWS,
+    barrier,
+    keep_rows,
+    load_gates,
+    load_state,
+    opaque,
+    product,
+    publish,
+    put,
+    store_state,
+    total_decay,
+)
+from whimbrel.scan.kernels.prepare import COUNTS
+
+
+@gluon.jit
+def walk(
+    q,
+    k,
+    x,
+    tiles,
+    saved,
+    y,
+    residual,
+    gates,
+    starts,
+    ends,
+    y_memory,
+    residual_memory,
+    inside,
+    decays,
+    k_s,
+    q_s,
+    x_s,
+    l_s,
+    state_s,
+    p_s,
+    one_s,
+    y_s,
+    left_s,
+    share_s,
+    until_s,
+    before_s,
+    rate_s,
+    keys,
+    queries,
+    own,
+    ready,
+    done,
+    start,
+    end,
+    chunk,
+    s,
+    hv,
+    i_v,
+    tokens,
+    chunks,
+    stretches,
+    H,
+    HV,
+    scale,
+    clip,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    FIRST: gl.constexpr,
+    DELTA: gl.constexpr,
+    TWO: gl.constexpr,
+    GATED: gl.constexpr,
+    DECAYED: gl.constexpr,
+    CLIP: gl.constexpr,
+    FROM: gl.constexpr,
+    SAVE: gl.constexpr,
+    MASK: gl.constexpr,
+    ONLY: gl.constexpr,
+    LINKED: gl.constexpr,
+):
+    """One stream of one value head over a stretch, for 64 value columns.
+
+    LINKED: the other stream runs beside this one. The first puts residual and share of y into `left_s` and `share_s`,
+    two places each, and says so in `ready`; the second says in `done` that it has read them, and asks for the keys and
+    queries of later chunks when both are through with a place.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    KT: gl.constexpr = K // 64
+    # A state that adds is written without looking at what is in it.
+    HAS_TILE: gl.constexpr = DELTA or (FIRST and not ONLY)
+    ADDS: gl.constexpr = TWO and not FIRST and not ONLY
+    HAS_X: gl.constexpr = ONLY != MAP and not (LINKED and not FIRST)
+    HAS_Y: gl.constexpr = ADDS and not LINKED
+    OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
+    KEYS: gl.constexpr = 3 if LINKED else 2
+    STREAM: gl.constexpr = 0 if FIRST else 1
+    dtype: gl.constexpr = q.dtype
+    n = gl.cdiv(end - start, 64)
+    row = gl.arange(0, 64, ROW)
+    col = gl.arange(0, 64, gl.SliceLayout(0, ACC))
+    at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V) + i_v * 64 + row[:, None] * V + col[None, :]
+    s0, s1 = load_state(starts, at, V, KT, FROM, ACC)
+    gate_row = gates + hv.to(gl.int64) * tokens
+    begin = 0
+    if ONLY:
+        # What has decayed by 2^-32 is nothing: the end state needs only the chunks after that.
+        decay = 0.0
+        begin = n
+        while (begin > 0) & (decay > -32.0):
+            begin -= 1
+            decay += total_decay(gate_row, start, end, begin)
+        gone = decay <= -32.0
+        if ONLY == END and not DELTA:
+            place = (STREAM * stretches.to(gl.int64) + s) * HV + hv
+            gl.store(decays + place, gl.where(gone, 0.0, gl.exp2(decay)))
+        if ONLY == MAP:
+            begin = gl.where(gone, n, begin)
+            unit = gl.where(gone, 0.0, 1.0)
+            diagonal = gl.where(row[:, None] == col[None, :], unit, 0.0)
+            if i_v == 0:
+                s0 += diagonal
+            else:
+                s1 += diagonal
+    rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
+    tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
+    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    key_col = hv // (HV // H) * K
+    value_col = hv * V + i_v * 64
+
+    some = begin < n
+    entry = start + begin * 64
+    if FIRST or not LINKED:
+        for p in gl.static_range(KEYS if LINKED else 1):
+            mbarrier.expect(keys.index(p), 8192 * KT, pred=begin + p < n)
+            if not ONLY:
+                mbarrier.expect(queries.index(p), 8192 * KT, pred=begin + p < n)
+            for j in gl.static_range(KT):
+                spot = [entry + p * 64, key_col + j * 64]
+                tma.async_copy_global_to_shared(k, spot, keys.index(p), k_s.index(p * KT + j), pred=begin + p < n)
+                if not ONLY:
+                    tma.async_copy_global_to_shared(
+                        q, spot, queries.index(p), q_s.index(p * KT + j), pred=begin + p < n
+                    )
+    if OWN > 0:
+        mbarrier.expect(own, OWN, pred=some)
+        if HAS_X:
+            tma.async_copy_global_to_shared(x, [entry, value_col], own, x_s.index(0), pred=some)
+        if HAS_TILE:
+            tma.async_copy_global_to_shared(tiles, [tile_row + begin * 64, 0], own, l_s.index(0), pred=some)
+        if HAS_Y:
+            tma.async_copy_global_to_shared(y, [entry, value_col], own, y_s.index(0), pred=some)
+    entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, entry, end, LINE)
+    until_s.index(0).store(entry_until)
+    before_s.index(0).store(entry_before)
+    rate_s.index(0).store(entry_rate)
+    for i in range(begin, n):
+        c = i - begin
+        par = c & 1
+        turn = (c >> 1) & 1
+        more = i + 1 < n
+        slot = c % KEYS
+        round = (c // KEYS) & 1
+        here = slot * KT
+        if LINKED:
+            asked, queried = here, round
+        else:
+            asked, queried = 0, c & 1
+        first = start + i * 64
+        after = first + 64
+        t = first + row
+        rows = end - first
+        whole = gl.exp2(last)
+
+        o = opaque(0)
+        state_s.index(o).store(s0.to(dtype))
+        if KT == 2:
+            state_s.index(o + 1).store(s1.to(dtype))
+        if FIRST and not ONLY:
+            tma.store_wait(1)
+        publish()
+        # Asked for here, to be there by the end of the chunk.
+        next_until, next_before, next_rate, next_last, _ = load_gates(
+            gate_row, rate_row, gl.where(more, after, first), end, LINE
+        )
+        if not LINKED:
+            # Every warp is past the last chunk here, so its keys' slot is free.
+            mbarrier.expect(keys.index(1 - slot), 8192 * KT, pred=more)
+            for j in gl.static_range(KT):
+                tma.async_copy_global_to_shared(
+                    k, [after, key_col + j * 64], keys.index(1 - slot), k_s.index(KT - here + j), pred=more
+                )
+        if SAVE:
+            for j in gl.static_range(KT):
+                tma.async_copy_shared_to_global(saved, [save_row + i * HV * K + j * 64, i_v * 64], state_s.index(j))
+        if LINKED and not FIRST:
+            mbarrier.wait(ready.index(par), turn)
+        mbarrier.wait(keys.index(slot), round)
+        if not ONLY:
+            mbarrier.wait(queries.index(slot if LINKED else 0), queried)
+        if OWN > 0:
+            mbarrier.wait(own, c & 1)
+        if rows < 64:
+            if FIRST or not LINKED:
+                for j in gl.static_range(KT):
+                    keep_rows(k_s.index(here + j), rows, 4)
+                    if not ONLY:
+                        keep_rows(q_s.index(asked + j), rows, 4)
+            if HAS_X:
+                keep_rows(x_s.index(0), rows, 4)
+            publish()
+        if HAS_TILE:
+            seen = product(k_s, state_s, KT, ACC, here + o, o)
+        if not ONLY:
+            score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
+        until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
+        grow, alpha = gl.exp2(until), gl.exp2(until - before)
+        start_decay = gl.exp2(before)
+        tail = gl.exp2(last - until)
+        if LINKED and not FIRST:
+            given = left_s.index(par)
+        else:
+            given = x_s.index(o)
+        if HAS_TILE:
+            seen = warpgroup_mma_wait(0 if ONLY else KT, deps=(seen,))
+        if ONLY == MAP:
+            work = -seen * grow[:, None]
+        elif DELTA:
+            work = given.load(ACC).to(gl.float32) - seen * grow[:, None]
+        else:
+            work = given.load(ACC).to(gl.float32) * rate[:, None]
+        if HAS_TILE:
+            one_s.index(o).store(work.to(dtype))
+            publish()
+            o = opaque(0)
+            inner = warpgroup_mma(
+                l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
+            )
+        if not ONLY:
+            score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
+            if FIRST:
+                if GATED:
+                    reads, rise = grow, until
+                else:
+                    reads, rise = start_decay, before
+                seen_by = row[:, None] > col[None, :]
+            else:
+                reads, rise = grow, until
+                seen_by = row[:, None] >= col[None, :]
+            until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
+            fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
+            p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
+            out = product(q_s, state_s, KT, ACC, asked + o, o)
+            if HAS_TILE:
+                inner, out = warpgroup_mma_wait(0, deps=(inner, out))
+            else:
+                out = warpgroup_mma_wait(0, deps=(out,))
+            out = out * reads[:, None]
+            if FIRST:
+                if DELTA:
+                    seen = seen * start_decay[:, None] - inner
+                else:
+                    seen = seen * start_decay[:, None] + inner
+                if DECAYED:
+                    seen = seen * alpha[:, None]
+                left = x_s.index(o).load(ACC).to(gl.float32) - seen
+                if CLIP:
+                    if MASK:
+                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
+                    left = gl.minimum(gl.maximum(left, -clip), clip)
+                if LINKED:
+                    mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
+                    left_s.index(par).store(left.to(dtype))
+                else:
+                    left_s.index(o).store(left.to(dtype))
+        elif HAS_TILE:
+            inner = warpgroup_mma_wait(0, deps=(inner,))
+        if DELTA:
+            work = (work + inner * alpha[:, None]) * rate[:, None]
+        if not ONLY:
+            tma.store_wait(0)
+        barrier()
+        if OWN > 0:
+            mbarrier.expect(own, OWN, pred=more)
+            if HAS_X:
+                tma.async_copy_global_to_shared(x, [after, value_col], own, x_s.index(0), pred=more)
+            if HAS_TILE:
+                tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], own, l_s.index(0), pred=more)
+            if HAS_Y:
+                tma.async_copy_global_to_shared(y, [after, value_col], own, y_s.index(1 - par), pred=more)
+        if not ONLY and not LINKED:
+            mbarrier.expect(queries.index(0), 8192 * KT, pred=more)
+            for j in gl.static_range(KT):
+                tma.async_copy_global_to_shared(q, [after, key_col + j * 64], queries.index(0), q_s.index(j), pred=more)
+        one_s.index(o).store(work.to(dtype))
+        state_s.index(o).store((work * tail[:, None]).to(dtype))
+        publish()
+        o = opaque(0)
+        if FIRST and not ONLY:
+            if LINKED:
+                if SAVE:
+                    put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
+            else:
+                put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
+        s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
+        if KT == 2:
+            s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
+        if ONLY:
+            s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
+        else:
+            out = warpgroup_mma(p_s.index(o), one_s.index(o), out, is_async=True)
+            out, s0, s1 = warpgroup_mma_wait(0, deps=(out, s0, s1))
+            out = out * scale
+            if ADDS and GATED:
+                out = out * rate[:, None]
+            if LINKED and FIRST:
+                share_s.index(par).store(out.to(dtype))
+                barrier()
+                mbarrier.arrive(ready.index(par), count=1)
+            else:
+                if LINKED:
+                    out += share_s.index(par).load(ACC).to(gl.float32)
+                    y_s.index(o).store(out.to(dtype))
+                    publish()
+                    mbarrier.arrive(done.index(par), count=1)
+                    o = opaque(0)
+                    put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+                    later = i + KEYS < n
+                    mbarrier.expect(keys.index(slot), 8192 * KT, pred=later)
+                    mbarrier.expect(queries.index(slot), 8192 * KT, pred=later)
+                    for j in gl.static_range(KT):
+                        spot = [first + KEYS * 64, key_col + j * 64]
+                        tma.async_copy_global_to_shared(k, spot, keys.index(slot), k_s.index(here + j), pred=later)
+                        tma.async_copy_global_to_shared(q, spot, queries.index(slot), q_s.index(here + j), pred=later)
+                elif ADDS:
+                    out += y_s.index(par).load(ACC).to(gl.float32)
+                    y_s.index(par).store(out.to(dtype))
+                    publish()
+                    put(y_s.index(par), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+                else:
+                    y_s.index(o).store(out.to(dtype))
+                    publish()
+                    o = opaque(0)
+                    put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+        until_s.index(0).store(next_until)
+        before_s.index(0).store(next_before)
+        rate_s.index(0).store(next_rate)
+        last = next_last
+    if not ONLY:
+        tma.store_wait(0)
+    store_state(ends, at, s0, s1, V, KT)
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def forward_stream(
+    q,
+    k,
+    x,
+    tiles,
+    saved,
+    y,
+    residual,
+    gates,
+    starts,
+    ends,
+    y_memory,
+    residual_memory,
+    inside,
+    decays,
+    stretch_start,
+    stretch_end,
+    stretch_chunk,
+    tokens,
+    chunks,
+    stretches,
+    H,
+    HV,
+    scale,
+    clip,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    FIRST: gl.constexpr,
+    DELTA: gl.constexpr,
+    TWO: gl.constexpr,
+    GATED: gl.constexpr,
+    DECAYED: gl.constexpr,
+    CLIP: gl.constexpr,
+    FROM: gl.constexpr,
+    SAVE: gl.constexpr,
+    MASK: gl.constexpr,
+    ONLY: gl.constexpr,
+):
+    """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
+
+    x is v for the first or only stream, the residual for the second. The first leaves the residual and its share of
+    y; the second adds to that y. ONLY = END gives just the end states of the stretches, from zero, and their decays
+    [2, stretches, HV]; ONLY = MAP the matrices [K, V = K] that take a stretch's start state to its end.
+    """
+    TILE: gl.constexpr = q.layout
+    KT: gl.constexpr = K // 64
+    NV: gl.constexpr = V // 64
+    dtype: gl.constexpr = q.dtype
+    pid = gl.program_id(0)
+    i_v, hv, s = pid % NV, (pid // NV) % HV, pid // (NV * HV)
+    start = gl.load(stretch_start + s)
+    end = gl.load(stretch_end + s)
+    chunk = gl.load(stretch_chunk + s)
+    k_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
+    q_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    state_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    one_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    y_s = gl.allocate_shared_memory(dtype, [2 if TWO and not FIRST and not ONLY else 1, 64, 64], TILE)
+    if FIRST and not ONLY:
+        left_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    else:
+        left_s = x_s
+    share_s = y_s
+    until_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    before_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    rate_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    keys = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    queries = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    others = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(keys.index(0), count=1)
+    mbarrier.init(keys.index(1), count=1)
+    mbarrier.init(queries.index(0), count=1)
+    mbarrier.init(others.index(0), count=1)
+    own, ready, done = others.index(0), keys, keys
+    barrier()
+    walk(
+        q,
+        k,
+        x,
+        tiles,
+        saved,
+        y,
+        residual,
+        gates,
+        starts,
+        ends,
+        y_memory,
+        residual_memory,
+        inside,
+        decays,
+        k_s,
+        q_s,
+        x_s,
+        l_s,
+        state_s,
+        p_s,
+        one_s,
+        y_s,
+        left_s,
+        share_s,
+        until_s,
+        before_s,
+        rate_s,
+        keys,
+        queries,
+        own,
+        ready,
+        done,
+        start,
+        end,
+        chunk,
+        s,
+        hv,
+        i_v,
+        tokens,
+        chunks,
+        stretches,
+        H,
+        HV,
+        scale,
+        clip,
+        K,
+        V,
+        FIRST,
+        DELTA,
+        TWO,
+        GATED,
+        DECAYED,
+        CLIP,
+        FROM,
+        SAVE,
+        MASK,
+        ONLY,
+        False,
+    )
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def forward_streams(
+    q,
+    k,
+    x,
+    tiles,
+    saved,
+    y,
+    residual,
+    gates,
+    starts,
+    ends,
+    y_memory,
+    residual_memory,
+    inside,
+    decays,
+    stretch_start,
+    stretch_end,
+    stretch_chunk,
+    tokens,
+    chunks,
+    stretches,
+    H,
+    HV,
+    scale,
+    clip,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    DELTA: gl.constexpr,
+    TWO: gl.constexpr,
+    GATED: gl.constexpr,
+    DECAYED: gl.constexpr,
+    CLIP: gl.constexpr,
+    FROM: gl.constexpr,
+    SAVE: gl.constexpr,
+):
+    """Both streams, as `forward_stream` takes them one by one; nothing of the residual goes to memory without SAVE."""
+    TILE: gl.constexpr = q.layout
+    KT: gl.constexpr = K // 64
+    NV: gl.constexpr = V // 64
+    dtype: gl.constexpr = q.dtype
+    pid = gl.program_id(0)
+    i_v, hv, s = pid % NV, (pid // NV) % HV, pid // (NV * HV)
+    start = gl.load(stretch_start + s)
+    end = gl.load(stretch_end + s)
+    chunk = gl.load(stretch_chunk + s)
+    k_s = gl.allocate_shared_memory(dtype, [3 * KT, 64, 64], TILE)
+    q_s = gl.allocate_shared_memory(dtype, [3 * KT, 64, 64], TILE)
+    x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    l_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    if DELTA:
+        l_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    else:
+        l_s_2 = l_s_1
+    state_s_1 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    state_s_2 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    p_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    p_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    one_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    one_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    y_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    left_s = gl.allocate_shared_memory(dtype, [2, 64, 64], TILE)
+    share_s = gl.allocate_shared_memory(dtype, [2, 64, 64], TILE)
+    until_s_1 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    until_s_2 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    before_s_1 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    before_s_2 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    rate_s_1 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    rate_s_2 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
+    keys = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    queries = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    others = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for b in gl.static_range(3):
+        mbarrier.init(keys.index(b), count=1)
+        mbarrier.init(queries.index(b), count=1)
+    for b in gl.static_range(2):
+        mbarrier.init(others.index(b), count=1)
+        mbarrier.init(ready.index(b), count=1)
+        mbarrier.init(done.index(b), count=1)
+    own_1, own_2 = others.index(0), others.index(1)
+    barrier()
+    gl.warp_specialize(
+        [
+            (
+                walk,
+                (
+                    q,
+                    k,
+                    x,
+                    tiles,
+                    saved,
+                    y,
+                    residual,
+                    gates,
+                    starts,
+                    ends,
+                    y_memory,
+                    residual_memory,
+                    inside,
+                    decays,
+                    k_s,
+                    q_s,
+                    x_s,
+                    l_s_1,
+                    state_s_1,
+                    p_s_1,
+                    one_s_1,
+                    y_s,
+                    left_s,
+                    share_s,
+                    until_s_1,
+                    before_s_1,
+                    rate_s_1,
+                    keys,
+                    queries,
+                    own_1,
+                    ready,
+                    done,
+                    start,
+                    end,
+                    chunk,
+                    s,
+                    hv,
+                    i_v,
+                    tokens,
+                    chunks,
+                    stretches,
+                    H,
+                    HV,
+                    scale,
+                    clip,
+                    K,
+                    V,
+                    gl.constexpr(True),
+                    DELTA,
+                    TWO,
+                    GATED,
+                    DECAYED,
+                    CLIP,
+                    FROM,
+                    SAVE,
+                    gl.constexpr(False),
+                    gl.constexpr(0),
+                    gl.constexpr(True),
+                ),
+            ),
+            (
+                walk,
+                (
+                    q,
+                    k,
+                    x,
+                    tiles,
+                    saved,
+                    y,
+                    residual,
+                    gates,
+                    starts,
+                    ends,
+                    y_memory,
+                    residual_memory,
+                    inside,
+                    decays,
+                    k_s,
+                    q_s,
+                    x_s,
+                    l_s_2,
+                    state_s_2,
+                    p_s_2,
+                    one_s_2,
+                    y_s,
+                    left_s,
+                    share_s,
+                    until_s_2,
+                    before_s_2,
+                    rate_s_2,
+                    keys,
+                    queries,
+                    own_2,
+                    ready,
+                    done,
+                    start,
+                    end,
+                    chunk,
+                    s,
+                    hv,
+                    i_v,
+                    tokens,
+                    chunks,
+                    stretches,
+                    H,
+                    HV,
+                    scale,
+                    clip,
+                    K,
+                    V,
+                    gl.constexpr(False),
+                    DELTA,
+                    TWO,
+                    GATED,
+                    DECAYED,
+                    CLIP,
+                    FROM,
+                    SAVE,
+                    gl.constexpr(False),
+                    gl.constexpr(0),
+                    gl.constexpr(True),
+                ),
+            ),
+        ],
+        [4],
+        [248],
+    )
