@@ -52,8 +52,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-@torch.library.custom_op("whimbrel::scan_forward", mutates_args=())
-def scan_forward(
+def _scan_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,7 +93,8 @@ def scan_forward(
     if tokens == 0:
         ends.zero_() if start is None else ends.copy_(start)
         return y, ends, gates, tiles, saved, inside, residual, carried
-    _prepare.prepare[(chunks * value_heads,)](
+    inverses = 2 if flags.DELTA and flags.TWO else 1
+    _prepare.prepare[(chunks * value_heads * inverses,)](
         k,
         log_decay,
         second_rate if first_rate is None else first_rate,
@@ -112,7 +112,7 @@ def scan_forward(
         SOLVE="tf32x3" if q.dtype == torch.float32 else "half",
         num_warps=4 if hopper else WARPS,
         num_stages=1,
-        **({"maxnreg": 168} if hopper else {}),  # three programs on a multiprocessor
+        **({"maxnreg": 128} if hopper else {}),  # four programs on a multiprocessor
         **common,
     )
     if hopper:
@@ -155,8 +155,9 @@ def scan_forward(
     return y, ends, gates, tiles, saved, inside, residual, carried
 
 
-@scan_forward.register_fake
-def _(q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save):
+def _fake_forward(
+    q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
+):
     batch, time, _, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -204,8 +205,7 @@ def _tiles(flags: Flags, heads: int, chunks: int, chunk: int) -> tuple[int, ...]
     return (2, heads, chunks, chunk, chunk) if flags.DELTA or flags.TWO else (0,)
 
 
-@torch.library.custom_op("whimbrel::scan_backward", mutates_args=())
-def scan_backward(
+def _scan_backward(
     dy: Tensor,
     dends: Tensor | None,
     q: Tensor,
@@ -322,8 +322,7 @@ def scan_backward(
     return dq, dk, dv, dlog, dfirst, dsecond, dstarts
 
 
-@scan_backward.register_fake
-def _(
+def _fake_backward(
     dy,
     dends,
     q,
@@ -349,6 +348,23 @@ def _(
     rates = [_empty(q, (batch, time, value_heads), torch.float32) for _ in range(3)]
     states = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *rates, states
+
+
+# By hand, as in `step.py`: what torch.library.custom_op adds to each call costs more than a kernel does.
+_library = torch.library.Library("whimbrel", "FRAGMENT")
+
+
+def _operator(name: str, function: Any, fake: Any) -> Any:
+    """An operator of PyTorch from a function that makes new tensors, its schema read from the annotations."""
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, function, device)
+    torch.library.register_fake(f"whimbrel::{name}", fake, lib=_library)
+    return getattr(torch.ops.whimbrel, name).default
+
+
+scan_forward = _operator("scan_forward", _scan_forward, _fake_forward)
+scan_backward = _operator("scan_backward", _scan_backward, _fake_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -382,7 +398,7 @@ def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[T
     )
 
 
-scan_forward.register_autograd(_pull, setup_context=_setup)
+torch.library.register_autograd("whimbrel::scan_forward", _pull, setup_context=_setup, lib=_library)
 
 
 def recurrence(

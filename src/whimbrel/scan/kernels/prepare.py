@@ -86,9 +86,13 @@ def prepare(
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """One chunk of one value head: gates [3, HV, tokens] and tiles [2, HV, chunks, C, C]; grid (chunks * HV,)."""
+    """One chunk of one value head, and of one stream where there are two inverses; grid (chunks * HV * inverses,).
+
+    Fills gates [3, HV, tokens], the sums of the log decay and the two rates, and tiles [2, HV, chunks, C, C].
+    """
+    INVERSES: tl.constexpr = 2 if TWO and DELTA else 1
     pid = tl.program_id(0)
-    c, hv = pid // HV, pid % HV
+    stream, c, hv = pid % INVERSES, pid // INVERSES // HV, pid // INVERSES % HV
     start = tl.load(chunk_start + c).to(tl.int64)
     end = tl.load(chunk_end + c).to(tl.int64)
     if end <= start:
@@ -102,28 +106,26 @@ def prepare(
     before = until - log
     row = gates + hv.to(tl.int64) * tokens + t
     plane = HV * tokens.to(tl.int64)
-    tl.store(row, until, mask=ok)
-    rate2 = tl.load(second_rate + t * HV + hv, mask=ok, other=0.0).to(tl.float32)
-    tl.store(row + 2 * plane, rate2, mask=ok)
+    rate = tl.load(second_rate + t * HV + hv, mask=ok, other=0.0).to(tl.float32)
     if TWO:
-        rate1 = tl.load(first_rate + t * HV + hv, mask=ok, other=0.0).to(tl.float32)
-        tl.store(row + plane, rate1, mask=ok)
+        first = tl.load(first_rate + t * HV + hv, mask=ok, other=0.0).to(tl.float32)
+        tl.store(row + plane, first, mask=ok & (stream == 0))
+    tl.store(row + 2 * plane, rate, mask=ok & (stream == INVERSES - 1))
+    tl.store(row, until, mask=ok & (stream == 0))
     if DELTA or TWO:
         col = tl.arange(0, BK)
         keys = k + (t[:, None] * H + hv // (HV // H)) * K + col[None, :]
         b_k = tl.load(keys, mask=ok[:, None] & (col[None, :] < K), other=0.0)
-        product = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        tile = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
         lower = place[:, None] > place[None, :]
-        product = tl.where(lower, product, 0.0)
-        decay = tl.where(lower, tl.exp2(tl.minimum(before[:, None] - until[None, :], 0.0)), 0.0)
-        tile = tiles + (hv.to(tl.int64) * chunks + c) * C * C + place[:, None] * C + place[None, :]
-        if TWO:
-            if DELTA:
-                first = unit_lower_inverse(product * rate1[None, :], C, SOLVE)
-            else:
-                first = product
-            tl.store(tile, (first * decay).to(tiles.dtype.element_ty))
+        tile = tl.where(lower, tile, 0.0)
+        which = stream
         if DELTA:
-            second = unit_lower_inverse(product * rate2[None, :], C, SOLVE)
-            second_tile = tile + HV * chunks.to(tl.int64) * C * C
-            tl.store(second_tile, (second * decay).to(tiles.dtype.element_ty))
+            if TWO:
+                rate = tl.where(stream == 0, first, rate)
+            else:
+                which = 1
+            tile = unit_lower_inverse(tile * rate[None, :], C, SOLVE)
+        decay = tl.where(lower, tl.exp2(tl.minimum(before[:, None] - until[None, :], 0.0)), 0.0)
+        at = (((which * HV + hv).to(tl.int64) * chunks + c) * C + place[:, None]) * C + place[None, :]
+        tl.store(tiles + at, (tile * decay).to(tiles.dtype.element_ty))
