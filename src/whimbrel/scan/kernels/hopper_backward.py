@@ -280,8 +280,9 @@ def backward_stream(
         score = score * fade
         p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
         if HAS_TILE:
+            work = x_s.index(o).load(LV)
             seen = warpgroup_mma_wait(1, deps=(seen,))
-            work = x_s.index(o).load(LV).to(gl.float32)
+            work = work.to(gl.float32)
             if DELTA:
                 work = work - seen * table[GROW].index(phase).load(RV)[:, None]
             else:
@@ -297,9 +298,10 @@ def backward_stream(
         pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
         ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
         if HAS_TILE:
+            alpha = table[ALPHA].index(phase).load(RV)
             inner = warpgroup_mma_wait(2, deps=(inner,))
             if DELTA:
-                e_s.index(o).store((work + inner * table[ALPHA].index(phase).load(RV)[:, None]).to(dtype))
+                e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
             if FIRST:
                 seen = seen * table[FRESH].index(phase).load(RV)[:, None]
                 if DELTA:
@@ -307,7 +309,7 @@ def backward_stream(
                 else:
                     seen = seen + inner
                 if DECAYED:
-                    seen = seen * table[ALPHA].index(phase).load(RV)[:, None]
+                    seen = seen * alpha[:, None]
                 dseen = -work_s.index(o).load(LV).to(gl.float32)
                 if CLIP:
                     left = x_s.index(o).load(LV).to(gl.float32) - seen
@@ -320,13 +322,13 @@ def backward_stream(
             if FIRST:
                 dread = dseen
                 if DECAYED:
-                    dread = dseen * table[ALPHA].index(phase).load(RV)[:, None]
+                    dread = dseen * alpha[:, None]
                 if DELTA:
-                    work = pull * table[ALPHA].index(phase).load(RV)[:, None] - dread
+                    work = pull * alpha[:, None] - dread
                 else:
                     work = dread
             else:
-                work = pull * table[ALPHA].index(phase).load(RV)[:, None]
+                work = pull * alpha[:, None]
             work_s.index(o).store(work.to(dtype))
         ds = warpgroup_mma_wait(0, deps=(ds,))
         publish()
@@ -338,11 +340,12 @@ def backward_stream(
         key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
         # Asked for here, to be there by the end of the chunk; earlier, and they would take registers that are wanting.
         until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
+        given = x_s.index(o).load(LV)
         if HAS_TILE:
             pull = warpgroup_mma_wait(2, deps=(pull,))
             if FIRST and not DELTA:
                 pull = pull * table[RATE].index(phase).load(RV)[:, None]
-        keep_sum(own_s, x_s.index(o).load(LV).to(gl.float32) * pull, V)
+        keep_sum(own_s, given.to(gl.float32) * pull, V)
         if FIRST:
             dx_s.index(o).store((pull - dseen).to(dtype))
         else:
@@ -365,9 +368,10 @@ def backward_stream(
             bare_s.index(o).store((dp * scale).to(dtype))
         p_s.index(o).store((dp * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
         pairs = pairs * table[WEIGHT].index(phase).load(RC)[:, None]
+        written = k_s.index(o).load(LK)
         key = warpgroup_mma_wait(0, deps=(key,))
         key = key * table[TAIL].index(phase).load(RK)[:, None]
-        keep_sum(wrote_s, key * k_s.index(o).load(LK).to(gl.float32), K)
+        keep_sum(wrote_s, key * written.to(gl.float32), K)
         key = key * table[RATE].index(phase).load(RK)[:, None]
         publish()
 
@@ -427,11 +431,12 @@ def backward_stream(
             tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
             tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
             tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
+        asked = q_s.index(o).load(LK)
         if HAS_TILE:
             query = warpgroup_mma_wait(2, deps=(query,))
         else:
             query = warpgroup_mma_wait(0, deps=(query,))
-        keep_sum(read_s, query * q_s.index(o).load(LK).to(gl.float32), K)
+        keep_sum(read_s, query * asked.to(gl.float32), K)
         if WEIGHTED:
             query = query * table[RATE].index(phase).load(RK)[:, None]
         if FIRST:
