@@ -42,8 +42,8 @@ from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
 
 Progress = Callable[[int, int], None]
 
-# So large that the limit decides for any number of sources, and memory is the same for all.
-_LARGEST_PIECE = 64 * 2**20
+# Small pieces stay in caches between reading and summing; from 10 MiB on a merge of ten was a third slower.
+_LARGEST_PIECE = 8 * 2**20
 _SMALLEST_PIECE = 64 * 2**10
 _COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
@@ -155,7 +155,7 @@ def merge_checkpoints(
     optimizer: Literal["average", "newest", "reset"] | None = None,
     format: Literal["safetensors", "dcp"] = "safetensors",
     accumulate: str = "float64",
-    memory_limit: int = 256 * 2**20,
+    memory_limit: int = 64 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -203,7 +203,7 @@ def merge_many(
     targets: Sequence[Target],
     *,
     rules: Rules = _DEFAULT,
-    memory_limit: int = 256 * 2**20,
+    memory_limit: int = 64 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -236,7 +236,7 @@ def plan_merge(
     targets: Sequence[Target],
     *,
     rules: Rules = _DEFAULT,
-    memory_limit: int = 256 * 2**20,
+    memory_limit: int = 64 * 2**20,
     workers: int | None = None,
 ) -> MergePlan:
     """What `merge_many` would do, after all checks that need no data; reads a moment to see how fast the disk is."""
