@@ -29,7 +29,7 @@ PUBLIC = {
     ],
     "whimbrel.sparse.flex_prefill": ["flex_prefill"],
     "whimbrel.sparse.row_local": ["row_local"],
-    "whimbrel.attend": ["Plan", "attend"],
+    "whimbrel.attend": ["Plan", "attend", "attend_packed"],
     "whimbrel.integrations.hf": [
         "AveragingCallback",
         "OptimizerFactory",

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Out": "whimbrel.attend.op:Out",
         "Plan": "whimbrel.attend.plan:Plan",
         "attend": "whimbrel.attend.op:attend",
+        "attend_packed": "whimbrel.attend.op:attend_packed",
         "merge_parts": "whimbrel.attend.op:merge_parts",
     },
 )

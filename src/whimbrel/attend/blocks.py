@@ -23,7 +23,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
     Query blocks that select the same number of key blocks are computed together: their keys and values are
         gathered
     into one contiguous run each, and one softmax follows. A row's last block is its diagonal, the only one
-    that needs a mask; padded keys lie in the final block behind every query, so the same mask hides them.
+    that needs a mask; padded keys lie in the final block behind every query, so the same mask hides them. In
+    a part of a plan, rows without their diagonal need no mask, and rows without blocks have y 0 and lse -inf.
     """
     grid, size, device = plan.grid, plan.block_size, q.device
     batch, _, heads, _ = q.shape
@@ -39,8 +40,9 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
     first_block = (kv_head * grid.key_blocks).repeat_interleave(grid.query_blocks)
 
     future = q_blocks.new_full((size, size), -torch.inf).triu_(1)
-    y = v_blocks.new_empty(len(q_blocks), size, v.shape[-1])
-    lse = v_blocks.new_empty(len(q_blocks), size)
+    y = v_blocks.new_zeros(len(q_blocks), size, v.shape[-1])
+    lse = v_blocks.new_full((len(q_blocks), size), -torch.inf)
+    has_diagonal = plan.has_diagonal()[:, None, None] if plan.is_part else None
     for count, members in _rows_by_count(plan):
         for rows in members.split(max(1, _SLAB_LOGITS // (size * size * count))):
             entries = plan.offsets[rows, None] + torch.arange(count, device=device)
@@ -48,7 +50,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
             keys = k_blocks.index_select(0, chosen).view(len(rows), count * size, -1)
             values = v_blocks.index_select(0, chosen).view(len(rows), count * size, -1)
             logits = torch.bmm(q_blocks[rows], keys.mT)
-            logits[..., -size:].add_(future)
+            logits[..., -size:].add_(future if has_diagonal is None else future.where(has_diagonal[rows], 0))
             top = logits.detach().amax(-1, keepdim=True)
             weights = logits.sub_(top).clamp_(min=LEAST_EXPONENT).exp_()
             total = weights.sum(-1, keepdim=True)
@@ -70,8 +72,9 @@ def _in_blocks(x: Tensor, front: int, count: int, size: int) -> Tensor:
 
 
 def _rows_by_count(plan: Plan) -> list[tuple[int, Tensor]]:
-    """Rows grouped by how many blocks they select: (blocks, rows int64), fewest first, rows in their
+    """Rows grouped by how many blocks they select, if any: (blocks, rows int64), fewest first, rows in their
     order."""
     counts, order = plan.offsets.diff().sort(stable=True)
     values, sizes = counts.unique_consecutive(return_counts=True)
-    return list(zip(values.tolist(), order.split(sizes.tolist()), strict=True))
+    groups = zip(values.tolist(), order.split(sizes.tolist()), strict=True)
+    return [(count, rows) for count, rows in groups if count]

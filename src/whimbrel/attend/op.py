@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from whimbrel.attend import choice
 from whimbrel.attend.blocks import attend_blocks
 from whimbrel.attend.plan import Plan
 from whimbrel.attend.reference import attend_reference
 from whimbrel.attend.shapes import Shape, check_qkv, default_scale
 from whimbrel.errors import ConfigError, UnsupportedError, nearest
 
-_IMPLS = {"reference": attend_reference, "blocks": attend_blocks}
-_NAMES = ("auto", *_IMPLS, "triton")
+_NAMES = ("auto", "reference", "blocks", "flex", "triton")
 
 
 class Out(NamedTuple):
@@ -38,13 +36,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None =
         v: [B, Tk, Hkv, Dv].
         plan: for batch B, H heads, q_len Tq and k_len Tk.
         scale: factor on q . k; 1 / sqrt(D) by default.
-        impl: "blocks" computes the selected blocks in PyTorch on any device; "reference" is a masked softmax
-            in fp64 for small inputs; "auto" chooses and says so once (logger `whimbrel.attend`, level INFO).
+        impl: "triton" is our kernel for CUDA, forward only; "flex" torch's FlexAttention; "blocks" computes the
+            selected blocks in PyTorch on any device; "reference" is a masked softmax in fp64 for small inputs;
+            "auto" chooses and says so once (logger `whimbrel.attend`, level INFO).
 
     Returns:
-        Out(y, lse). Products and sums are taken in fp32, for fp64 inputs in fp64. `y` and `lse` are
-        differentiable in q, k and v, though "blocks" then keeps all computed logits: there is no backward of
-        its own.
+        Out(y, lse). Sums are taken in fp32, for fp64 inputs in fp64. `y` and `lse` are differentiable in q, k and v
+        except with "triton", though "blocks" then keeps all computed logits: there is no backward of its own.
 
     Raises:
         ConfigError: tensors or plan do not fit together, or `impl` is unknown.
@@ -52,22 +50,87 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None =
     """
     shape = check_qkv(q, k, v)
     check_fit(plan, shape, q.device)
-    if impl == "auto":
-        impl = _auto()
-    elif impl == "triton":
-        raise UnsupportedError("attend: impl='triton' is not built yet; use impl='blocks', or impl='reference' in fp64")
-    elif impl not in _IMPLS:
-        raise ConfigError(
-            f"attend: impl = '{impl}' is not known{nearest(impl, _NAMES)}; use one of {', '.join(_NAMES)}"
-        )
-    y, lse = _IMPLS[impl](q, k, v, plan.check(), default_scale(shape.dim, scale))
+    scale = default_scale(shape.dim, scale)
+    impl = _chosen(impl, q, k, v, plan, scale)
+    if impl == "triton":
+        from whimbrel.attend.kernels.launch import attend_triton
+
+        y, lse = attend_triton(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), [_trusted(plan)], scale)
+        return Out(y.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2]))
+    return _one(impl, q, k, v, plan, scale)
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], *, scale: float | None = None, impl: str = "auto"
+) -> Out:
+    """`attend` over sequences of any lengths that lie one behind the other, in one launch where `impl` is "triton".
+
+    Args:
+        q: [1, sum of the plans' q_len, H, D].
+        k: [1, sum of the plans' k_len, Hkv, D]; v: [1, as k, Hkv, Dv].
+        plans: one for each sequence, in order, each of batch 1 and all of one block size.
+        scale, impl: as for `attend`.
+
+    Returns and raises as `attend`; the sequences' queries lie one behind the other.
+    """
+    if not plans:
+        raise ConfigError("attend_packed got no plan; give one for each sequence")
+    for name, given, lengths in (
+        ("q", q, [plan.q_len for plan in plans]),
+        ("k", k, [plan.k_len for plan in plans]),
+        ("v", v, [plan.k_len for plan in plans]),
+    ):
+        if given.dim() != 4 or given.shape[0] != 1 or given.shape[1] != sum(lengths):
+            raise ConfigError(
+                f"{name} has shape {tuple(given.shape)}; packed for these plans it is [1, {sum(lengths)}, heads, dim]"
+            )
+    if len({plan.block_size for plan in plans}) > 1:
+        raise ConfigError(f"plans have block sizes {sorted({p.block_size for p in plans})}; give all the same")
+    queries = q.split([plan.q_len for plan in plans], 1)
+    keys, values = (x.split([plan.k_len for plan in plans], 1) for x in (k, v))
+    for plan, *sequence in zip(plans, queries, keys, values):
+        check_fit(plan, check_qkv(*sequence), q.device)
+    scale = default_scale(q.shape[-1], scale)
+    impl = _chosen(impl, q, k, v, plans[0], scale)
+    if impl == "triton":
+        from whimbrel.attend.kernels.launch import attend_triton
+
+        y, lse = attend_triton(q[0], k[0], v[0], [_trusted(plan) for plan in plans], scale)
+        return Out(y[None], lse[None])
+    outs = [_one(impl, a, b, c, plan, scale) for a, b, c, plan in zip(queries, keys, values, plans)]
+    return Out(torch.cat([out.y for out in outs], 1), torch.cat([out.lse for out in outs], 1))
+
+
+def _one(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Out:
+    """One of the implementations that take a batch of equal lengths."""
+    if impl == "flex":
+        from whimbrel.attend.flex import attend_flex as run
+    else:
+        run = {"reference": attend_reference, "blocks": attend_blocks}[impl]
+    y, lse = run(q, k, v, _trusted(plan), scale)
     return Out(y.to(q.dtype).contiguous(), lse.float().contiguous())
 
 
-@functools.cache
-def _auto() -> str:
-    logging.getLogger("whimbrel.attend").info("attend: impl='auto' runs 'blocks', the one fast path of this version")
-    return "blocks"
+def _chosen(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> str:
+    if impl == "auto":
+        return choice.auto(q, k, v, plan.block_size, scale)
+    if impl not in _NAMES:
+        raise ConfigError(
+            f"attend: impl = '{impl}' is not known{nearest(impl, _NAMES)}; use one of {', '.join(_NAMES)}"
+        )
+    why = None
+    if impl == "triton":
+        why = choice.no_triton(q, k, v, plan.block_size, scale)
+    elif impl == "flex":
+        why = choice.no_flex(q, plan.block_size)
+    if why is not None:
+        raise UnsupportedError(f"attend: impl='{impl}' cannot run here: {why}; use impl='auto'")
+    return impl
+
+
+def _trusted(plan: Plan) -> Plan:
+    """The plan, its contents checked unless it says where it comes from: a look at them makes a GPU wait."""
+    return plan if plan.is_checked else plan.check()
 
 
 def check_fit(plan: Plan, shape: Shape, device: torch.device) -> None:

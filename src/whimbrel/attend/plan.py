@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ class Plan:
     offsets: Tensor
     """int64 [batch * num_heads * query_blocks + 1]: row r owns indices[offsets[r] : offsets[r + 1]]."""
     indices: Tensor
-    """int32 [offsets[-1]]: key blocks, ascending in each row; the last of a row is its diagonal block."""
+    """int32 [at least offsets[-1]]: key blocks, ascending in each row; the last of a row is its diagonal block. What
+    lies behind offsets[-1] is no part of the plan: room that a GPU did not turn out to need."""
     block_size: int
     """Positions of a block."""
     q_len: int
@@ -90,6 +91,10 @@ class Plan:
     """Query heads."""
     batch: int
     """Sequences."""
+    is_part: bool = False
+    """Whether rows may lack their diagonal block, or every block: a part whose result is merged with others'."""
+    is_checked: bool = False
+    """Whether the contents are known to be right, so that nobody looks again: a look makes a GPU wait."""
 
     def __post_init__(self) -> None:
         rows = self.batch * self.num_heads * self.grid.query_blocks
@@ -142,10 +147,13 @@ class Plan:
         """The plan that selects every causal block."""
         grid = Grid(block_size, q_len, k_len)
         copies = batch * num_heads
-        counts = (grid.diagonal(device) + 1).repeat(copies)
+        counts = grid.diagonal(device) + 1
+        entries = grid.query_blocks * (grid.first_block + 1 + grid.key_blocks) // 2
+        starts = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=entries)
+        indices = (torch.arange(entries, device=device) - starts).int().repeat(copies)
+        counts = counts.repeat(copies)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        indices = grid.causal(device).nonzero()[:, -1].int().repeat(copies)
-        return cls(offsets, indices, block_size, q_len, k_len, num_heads=num_heads, batch=batch)
+        return cls(offsets, indices, block_size, q_len, k_len, num_heads=num_heads, batch=batch, is_checked=True)
 
     @property
     def grid(self) -> Grid:
@@ -157,7 +165,7 @@ class Plan:
         return self.offsets.diff().view(self.batch, self.num_heads, self.grid.query_blocks)
 
     def row_of_index(self) -> Tensor:
-        """int64, same length as `indices`: the row that owns each entry."""
+        """int64 [offsets[-1]]: the row that owns each entry of `indices`."""
         counts = self.offsets.diff()
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
@@ -166,7 +174,8 @@ class Plan:
         back."""
         grid = self.grid
         mask = self.indices.new_zeros(len(self.offsets) - 1, grid.key_blocks, dtype=torch.bool)
-        mask[self.row_of_index(), self.indices.long()] = True
+        rows = self.row_of_index()
+        mask[rows, self.indices[: len(rows)].long()] = True
         return mask.view(self.batch, self.num_heads, grid.query_blocks, grid.key_blocks)
 
     def density(self) -> Tensor:
@@ -176,14 +185,15 @@ class Plan:
         Exact, partial blocks included; a dense plan has density 1.
         """
         grid = self.grid
-        spans = [grid.query_span(row) for row in range(grid.query_blocks)]
-        first, stop = torch.tensor(spans, device=self.offsets.device).T
-        queries = stop - first
         before = grid.diagonal(self.offsets.device) * grid.block_size
+        first = before.clamp_min(grid.offset) - grid.offset
+        stop = (before + grid.block_size).clamp_max(grid.k_len) - grid.offset
+        queries = stop - first
         # Query p sees p - before + 1 keys of its own block; the sum over consecutive p is an arithmetic
         # series.
         own = queries * (first + stop + 1 + 2 * (grid.offset - before)) // 2
-        attended = ((self.counts() - 1) * queries * grid.block_size + own).sum(-1)
+        diagonal = self.has_diagonal().view(self.batch, self.num_heads, -1).long() if self.is_part else 1
+        attended = ((self.counts() - diagonal) * queries * grid.block_size + own * diagonal).sum(-1)
         causal = grid.q_len * (grid.offset + 1 + grid.k_len) // 2
         return attended.double() / causal
 
@@ -192,27 +202,36 @@ class Plan:
         return float(self.density().mean())
 
     def check(self) -> Plan:
-        """The plan itself; raises ConfigError unless every row is ascending, causal and ends with its
-        diagonal block.
+        """The same plan with `is_checked`; raises ConfigError unless every row is ascending, causal and ends with
+        its diagonal block.
 
-        A row without its diagonal block could hold queries that attend to nothing.
+        A row without its diagonal block could hold queries that attend to nothing, which a part alone may.
         """
         grid, counts = self.grid, self.offsets.diff()
-        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.indices) or bool((counts < 0).any()):
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) > len(self.indices) or bool((counts < 0).any()):
             raise ConfigError(
-                f"plan.offsets must rise from 0 to the number of indices, {len(self.indices)}; they run from "
+                f"plan.offsets must rise from 0 to at most the number of indices, {len(self.indices)}; they run from "
                 f"{int(self.offsets[0])} to {int(self.offsets[-1])}, smallest step {int(counts.min())}"
             )
-        self._refuse(counts == 0, "selects no key block")
+        if not self.is_part:
+            self._refuse(counts == 0, "selects no key block")
         rows = self.row_of_index()
+        indices = self.indices[: len(rows)]
         diagonal = grid.diagonal(counts.device).repeat(self.batch * self.num_heads)
-        outside = (self.indices < 0) | (self.indices > diagonal[rows])
+        outside = (indices < 0) | (indices > diagonal[rows])
         self._refuse(outside, "selects a key block outside its causal range", rows)
-        repeated = (self.indices.diff() <= 0) & (rows.diff() == 0)
+        repeated = (indices.diff() <= 0) & (rows.diff() == 0)
         self._refuse(repeated, "has key blocks that are not ascending and unique", rows[1:])
-        last = self.indices[self.offsets[1:] - 1]
-        self._refuse(last != diagonal, "leaves out its diagonal block")
-        return self
+        if not self.is_part:
+            self._refuse(indices[self.offsets[1:] - 1] != diagonal, "leaves out its diagonal block")
+        return replace(self, is_checked=True)
+
+    def has_diagonal(self) -> Tensor:
+        """bool [rows]: whether a row holds its diagonal block, as all do unless the plan is a part."""
+        diagonal = self.grid.diagonal(self.offsets.device).repeat(self.batch * self.num_heads)
+        last = self.offsets[1:] - 1
+        found = diagonal.new_full(diagonal.shape, -1) if len(self.indices) == 0 else self.indices[last.clamp_min(0)]
+        return (self.offsets.diff() > 0) & (found == diagonal)
 
     def _refuse(self, wrong: Tensor, what: str, rows: Tensor | None = None) -> None:
         if not bool(wrong.any()):

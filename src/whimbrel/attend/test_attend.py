@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from whimbrel.attend import Grid, Out, Plan, attend, merge_parts
+from whimbrel.attend import Grid, Out, Plan, attend, attend_packed, choice, merge_parts
 from whimbrel.attend import blocks as block_path
-from whimbrel.attend.op import _auto
+from whimbrel.attend.flex import block_mask
 from whimbrel.attend.test_plan import random_mask
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.testing.budget import assert_close, rms_ratio
@@ -163,23 +163,57 @@ def test_merge_refuses_what_does_not_fit():
 def test_auto_says_once_what_it_chose(caplog):
     q, k, v = gaussian(13, tokens=20)
     plan = random_plan(q, k)
-    _auto.cache_clear()
+    choice._say.cache_clear()
     with caplog.at_level(logging.INFO, logger="whimbrel.attend"):
         first, second = attend(q, k, v, plan), attend(q, k, v, plan, impl="auto")
     assert [r.message for r in caplog.records] == [
-        "attend: impl='auto' runs 'blocks', the one fast path of this version"
+        "attend: impl='auto' runs 'blocks' and not 'triton': the tensors are on cpu, not on a CUDA device"
     ]
     assert torch.equal(first.y, second.y)
     assert torch.equal(first.y, attend(q, k, v, plan, impl="blocks").y)
 
 
-def test_a_named_choice_never_falls_back():
+def test_auto_takes_the_kernel_where_it_is_proven(monkeypatch):
+    q, k, v = gaussian(14, tokens=20)
+    on_gpu = type("OnGpu", (torch.Tensor,), {"is_cuda": True})
+    q, k, v = (x.as_subclass(on_gpu) for x in (q, k, v))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choice, "PROVEN_ON", ((9, 0),))
+    assert choice.auto(q, k, v, 128, 1.0) == "triton"
+    assert choice.auto(q.requires_grad_(), k, v, 128, 1.0) == "blocks"
+    monkeypatch.setattr(choice, "PROVEN_ON", ((10, 0),))
+    assert choice.auto(q.detach(), k, v, 128, 1.0) == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda q, k, v: (q.double(), k.double(), v.double(), 16, None), "the inputs are torch.float64, and it takes"),
+        (lambda q, k, v: (q, k, v, 24, None), "block_size = 24, and it takes powers of two from 16 on"),
+        (lambda q, k, v: (q, k, v, 8, None), "block_size = 8, and it takes powers of two from 16 on"),
+        (lambda q, k, v: (q, k, v, 16, -1.0), "scale = -1.0, and it takes no negative one"),
+        (lambda q, k, v: (q.requires_grad_(), k, v, 16, None), "an input requires grad, and it has no backward"),
+        (lambda q, k, v: (q, k, v.repeat(1, 1, 1, 5), 16, None), "heads have 64 and 320 elements, of which it takes"),
+    ],
+)
+def test_the_kernel_is_refused_by_name(change, why):
+    q, k, v, size, scale = change(*gaussian(14, tokens=20))
+    plan = Plan.dense(batch=1, num_heads=1, block_size=size, q_len=20, k_len=20)
+    with pytest.raises(UnsupportedError, match=re.escape(f"attend: impl='triton' cannot run here: {why}")):
+        attend(q, k, v, plan, scale=scale, impl="triton")
+
+
+def test_the_kernel_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = gaussian(14, tokens=20)
+    message = "attend: impl='triton' cannot run here: the tensors are on cpu, not on a CUDA device; use impl='auto'"
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        attend(q, k, v, random_plan(q, k), impl="triton")
+
+
+def test_an_unknown_choice_is_refused():
     q, k, v = gaussian(14, tokens=20)
     plan = random_plan(q, k)
-    with pytest.raises(
-        UnsupportedError, match="impl='triton' is not built yet; use impl='blocks', or impl='reference'"
-    ):
-        attend(q, k, v, plan, impl="triton")
     with pytest.raises(ConfigError, match="impl = 'block' is not known; did you mean 'blocks'"):
         attend(q, k, v, plan, impl="block")
 
@@ -238,3 +272,99 @@ def test_the_future_changes_no_bit():
     assert torch.equal(before.y[:, :70], after.y[:, :70])
     assert torch.equal(before.lse[:, :70], after.lse[:, :70])
     assert not torch.equal(before.y[:, 70:], after.y[:, 70:])
+
+
+@pytest.mark.parametrize("impl", ["blocks", "flex"])
+def test_parts_of_a_plan_merge_to_the_whole(impl):
+    q, k, v = gaussian(17, tokens=203, q_len=150, batch=2, heads=4, kv_heads=2)
+    plan = random_plan(q, k)
+    one, other = split(plan)
+    parts = [attend(q, k, v, part, impl=impl) for part in (one, other)]
+    for part, out in zip((one, other), parts):
+        want = attend(q, k, v, part, impl="reference")
+        assert_close("y", want.y, out.y, 1e-6)
+        assert torch.equal(want.lse == -torch.inf, out.lse == -torch.inf)
+        assert_close("lse", want.lse.clamp_min(-99), out.lse.clamp_min(-99), 1e-6)
+    assert (parts[1].lse == -torch.inf).any()
+    whole, merged = attend(q, k, v, plan, impl="reference"), merge_parts(parts)
+    assert_close("y", whole.y, merged.y, 1e-6)
+    assert_close("lse", whole.lse, merged.lse, 1e-6)
+    pairs = one.density() + other.density()
+    assert torch.allclose(pairs, plan.density(), rtol=1e-12)
+
+
+def split(plan):
+    """A plan's blocks shared out to two parts; the second one has no diagonal and some rows without any block."""
+    mask = plan.to_mask()
+    grid = plan.grid
+    rest = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.4)
+    rest[:, :, torch.arange(grid.query_blocks), grid.diagonal()] = False
+    rest[:, 1] = False
+    return tuple(part_of(chosen, plan) for chosen in (mask & ~rest, rest))
+
+
+def part_of(mask, plan):
+    counts = mask.sum(-1).flatten()
+    return Plan(
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        mask.nonzero()[:, -1].int(),
+        plan.block_size,
+        plan.q_len,
+        plan.k_len,
+        num_heads=plan.num_heads,
+        batch=plan.batch,
+        is_part=True,
+    ).check()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_flex_equals_the_definition(sizes):
+    q, k, v = gaussian(1, **sizes)
+    plan = random_plan(q, k)
+    want = attend(q, k, v, plan, scale=0.3, impl="reference")
+    got = attend(q, k, v, plan, scale=0.3, impl="flex")
+    assert_close("y", want.y, got.y, 1e-6)
+    assert_close("lse", want.lse, got.lse, 1e-6)
+
+
+def test_flex_gets_diagonal_blocks_masked_and_all_others_whole():
+    q, k, _ = gaussian(18, tokens=200, q_len=120, heads=2, kv_heads=2)
+    plan = random_plan(q, k)
+    mask = block_mask(plan)
+    assert (mask.kv_num_blocks == 1).all()
+    assert (mask.full_kv_num_blocks == plan.counts() - 1).all()
+    for h in range(2):
+        for i in range(plan.grid.query_blocks):
+            whole = mask.full_kv_indices[0, h, i, : mask.full_kv_num_blocks[0, h, i]].tolist()
+            assert [*whole, int(mask.kv_indices[0, h, i, 0])] == plan.to_mask()[0, h, i].nonzero().flatten().tolist()
+
+
+def packed(seed, lengths, **sizes):
+    """Sequences with (queries, keys) of `lengths`, and their plans."""
+    made = [gaussian(seed + i, tokens=k, q_len=q, **sizes) for i, (q, k) in enumerate(lengths)]
+    plans = [random_plan(x.q, x.k, seed=i) for i, x in enumerate(made)]
+    return [torch.cat(parts, 1) for parts in zip(*made)], made, plans
+
+
+def test_packed_sequences_are_attended_to_apart():
+    tensors, made, plans = packed(19, [(50, 50), (1, 33), (40, 97)], heads=4, kv_heads=2)
+    out = attend_packed(*tensors, plans, scale=0.2)
+    want = [attend(*x, plan, scale=0.2) for x, plan in zip(made, plans)]
+    assert torch.equal(out.y, torch.cat([w.y for w in want], 1))
+    assert torch.equal(out.lse, torch.cat([w.lse for w in want], 1))
+
+
+def test_packed_refuses_what_does_not_fit():
+    (q, k, v), _, plans = packed(20, [(20, 20), (5, 33)])
+    with pytest.raises(ConfigError, match="attend_packed got no plan; give one for each sequence"):
+        attend_packed(q, k, v, [])
+    with pytest.raises(ConfigError, match=re.escape("q has shape (1, 24, 1, 64); packed for these plans it is [1, 25")):
+        attend_packed(q[:, 1:], k, v, plans)
+    with pytest.raises(ConfigError, match=re.escape("v has shape (1, 52, 1, 64); packed for these plans it is [1, 53")):
+        attend_packed(q, k, v[:, 1:], plans)
+    two = Plan.dense(batch=1, num_heads=1, block_size=32, q_len=5, k_len=33)
+    with pytest.raises(ConfigError, match=re.escape("plans have block sizes [16, 32]; give all the same")):
+        attend_packed(q, k, v, [plans[0], two])
+    heads = Plan.dense(batch=1, num_heads=2, block_size=16, q_len=5, k_len=33)
+    with pytest.raises(ConfigError, match=re.escape("plan.num_heads = 2 does not fit q and k, which have 1")):
+        attend_packed(q, k, v, [plans[0], heads])

@@ -67,7 +67,25 @@ def plan_of(offsets, indices, **changes):
 
 
 def test_well_formed_rows_pass():
-    plan_of([0, 2, 4, 5, 7], [0, 1, 0, 2, 1, 1, 2]).check()
+    plan = plan_of([0, 2, 4, 5, 7], [0, 1, 0, 2, 1, 1, 2])
+    assert plan.check().is_checked
+    assert not plan.is_checked
+
+
+def test_room_behind_the_last_row_is_no_part_of_the_plan():
+    plan, roomy = (plan_of([0, 2, 4, 5, 7], [0, 1, 0, 2, 1, 1, 2, *room]) for room in ([], [9, -9, 9]))
+    assert torch.equal(roomy.check().to_mask(), plan.to_mask())
+    assert torch.equal(roomy.density(), plan.density())
+
+
+def test_a_part_may_lack_diagonals_and_whole_rows():
+    part = plan_of([0, 1, 1, 2, 4], [0, 1, 1, 2], is_part=True).check()
+    assert part.has_diagonal().tolist() == [False, False, True, True]
+    brute = token_mask(part).sum((2, 3)).double() / torch.ones(8, 12).tril(4).sum()
+    assert torch.equal(part.density(), brute)
+    with pytest.raises(ConfigError, match="outside its causal range"):
+        plan_of([0, 1, 1, 2, 4], [2, 1, 1, 2], is_part=True).check()
+    assert not plan_of([0] * 5, [], is_part=True).check().has_diagonal().any()
 
 
 @pytest.mark.parametrize(
@@ -96,9 +114,9 @@ def test_well_formed_rows_pass():
             "(batch 0, head 0, query block 1) leaves out its diagonal block",
         ),
         (
-            [0, 2, 4, 5, 6],
+            [0, 2, 4, 5, 8],
             [0, 1, 0, 2, 1, 1, 2],
-            "must rise from 0 to the number of indices, 7; they run from 0 to 6",
+            "must rise from 0 to at most the number of indices, 7; they run from 0 to 8",
         ),
         ([0, 3, 2, 5, 7], [0, 1, 0, 2, 1, 1, 2], "smallest step -1"),
     ],

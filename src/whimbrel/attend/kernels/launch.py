@@ -1,0 +1,121 @@
+"""Calls the kernel: sequences of a batch, or packed one behind the other, in one launch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from whimbrel.attend.kernels.forward import forward
+from whimbrel.attend.plan import Plan
+
+
+class Tiles(NamedTuple):
+    """How a program is cut."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(block_size: int, dim: int, itemsize: int) -> Tiles:
+    """Tiles for blocks of `block_size` tokens and heads of up to `dim` elements of `itemsize` bytes.
+
+    Two or three stages of keys and values, and the queries, must fit into the 227 KB of a Hopper multiprocessor, and
+    the sums of a tile into registers: 16-bit heads up to 128 take 128 queries by 64 keys in eight warps.
+    """
+    if itemsize > 2:
+        return Tiles(min(block_size, 64 if dim <= 128 else 32), min(block_size, 32), 4, 2)
+    queries = min(block_size, 128)
+    return Tiles(queries, min(block_size, 64), 8 if queries == 128 else 4, 3 if dim <= 128 else 2)
+
+
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale: float) -> tuple[Tensor, Tensor]:
+    """y [tokens, H, Dv] in q's dtype and lse fp32 [tokens, H] of q [tokens, H, D], k and v [tokens, Hkv, .].
+
+    The sequences of all plans lie one behind the other. Queries and keys are read where they lie, as long as the last
+    axis is contiguous.
+    """
+    interpreted, dtype = not q.is_cuda, q.dtype
+    if interpreted and dtype == torch.bfloat16:
+        # Products in bf16 are wrong in Triton's interpreter.
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    heads, dim = q.shape[1:]
+    value_dim, size = v.shape[2], plans[0].block_size
+    y = torch.empty(len(q), heads, value_dim, dtype=dtype, device=q.device)
+    lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
+    sequences = tuple((plan.q_len, plan.k_len) for plan in plans for _ in range(plan.batch))
+    table, owner = _places(sequences, heads, size, q.device)
+    starts, stops, indices = _joined(plans)
+    # Long rows first, so that no long one is left when the others are done; equal ones in their order, which keeps
+    # the heads that share keys together.
+    work = (stops - starts).argsort(descending=True, stable=True).int()
+    block_dim, block_value = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
+    cut = tiles(size, max(block_dim, block_value), q.element_size())
+    forward[(len(work) * (size // cut.queries),)](
+        q,
+        k,
+        v,
+        y,
+        lse,
+        work,
+        owner,
+        table,
+        starts,
+        stops,
+        indices,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        scale * math.log2(math.e),
+        H=heads,
+        GROUP=heads // k.shape[1],
+        D=dim,
+        V=value_dim,
+        BD=block_dim,
+        BV=block_value,
+        SIZE=size,
+        BM=cut.queries,
+        BN=cut.keys,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    return y, lse
+
+
+@functools.lru_cache(maxsize=64)
+def _places(
+    sequences: tuple[tuple[int, int], ...], heads: int, block_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The kernel's `table` and `owner`. All layers of a model ask for the same, and a copy to a GPU is a wait."""
+    table, owner = [], []
+    row = query = key = 0
+    for q_len, k_len in sequences:
+        table.append((row, query, q_len, key, k_len))
+        rows = heads * (-(-k_len // block_size) - (k_len - q_len) // block_size)
+        owner.append(rows)
+        row, query, key = row + rows, query + q_len, key + k_len
+    owners = torch.arange(len(owner), dtype=torch.int32).repeat_interleave(torch.tensor(owner))
+    return torch.tensor(table, dtype=torch.int64).to(device), owners.to(device)
+
+
+def _joined(plans: Sequence[Plan]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rows of all plans start and stop, and the indices of all."""
+    if len(plans) == 1:
+        return plans[0].offsets[:-1], plans[0].offsets[1:], plans[0].indices
+    bases = [0, *itertools.accumulate(len(plan.indices) for plan in plans)]
+    starts = torch.cat([plan.offsets[:-1] + base for plan, base in zip(plans, bases)])
+    stops = torch.cat([plan.offsets[1:] + base for plan, base in zip(plans, bases)])
+    return starts, stops, torch.cat([plan.indices for plan in plans])
