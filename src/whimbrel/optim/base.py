@@ -8,16 +8,24 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, nearest
-from whimbrel.optim import lowrank
+from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.adamw.optimizer import adamw_step, decay
+from whimbrel.optim.device import HostCopy, to_device
 from whimbrel.optim.groups import resolve_side
+from whimbrel.optim.layout import Entry, matrix_layout, other_layout, sides
 from whimbrel.optim.options import check_options, check_rank
 from whimbrel.optim.sharding import full, local, local_grad, local_part
 
 BATCH_ELEMENTS = 1 << 18
 """Largest stack of gradients, in elements, about what a core's cache holds; larger matrices go one by one."""
+
+LARGEST_GAP = 8
+"""Most candidates from one lazy refresh of a matrix to the next."""
+WEIGHT_WORDS = 1 << 31
+"""First word for rounding weights; those before it round moments."""
 
 ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side"}
 """Group keys of the packages `fira` and `galore-torch`, by our names."""
@@ -56,8 +64,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
     device only for matrices that have not been stepped since construction or loading.
     """
 
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves grad_scale and found_inf to `step`
+
     rule: ClassVar[Callable[..., Any]]
     """(Projected, *state, **options) -> (update [B, m, n], *state after); the weights become W - update."""
+    coefficients: ClassVar[Callable[..., Any]]
+    """The part of `rule` that follows from norms: (lowrank.Slices, correction [B], active [B], *scalars, **options)
+    -> (lowrank.Coefficients, *scalars after)."""
     scalars: ClassVar[tuple[str, ...]] = ()
     """Names of the method's own scalars in the state, after step, exp_avg and exp_avg_sq."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +78,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
         check_options(defaults)
-        self._started: set[Tensor] = set()
+        self._forget()
         groups = list(groups)
         if not any(isinstance(group, dict) and {"rank", "low_rank"} & group.keys() for group in groups):
             raise ConfigError(
@@ -76,10 +89,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._started = set()
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def _forget(self) -> None:
+        """Drop what follows from the state and the parameters."""
+        self._started: set[Tensor] = set()
+        self._gaps: dict[Tensor, HostCopy] = {}
+        self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises ConfigError for an unknown key, a value or a rank that is not allowed."""
@@ -112,14 +131,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._allocate()
         fresh = self._start()
         if self._started:
-            index = itertools.count()
             num_matrices = sum(len(group["params"]) for group in self.param_groups if group["low_rank"])
+            index, after = itertools.count(), itertools.count(num_matrices)
             for group in self.param_groups:
+                offsets = {param: next(index if group["low_rank"] else after) for param in group["params"]}
                 if group["low_rank"]:
-                    offsets = {param: next(index) for param in group["params"]}
                     self._step_matrices(group, offsets, num_matrices, fresh)
                 else:
-                    self._step_others(group)
+                    self._step_others(group, offsets)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,40 +147,46 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises CheckpointError where an entry is missing or does not have the shape that its parameter needs.
         """
         super().load_state_dict(state_dict)
+        self._forget()
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for g, group in enumerate(self.param_groups):
             for name, param in zip(_names(group, g), group["params"], strict=True):
                 loaded = state_dict["state"].get(next(saved))
                 if not loaded:
                     continue
-                shapes = self._state_shapes(group, param)
-                for key in shapes:
+                layout = self._layout(group, param)
+                for key in layout:
                     if key not in loaded:
                         raise CheckpointError(
                             f"optimizer state of {name} lacks '{key}'; "
                             f"load a state that {type(self).__name__} has written"
                         )
-                for key, shape in shapes.items():
+                for key, (shape, dtype) in layout.items():
                     if tuple(loaded[key].shape) != shape:
                         raise CheckpointError(
                             f"optimizer state '{key}' of {name} has shape {list(loaded[key].shape)}, "
                             f"but needs {list(shape)}; load it into the model that it was saved with"
                         )
+                    if loaded[key].dtype != storage.DTYPES[dtype]:
+                        found = str(loaded[key].dtype).removeprefix("torch.")
+                        raise CheckpointError(
+                            f"optimizer state '{key}' of {name} is {found}, but needs {dtype}; "
+                            "load it with the state_dtype, basis_dtype and other_dtype of its run"
+                        )
                     # torch has cast it to the parameter's dtype, so go back to what was saved
                     self.state[param][key] = loaded[key].to(device=param.device, copy=True)
 
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+    def _layout(self, group: dict[str, Any], param: Tensor) -> dict[str, Entry]:
         if not group["low_rank"]:
-            return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
-        side, rank = resolve_side(group["side"], param.shape), group["rank"]
-        low = lowrank.low_shape(param.shape, rank, side)
-        return {
-            "step": (),
-            "exp_avg": low,
-            "exp_avg_sq": low,
-            **dict.fromkeys(self.scalars, ()),
-            "basis": lowrank.basis_shape(param.shape, rank, side),
-        }
+            return other_layout(param.shape, other_dtype=group["other_dtype"])
+        return matrix_layout(
+            param.shape,
+            rank=group["rank"],
+            side=group["side"],
+            scalars=(*self.scalars, *(("refresh_gap",) if group["lazy_overlap"] else ())),
+            state_dtype=group["state_dtype"],
+            basis_dtype=group["basis_dtype"],
+        )
 
     def _allocate(self) -> None:
         for group in self.param_groups:
@@ -170,12 +195,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     continue
                 if param.grad.is_sparse:
                     raise UnsupportedError(f"{type(self).__name__} takes no sparse gradients; use dense ones")
-                for key, shape in self._state_shapes(group, param).items():
+                layout = self._layout(group, param)
+                if isinstance(param, DTensor) and not group["low_rank"] and "exp_avg_scale" in layout:
+                    raise UnsupportedError(
+                        "other_dtype = 'int8' takes no DTensor parameters; use float32 or bfloat16 under FSDP2"
+                    )
+                for key, entry in layout.items():
+                    dtype = storage.DTYPES[entry.dtype]
                     self.state[param][key] = (
-                        torch.zeros(shape, dtype=torch.float32, device=param.device)
-                        if group["low_rank"] or key == "step"
+                        torch.zeros(entry.shape, dtype=dtype, device=param.device)
+                        if group["low_rank"] or key == "step" or entry.dtype == "uint8" or "_scale" in key
                         # a DTensor where the parameter is one
-                        else torch.zeros_like(param, dtype=torch.float32)
+                        else torch.zeros_like(param, dtype=dtype)
                     )
 
     def _start(self) -> set[Tensor]:
@@ -204,23 +235,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     fresh.add(param)
         return fresh
 
-    def _step_others(self, group: dict[str, Any]) -> None:
+    def _step_others(self, group: dict[str, Any], offsets: dict[Tensor, int]) -> None:
         params = [param for param in group["params"] if param.grad is not None and param in self._started]
         if not params:
             return
-        states = [self.state[param] for param in params]
         group["step"] += 1
-        adamw_step(
-            [local(param) for param in params],
-            [local_grad(param).float() for param in params],
-            [state["step"] for state in states],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        plain = [p for p in params if p.dtype == self.state[p]["exp_avg"].dtype == torch.float32]
+        # one by one, as each needs float32 copies of its weights and moments
+        for chosen in ([plain] if plain else []) + [[p] for p in params if p not in set(plain)]:
+            states = [self.state[param] for param in chosen]
+            weights = [local(param) for param in chosen]
+            local_states = [{key: local(value) for key, value in state.items()} for state in states]
+            moments = [[storage.read_moment([s], key)[0] for s in local_states] for key in ("exp_avg", "exp_avg_sq")]
+            values = [weight.float() for weight in weights]
+            adamw_step(
+                values,
+                [self._unscaled(local_grad(param)) for param in chosen],
+                [state["step"] for state in states],
+                *moments,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                active=self._usable(),
+            )
+            if chosen is plain:
+                continue
+            (weight,), (value,), (state,) = weights, values, local_states
+            keys = self._keys(group, chosen, offsets)
+            for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                storage.write_moment([state], key, moment[0][None], keys, self._usable())
+            _write_weight(weight, value, keys[0], group["stochastic_rounding"])
 
     def _step_matrices(
         self, group: dict[str, Any], offsets: dict[Tensor, int], num_matrices: int, fresh: set[Tensor]
@@ -230,34 +275,91 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return
         now, every = group["step"], group["refresh_steps"]
         group["step"] += 1
-        for batch in _batches(params):
-            first = [i for i, param in enumerate(batch) if param in fresh]
-            due = [
-                i
-                for i, param in enumerate(batch)
-                if param not in fresh
-                and (now + (offsets[param] * every // num_matrices if group["stagger"] else 0)) % every == 0
-            ]
+        candidate = {
+            param: now + (offsets[param] * every // num_matrices if group["stagger"] else 0) for param in params
+        }
+        due = {
+            param
+            for param, count in candidate.items()
+            if param not in fresh and count % every == 0 and count // every % self._gap(group, param) == 0
+        }
+        fused = [param for param in params if self._fuses(group, param)]
+        refreshed = [param for param in fused if param in due or param in fresh]
+        for batch in _batches(refreshed):
+            self._refresh_some(group, batch, self._project(group, batch), offsets, due, fresh)
+        if fused:
+            self._step_fused(group, fused, offsets)
+        for batch in _batches([param for param in params if param not in set(fused)]):
             projected = self._project(group, batch)
-            if first:
-                noise = self._noise(group, [offsets[batch[i]] for i in first], projected)
-                self._refresh(group, batch, projected, first, noise)
-            if due:
-                self._refresh(group, batch, projected, due, None)
-            self._apply(group, batch, projected)
+            self._refresh_some(group, batch, projected, offsets, due, fresh)
+            self._apply(group, batch, projected, offsets)
+
+    def _fuses(self, group: dict[str, Any], param: Tensor) -> bool:
+        return False
+
+    def _step_fused(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> None:
+        raise NotImplementedError
+
+    def _refresh_some(
+        self,
+        group: dict[str, Any],
+        batch: list[Tensor],
+        projected: Projected,
+        offsets: dict[Tensor, int],
+        due: set[Tensor],
+        fresh: set[Tensor],
+    ) -> None:
+        first = [i for i, param in enumerate(batch) if param in fresh]
+        later = [i for i, param in enumerate(batch) if param in due]
+        if first:
+            noise = self._noise(group, [offsets[batch[i]] for i in first], projected)
+            self._refresh(group, batch, projected, first, noise, offsets)
+        if later:
+            self._refresh(group, batch, projected, later, None, offsets)
+
+    def _gap(self, group: dict[str, Any], param: Tensor) -> int:
+        """Candidates from one refresh of the matrix to the next: 1, or more where refreshes are lazy."""
+        if not group["lazy_overlap"]:
+            return 1
+        if param not in self._gaps:
+            # after loading; later refreshes write to host memory without making anything wait
+            self._gaps[param] = HostCopy(self.state[param]["refresh_gap"])
+        return max(1, int(self._gaps[param].read()))
+
+    def _usable(self) -> Tensor | None:
+        """Whether this step counts, as a scalar on the device, where a gradient scaler has left its verdict."""
+        found = getattr(self, "found_inf", None)
+        return None if found is None else found.reshape(()) == 0
+
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        scale = getattr(self, "grad_scale", None)
+        return grad.float() if scale is None else grad.float() / scale.reshape(())
+
+    def _keys(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+        """Words [B] for stochastic rounding in the step that has just been counted."""
+        steps = storage.stack([self.state[param]["step"] for param in params])
+        known = tuple(offsets[param] for param in params)
+        bases = self._bases.get((group["seed"], known, steps.device))
+        if bases is None:
+            words = torch.tensor([counter.base(group["seed"], index) for index in known])
+            bases = self._bases[group["seed"], known, steps.device] = to_device(words, steps.device)
+        return counter.key(bases, steps)
 
     def _project(self, group: dict[str, Any], batch: list[Tensor]) -> Projected:
         side = resolve_side(group["side"], batch[0].shape)
         # stack copies, so that the mask below does not reach the gradients
-        grad = torch.stack([full(param.grad) for param in batch if param.grad is not None]).float()
+        grad = self._unscaled(torch.stack([full(param.grad) for param in batch if param.grad is not None]))
         slice_norm = torch.linalg.vector_norm(grad, dim=lowrank.slice_dim(side))
         norm = torch.linalg.vector_norm(slice_norm, dim=-1)
         active = norm.isfinite() & (norm > 0)
+        usable = self._usable()
+        if usable is not None:
+            active = active & usable
         return Projected(
             grad.masked_fill_(~active[:, None, None], 0.0),
             torch.where(active[:, None], slice_norm, 0.0),
             active,
-            _stack([self.state[param]["basis"] for param in batch]),
+            storage.read_basis([self.state[param] for param in batch], sides(grad.shape, group["side"])[1]),
             side,
         )
 
@@ -277,6 +379,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projected: Projected,
         chosen: list[int],
         noise: Tensor | None,
+        offsets: dict[Tensor, int],
     ) -> None:
         """Fit the bases of the chosen matrices anew, in the state and in `projected`."""
         whole = len(chosen) == len(batch)
@@ -291,37 +394,81 @@ class LowRankOptimizer(torch.optim.Optimizer):
             new = lowrank.fit_first(grad, noise, side, rank)
         else:
             new = lowrank.fit_warm(grad, old, side)
+        # a fit that fails leaves NaN, and the old basis then stays
+        active = active & new.isfinite().flatten(1).all(1)
         new = torch.where(active[:, None, None], new, old)
-        states = [self.state[batch[i]] for i in chosen]
+        params = [batch[i] for i in chosen]
+        states = [self.state[param] for param in params]
         if group["on_refresh"] != "keep":
-            moments = lowrank.Moments(*(_stack([s[key] for s in states]) for key in lowrank.Moments._fields))
+            moments = self._moments(states, side)
             carried = lowrank.carry(moments, old, new, side, group["on_refresh"])
-            for key, before, after in zip(moments._fields, moments, carried, strict=True):
-                kept = active.view(-1, *[1] * (before.ndim - 1))
-                _store(states, key, torch.where(kept, after, before))
-        _store(states, "basis", new)
-        for i, basis in zip(chosen, new.unbind(), strict=True):
+            kept = lowrank.Moments(
+                *(
+                    torch.where(active.view(-1, *[1] * (before.ndim - 1)), after, before)
+                    for before, after in zip(moments, carried, strict=True)
+                )
+            )
+            # other bits than those of the step that follows
+            self._store_moments(states, kept, side, counter.mix(self._keys(group, params, offsets)), active)
+        if group["lazy_overlap"]:
+            gaps = storage.stack([state["refresh_gap"] for state in states])
+            stays = lowrank.overlap(old, new) >= group["lazy_overlap"]
+            gaps = torch.where(stays & (gaps > 0), (2 * gaps).clamp_max(LARGEST_GAP), 1.0)
+            storage.store(states, "refresh_gap", gaps)
+            self._gaps |= {param: HostCopy(gap) for param, gap in zip(params, gaps.unbind(), strict=True)}
+        storage.write_basis(states, new)
+        stored = storage.read_basis(states, new.shape[-2])
+        for i, basis in zip(chosen, stored.unbind(), strict=True):
             projected.basis[i].copy_(basis)
 
-    def _apply(self, group: dict[str, Any], batch: list[Tensor], projected: Projected) -> None:
+    def _moments(self, states: list[dict[str, Tensor]], side: str) -> lowrank.Moments:
+        """Step [B], and both moments in float32 and the shape of the projected gradient."""
+        both = (storage.read_moment(states, key) for key in ("exp_avg", "exp_avg_sq"))
+        return lowrank.Moments(
+            storage.stack([state["step"] for state in states]), *(x.mT if side == "left" else x for x in both)
+        )
+
+    def _store_moments(
+        self, states: list[dict[str, Tensor]], moments: lowrank.Moments, side: str, keys: Tensor, active: Tensor
+    ) -> None:
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = getattr(moments, key)
+            storage.write_moment(states, key, value.mT if side == "left" else value, keys, active)
+        storage.store(states, "step", moments.step)
+
+    def _apply(
+        self, group: dict[str, Any], batch: list[Tensor], projected: Projected, offsets: dict[Tensor, int]
+    ) -> None:
         states = [self.state[param] for param in batch]
-        keys = (*lowrank.Moments._fields, *self.scalars)
-        update, *after = self.rule(
+        update, step, mean, square, *after = self.rule(
             projected,
-            *(_stack([state[key] for state in states]) for key in keys),
+            *self._moments(states, projected.side),
+            *(storage.stack([state[key] for state in states]) for key in self.scalars),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             **{name: group[name] for name in self.options},
         )
-        for key, value in zip(keys, after, strict=True):
-            _store(states, key, value)
+        moments = lowrank.Moments(step, mean, square)
+        storage.store(states, "step", step)
+        keys = self._keys(group, batch, offsets)
+        self._store_moments(states, moments, projected.side, keys, projected.active)
+        for key, value in zip(self.scalars, after, strict=True):
+            storage.store(states, key, value)
         weights = [local(param) for param in batch]
         updates = [local_part(part, param) for part, param in zip(update.unbind(), batch, strict=True)]
+        # after the update, on the updated weights, as in the authors' code
+        shares = group["lr"] * group["weight_decay"] * projected.active.float()
+        if batch[0].dtype == torch.bfloat16 and group["stochastic_rounding"]:
+            for i, (weight, part) in enumerate(zip(weights, updates, strict=True)):
+                value = weight.float() - part
+                value = value - shares[i] * value
+                # counted over the whole matrix, so that its sharding does not matter
+                words = counter.words(keys[i], batch[i].numel(), first=WEIGHT_WORDS).view(batch[i].shape)
+                weight.copy_(counter.round_to_bfloat16(value, local_part(words, batch[i])))
+            return
         torch._foreach_sub_(weights, updates)
         if group["weight_decay"]:
-            # after the update, on the updated weights, as in the authors' code
-            shares = group["lr"] * group["weight_decay"] * projected.active.float()
             decay(weights, list(shares.unbind()))
 
 
@@ -341,10 +488,8 @@ def _batches(params: list[Tensor]) -> list[list[Tensor]]:
     return batches
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """[B, ...]; a single tensor is viewed, not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _store(states: list[dict[str, Tensor]], key: str, values: Tensor) -> None:
-    torch._foreach_copy_([state[key] for state in states], list(values.unbind()))
+def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool) -> None:
+    if weight.dtype == torch.bfloat16 and stochastic:
+        words = counter.words(key, value.numel(), first=WEIGHT_WORDS).view(value.shape)
+        value = counter.round_to_bfloat16(value, words)
+    weight.copy_(value)

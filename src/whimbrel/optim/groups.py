@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,38 +86,12 @@ def assign_groups(
     return groups
 
 
-def low_rank_state_bytes(
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    rank: int,
-    side: str,
-    scalars: int,
-    low_rank: Sequence[str],
-    exclude: Sequence[str],
-    min_dim: int,
-) -> int:
-    """Bytes of float32 state: basis, moments and `scalars` of low-rank matrices, AdamW's of the others."""
-    groups = assign_groups(shapes, low_rank=low_rank, exclude=exclude, min_dim=min_dim)
-    return 4 * sum(
-        _low_rank_elements(name, shape, rank, side) + scalars
-        if groups[name] == "low_rank"
-        else 2 * math.prod(shape) + 1
-        for name, shape in shapes.items()
-    )
-
-
 def resolve_side(side: str, shape: Sequence[int]) -> str:
     """ "left" or "right" for an m x n matrix. `std` projects the shorter side (a square one on the right)."""
     if side in ("left", "right"):
         return side
     wide = shape[-2] < shape[-1]
     return "left" if wide == (side == "std") else "right"
-
-
-def _low_rank_elements(name: str, shape: Sequence[int], rank: int, side: str) -> int:
-    check_rank(rank, tuple(shape), name)
-    projected, other = shape if resolve_side(side, shape) == "left" else reversed(shape)
-    return rank * (projected + 2 * other)
 
 
 def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:

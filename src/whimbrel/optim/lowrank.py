@@ -18,10 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from whimbrel.optim import counter
+
 OVERSAMPLING = 8
 """Extra directions of the first, randomised fit (Halko, Martinsson and Tropp 2011, section 4.2)."""
 FIRST_ITERATIONS = 3
 """Multiplications with G G^T in the first fit: one to sample the range and two power iterations."""
+FILL = 1e-6
+"""Size of the noise that fills columns without rank, relative to a column: above the rounding of float32."""
+SHIFT = 2e-15
+"""Added to the first Gram matrix, for each column, some ten roundings of float64."""
 WARM_ITERATIONS = 2
 """Multiplications with G G^T in a later fit, which starts from the basis before it."""
 
@@ -52,26 +58,40 @@ def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> T
     return first @ second if add is None else add.baddbmm_(first, second)
 
 
-def orthonormal(x: Tensor) -> Tensor:
+def orthonormal(x: Tensor, *, rounds: int = 3) -> Tensor:
     """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
 
-    Householder QR is safe where x has lost rank; it then completes the basis. Its column signs are arbitrary,
-    and moments that outlive a refresh need directions that do not flip, hence the sign of the diagonal.
+    Cholesky QR: `rounds` of products and one triangular solve each, where Householder's takes k dependent steps,
+    which leave a GPU idle. It squares the condition number, which plain CholeskyQR2 does not survive; here the
+    columns are brought to norm 1, the work is done in float64, a first round is shifted (Fukaya et al. 2020), and a
+    little of fixed noise in every column bounds the condition by about 1 / FILL and completes the basis where x has
+    lost rank. One round is enough between two multiplications. Columns keep their signs, as moments that outlive a
+    refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
     """
-    q, r = torch.linalg.qr(x)
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    return q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+    rows, columns = x.shape[-2:]
+    filling = counter.mix(torch.arange(rows * columns, device=x.device)).double() / counter.WORD - 0.5
+    y = x.double()
+    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    y = y + filling.view(rows, columns) * (FILL / math.sqrt(rows))
+    for done in range(rounds):
+        gram = y.mT @ y
+        if done == 0:
+            gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * columns)
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
+    return y.to(x.dtype)
 
 
 def iterate(grad: Tensor, start: Tensor, side: str, iterations: int) -> Tensor:
     """Block power iteration from `start` [B, d, k], orthonormalised after every multiplication.
 
     Without the orthonormalisation between grad and grad^T the condition number is squared, and directions
-    below about 3e-4 of the largest are lost in float32.
+    below about 3e-4 of the largest are lost in float32. All but the last only keep the columns apart.
     """
     g = grad if side == "left" else grad.mT
-    for _ in range(iterations):
-        start = orthonormal(g @ orthonormal(g.mT @ start))
+    for done in range(1, iterations + 1):
+        middle = orthonormal(g.mT @ start, rounds=1)
+        start = orthonormal(g @ middle, rounds=3 if done == iterations else 1)
     return start
 
 
@@ -161,6 +181,34 @@ def adam(low: Tensor, moments: Moments, active: Tensor, *, betas: tuple[float, f
     exp_avg_sq = (exp_avg_sq * kept).addcmul_(low, low, value=1 - betas[1])
     direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
     return AdamOut(direction, bias_correction(step, betas), Moments(step, exp_avg, exp_avg_sq))
+
+
+class Slices(NamedTuple):
+    """Norms [B, s] of the slices of a gradient, of its projection and of Adam's direction."""
+
+    grad: Tensor
+    low: Tensor
+    direction: Tensor
+
+
+class Coefficients(NamedTuple):
+    """What a method makes of the norms: update = up(on_direction direction - on_low low) + on_grad grad.
+
+    on_direction [B]; on_low and on_grad [B, s], a factor for each slice, or None for zero.
+    """
+
+    on_direction: Tensor
+    on_low: Tensor | None
+    on_grad: Tensor | None
+
+
+def combine(grad: Tensor, basis: Tensor, side: str, low: Tensor, direction: Tensor, on: Coefficients) -> Tensor:
+    """The update [B, m, n], in two passes over the gradient: one for its projection and norms, one here."""
+    dim = slice_dim(side)
+    inside = direction * on.on_direction[:, None, None]
+    if on.on_low is not None:
+        inside = torch.addcmul(inside, low, on.on_low.unsqueeze(dim), value=-1)
+    return up(inside, basis, side, add=None if on.on_grad is None else grad * on.on_grad.unsqueeze(dim))
 
 
 def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:

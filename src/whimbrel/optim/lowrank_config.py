@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whimbrel.config import OptimConfig
-from whimbrel.optim.groups import low_rank_state_bytes
-from whimbrel.optim.options import OnRefresh, Refresh, Side, check_options
+from whimbrel.optim.groups import assign_groups
+from whimbrel.optim.layout import Entry, matrix_layout, other_layout
+from whimbrel.optim.options import (
+    BasisDtype,
+    Impl,
+    OnRefresh,
+    Refresh,
+    Side,
+    StateDtype,
+    check_options,
+    check_rank,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +29,8 @@ if TYPE_CHECKING:
 class LowRankConfig(OptimConfig):
     """An optimizer whose matrices keep state of a low rank; AdamW for the other parameters."""
 
-    SCALARS: ClassVar[int]
-    """Single numbers that a low-rank matrix keeps beside its basis and moments."""
+    SCALARS: ClassVar[tuple[str, ...]] = ()
+    """Numbers that a low-rank matrix keeps beside its step, basis and moments."""
 
     lr: float = 1e-2
     """Full learning rate, per step, of every group; the schedule scales it."""
@@ -51,7 +61,19 @@ class LowRankConfig(OptimConfig):
     min_dim: int = 32
     """Smaller side below which a matrix stays with AdamW, in elements."""
     seed: int = 0
-    """Seed of the first fit under `refresh = "power"`."""
+    """Seed of the first fit under `refresh = "power"`, and of stochastic rounding."""
+    lazy_overlap: float = 0.0
+    """Share of a subspace kept by a refresh from which on the matrix waits twice as long for the next; 0 is never."""
+    state_dtype: StateDtype = "float32"
+    """Moments of low-rank matrices: `float32`, `bfloat16`, or `int8` in blocks."""
+    basis_dtype: BasisDtype = "float32"
+    """The basis: `float32`, `bfloat16`, or `int4`, packed."""
+    other_dtype: StateDtype = "float32"
+    """Moments of the other parameters; `int8` leaves those below 4096 elements in float32."""
+    stochastic_rounding: bool = True
+    """Round weights in bfloat16 up or down by chance, so that small updates are not lost."""
+    impl: Impl = "auto"
+    """How low-rank matrices are stepped: `triton` (CUDA), `eager`, or `auto`."""
 
     def __post_init__(self) -> None:
         check_options(dataclasses.asdict(self), prefix="optim.")
@@ -68,17 +90,30 @@ class LowRankConfig(OptimConfig):
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in sorting}
 
     def state_bytes(self, shapes: Mapping[str, Sequence[int]], *, bytes_per_element: int = 4) -> int:
-        """Bytes of float32 state, whatever `bytes_per_element` of the weights.
+        """Bytes of state, whatever `bytes_per_element` of the weights; `whimbrel.optim.layout` lists the tensors.
 
-        For a matrix with its basis on the side of d and another side s: 4 (d r + 2 s r + SCALARS); for any other
-        parameter of N elements: 4 (2 N + 1).
+        In float32, for a matrix with its basis on the side of d and another side s: 4 (d r + 2 s r + 1 + scalars);
+        for any other parameter of N elements: 4 (2 N + 1).
         """
-        return low_rank_state_bytes(
-            shapes,
+        return sum(self.bytes_by_group(shapes).values())
+
+    def bytes_by_group(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Bytes of state of each group that `groups` would make, from names and shapes alone."""
+        groups = assign_groups(shapes, low_rank=self.low_rank, exclude=self.exclude, min_dim=self.min_dim)
+        found = dict.fromkeys(groups.values(), 0)
+        for name, shape in shapes.items():
+            found[groups[name]] += sum(entry.num_bytes for entry in self._layout(name, shape, groups[name]).values())
+        return found
+
+    def _layout(self, name: str, shape: Sequence[int], group: str) -> dict[str, Entry]:
+        if group != "low_rank":
+            return other_layout(shape, other_dtype=self.other_dtype)
+        check_rank(self.rank, tuple(shape), name)
+        return matrix_layout(
+            shape,
             rank=self.rank,
             side=self.side,
-            scalars=self.SCALARS,
-            low_rank=self.low_rank,
-            exclude=self.exclude,
-            min_dim=self.min_dim,
+            scalars=(*self.SCALARS, *(("refresh_gap",) if self.lazy_overlap else ())),
+            state_dtype=self.state_dtype,
+            basis_dtype=self.basis_dtype,
         )

@@ -13,6 +13,9 @@ Refresh = Literal["power", "exact"]
 OnRefresh = Literal["keep", "rotate", "reset"]
 ResidualMode = Literal["official", "paper"]
 Scaling = Literal["column", "matrix"]
+StateDtype = Literal["float32", "bfloat16", "int8"]
+BasisDtype = Literal["float32", "bfloat16", "int4"]
+Impl = Literal["auto", "eager", "triton"]
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -43,6 +46,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "on_refresh": _one_of("keep", "rotate", "reset"),
     "residual_mode": _one_of("official", "paper"),
     "scaling": _one_of("column", "matrix"),
+    "lazy_overlap": (lambda value: 0 <= value <= 1, "a number from 0 (no lazy refreshes) to 1"),
+    "state_dtype": _one_of("float32", "bfloat16", "int8"),
+    "basis_dtype": _one_of("float32", "bfloat16", "int4"),
+    "other_dtype": _one_of("float32", "bfloat16", "int8"),
+    "impl": _one_of("auto", "eager", "triton"),
 }
 
 

@@ -22,17 +22,27 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    active: Tensor | None = None,
 ) -> None:
     """One AdamW step in place, on lists of equal length; reads nothing back to the host.
 
     params: any float dtype and shape; grads, exp_avgs, exp_avg_sqs: float32, shaped like params; steps:
     float32 scalars. As in the authors' code of Fira and GaLore, `eps` is added to the uncorrected root, and
     the decay comes after the update; with eps = 0 and no decay this is torch.optim.AdamW. (arXiv 1711.05101,
-    algorithm 2)
+    algorithm 2). Where `active`, a scalar of bool on the device, is given and false, nothing changes.
     """
-    torch._foreach_add_(steps, 1.0)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
-    torch._foreach_mul_(exp_avg_sqs, betas[1])
+    if active is None:
+        torch._foreach_add_(steps, 1.0)
+        torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
+        torch._foreach_mul_(exp_avg_sqs, betas[1])
+    else:
+        on = active.float()
+        lr = lr * on
+        grads = [torch.where(active, grad, 0.0) for grad in grads]
+        torch._foreach_add_(steps, [on] * len(steps))
+        for mean, grad in zip(exp_avgs, grads, strict=True):
+            mean.lerp_(grad, on * (1 - betas[0]))
+        torch._foreach_mul_(exp_avg_sqs, torch.where(active, betas[1], 1.0))
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - betas[1])
     roots = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(roots, eps)

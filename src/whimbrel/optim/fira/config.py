@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class FiraConfig(LowRankConfig):
     """Fira (arXiv 2410.01623): full-rank updates with low-rank state; AdamW for the other parameters."""
 
-    SCALARS: ClassVar[int] = 2
+    SCALARS: ClassVar[tuple[str, ...]] = ("limiter_norm",)
 
     gamma: float = 1.01
     """Growth of the residual's norm allowed per step (arXiv 2410.01623, algorithm 1); 0 for no limit."""

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from whimbrel.optim import lowrank
 from whimbrel.optim.base import LowRankOptimizer, Projected
-from whimbrel.optim.options import OnRefresh, Refresh, ResidualMode, Scaling, Side
+from whimbrel.optim.options import (
+    BasisDtype,
+    Impl,
+    OnRefresh,
+    Refresh,
+    ResidualMode,
+    Scaling,
+    Side,
+    StateDtype,
+)
 
 DELTA = 1e-8
 """Added to the norms that are divided by, as in the authors' code."""
@@ -62,30 +71,54 @@ def fira_step(
     direction, correction, moments = lowrank.adam(
         low, lowrank.Moments(step, exp_avg, exp_avg_sq), active, betas=betas, eps=eps
     )
+    slices = lowrank.Slices(slice_norm, *(torch.linalg.vector_norm(x, dim=dim) for x in (low, direction)))
+    coefficients, norm = fira_coefficients(
+        slices,
+        correction,
+        active,
+        limiter_norm,
+        lr=lr,
+        alpha=alpha,
+        gamma=gamma,
+        residual_mode=residual_mode,
+        scaling=scaling,
+    )
+    return FiraOut(lowrank.combine(grad, basis, side, low, direction, coefficients), *moments, norm)
+
+
+def fira_coefficients(
+    slices: lowrank.Slices,
+    correction: Tensor,
+    active: Tensor,
+    limiter_norm: Tensor,
+    *,
+    lr: float | Tensor,
+    alpha: float,
+    gamma: float,
+    residual_mode: ResidualMode,
+    scaling: Scaling,
+) -> tuple[lowrank.Coefficients, Tensor]:
+    """The factors of the update, and the limiter's norm after the step; all that Fira needs of G is its norms."""
     # official: alpha acts inside the residual, and the correction on the whole update after the limiter;
     # paper: alpha acts on the whole update, and the correction before the limiter
     official = residual_mode == "official"
     kept = alpha if official else 1.0
     before, after = (torch.ones_like(correction), correction) if official else (correction, torch.ones_like(correction))
-    low_norm = torch.linalg.vector_norm(low, dim=dim)
-    direction_norm = torch.linalg.vector_norm(direction, dim=dim)
     if scaling == "matrix":
         low_size, direction_size = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (low_norm, direction_norm)
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (slices.low, slices.direction)
         )
     else:
-        low_size, direction_size = low_norm, direction_norm
+        low_size, direction_size = slices.low, slices.direction
     factor = before[:, None] * direction_size / (low_size + DELTA)
-    residual_sq = slice_norm.square() - (2 * kept - kept * kept) * low_norm.square()
+    residual_sq = slices.grad.square() - (2 * kept - kept * kept) * slices.low.square()
     residual_norm = (factor.square() * residual_sq).sum(-1).clamp_min(0.0).sqrt()
     limited = limit(residual_norm, limiter_norm, gamma=gamma)
 
-    size = (lr * after * active)[:, None]
-    on_grad = (factor * limited.scale[:, None] * size * (1.0 if official else alpha)).unsqueeze(dim)
-    on_direction = (before[:, None] * size * alpha).unsqueeze(dim)
-    inside = torch.addcmul(direction * on_direction, low, on_grad, value=-kept)
-    update = lowrank.up(inside, basis, side, add=grad * on_grad)
-    return FiraOut(update, *moments, torch.where(active, limited.norm, limiter_norm))
+    size = lr * after * active
+    on_grad = factor * (limited.scale * size * (1.0 if official else alpha))[:, None]
+    coefficients = lowrank.Coefficients(before * size * alpha, kept * on_grad, on_grad)
+    return coefficients, torch.where(active, limited.norm, limiter_norm)
 
 
 def limit(norm: Tensor, previous: Tensor, *, gamma: float) -> Limited:
@@ -122,13 +155,19 @@ class Fira(LowRankOptimizer):
     on_refresh: moments at a new basis, "keep", "rotate" or "reset".
     betas, eps, weight_decay: as in AdamW; `eps` is added to the uncorrected root, the decay follows the
         update.
-    seed: of the first fit under refresh="power".
+    seed: of the first fit under refresh="power", and of stochastic rounding.
+    lazy_overlap: share of a subspace kept by a refresh from which on the matrix waits twice as long for the next,
+        up to 8 times; 0 is never.
+    state_dtype, other_dtype: moments of low-rank matrices and of the other parameters, "float32", "bfloat16" or
+        "int8". basis_dtype: "float32", "bfloat16" or "int4".
+    stochastic_rounding: of weights in bfloat16. impl: "auto", "eager" or "triton" for low-rank matrices.
 
     Raises ConfigError for a value that is not allowed, a group without a mark, or a rank above a matrix's
     smaller side.
     """
 
     rule = staticmethod(fira_step)
+    coefficients = staticmethod(fira_coefficients)
     scalars = ("limiter_norm",)
     options = ("alpha", "gamma", "residual_mode", "scaling")
 
@@ -151,6 +190,12 @@ class Fira(LowRankOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         seed: int = 0,
+        lazy_overlap: float = 0.0,
+        state_dtype: StateDtype = "float32",
+        basis_dtype: BasisDtype = "float32",
+        other_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = True,
+        impl: Impl = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -168,5 +213,11 @@ class Fira(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "seed": seed,
+            "lazy_overlap": lazy_overlap,
+            "state_dtype": state_dtype,
+            "basis_dtype": basis_dtype,
+            "other_dtype": other_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "impl": impl,
         }
         super().__init__(groups, defaults)

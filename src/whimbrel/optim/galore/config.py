@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from whimbrel.optim.lowrank_config import LowRankConfig
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class GaLoreConfig(LowRankConfig):
     """GaLore (arXiv 2403.03507): Adam on projected gradients; AdamW for the other parameters."""
-
-    SCALARS: ClassVar[int] = 1
 
     def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:
         """GaLore over `groups`."""

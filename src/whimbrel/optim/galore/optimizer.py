@@ -9,7 +9,7 @@ from torch import Tensor
 
 from whimbrel.optim import lowrank
 from whimbrel.optim.base import LowRankOptimizer, Projected
-from whimbrel.optim.options import OnRefresh, Refresh, Side
+from whimbrel.optim.options import BasisDtype, Impl, OnRefresh, Refresh, Side, StateDtype
 
 
 class GaLoreOut(NamedTuple):
@@ -39,9 +39,17 @@ def galore_step(
     """
     low = lowrank.down(projected.grad, projected.basis, projected.side)
     adam = lowrank.adam(low, lowrank.Moments(step, exp_avg, exp_avg_sq), projected.active, betas=betas, eps=eps)
-    size = lr * alpha * adam.correction * projected.active
-    update = lowrank.up(adam.direction * size[:, None, None], projected.basis, projected.side)
+    slices = lowrank.Slices(projected.slice_norm, projected.slice_norm, projected.slice_norm)  # no norm is asked for
+    (coefficients,) = galore_coefficients(slices, adam.correction, projected.active, lr=lr, alpha=alpha)
+    update = lowrank.combine(projected.grad, projected.basis, projected.side, low, adam.direction, coefficients)
     return GaLoreOut(update, *adam.moments)
+
+
+def galore_coefficients(
+    slices: lowrank.Slices, correction: Tensor, active: Tensor, *, lr: float | Tensor, alpha: float
+) -> tuple[lowrank.Coefficients]:
+    """The factors of the update: nothing outside the basis."""
+    return (lowrank.Coefficients(lr * alpha * correction * active, None, None),)
 
 
 class GaLore(LowRankOptimizer):
@@ -59,13 +67,19 @@ class GaLore(LowRankOptimizer):
     on_refresh: moments at a new basis, "keep", "rotate" or "reset".
     betas, eps, weight_decay: as in AdamW; `eps` is added to the uncorrected root, the decay follows the
         update.
-    seed: of the first fit under refresh="power".
+    seed: of the first fit under refresh="power", and of stochastic rounding.
+    lazy_overlap: share of a subspace kept by a refresh from which on the matrix waits twice as long for the next,
+        up to 8 times; 0 is never.
+    state_dtype, other_dtype: moments of low-rank matrices and of the other parameters, "float32", "bfloat16" or
+        "int8". basis_dtype: "float32", "bfloat16" or "int4".
+    stochastic_rounding: of weights in bfloat16. impl: "auto", "eager" or "triton" for low-rank matrices.
 
     Raises ConfigError for a value that is not allowed, a group without a mark, or a rank above a matrix's
     smaller side.
     """
 
     rule = staticmethod(galore_step)
+    coefficients = staticmethod(galore_coefficients)
     options = ("alpha",)
 
     def __init__(
@@ -84,6 +98,12 @@ class GaLore(LowRankOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         seed: int = 0,
+        lazy_overlap: float = 0.0,
+        state_dtype: StateDtype = "float32",
+        basis_dtype: BasisDtype = "float32",
+        other_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = True,
+        impl: Impl = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,5 +118,11 @@ class GaLore(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "seed": seed,
+            "lazy_overlap": lazy_overlap,
+            "state_dtype": state_dtype,
+            "basis_dtype": basis_dtype,
+            "other_dtype": other_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "impl": impl,
         }
         super().__init__(groups, defaults)

@@ -1,0 +1,61 @@
+"""Random bits as a pure function of a key and an element's index: the same on every device and in any sharding.
+
+No generator has a state, so a stopped run goes on with the same bits, and a CUDA graph may replay them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+"""2^32 over the golden ratio, which spreads small counts over all words."""
+
+
+W = TypeVar("W", int, Tensor)
+
+
+def mix(x: W) -> W:
+    """Scramble words (values below 2^32, int or int64) by the finaliser of MurmurHash3 (A. Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & WORD
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & WORD
+    return x ^ (x >> 16)
+
+
+def base(seed: int, index: int) -> int:
+    """The word of one parameter, counted from 0, under a seed."""
+    return mix((mix((seed + 1) * GOLDEN & WORD) + (index + 1) * GOLDEN) & WORD)
+
+
+def key(bases: Tensor, step: Tensor) -> Tensor:
+    """Words [B] for a step [B] of the parameters with these `base` words [B], int64."""
+    return mix((bases + step.long() * GOLDEN) & WORD)
+
+
+def words(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
+    """Words [..., count] for the elements first, first + 1, ... under each of `keys` [...], int64 below 2^32."""
+    index = torch.arange(first, first + count, device=keys.device)
+    return mix(mix(index ^ keys[..., None]) + keys[..., None] & WORD)
+
+
+def normal(keys: Tensor, count: int) -> Tensor:
+    """Standard normal float32 [..., count] (Box and Muller 1958)."""
+    drawn = words(keys, 2 * count).unflatten(-1, (2, count)).double()
+    radius = (-2 * ((drawn[..., 0, :] + 1) / (WORD + 1)).log()).sqrt()
+    return (radius * (drawn[..., 1, :] * (2 * math.pi / (WORD + 1))).cos()).float()
+
+
+def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16, up with a chance equal to the part that is cut off; `bits`, words shaped like x, decide.
+
+    The mean over bits is x, so that small updates are not lost on the way to weights of 8 bits. Infinities and NaN
+    stay what they are.
+    """
+    raised = ((x.contiguous().view(torch.int32).long() & WORD) + (bits & 0xFFFF)) & 0xFFFF0000
+    # back into the signed range without a cast that overflows
+    signed = torch.where(raised > 0x7FFFFFFF, raised - (WORD + 1), raised).to(torch.int32)
+    return torch.where(x.isfinite(), signed.view(torch.float32), x).to(torch.bfloat16)
