@@ -94,7 +94,9 @@ def draw(lines: Sequence[ResultLine]) -> Svg:
     svg = Svg(WIDTH, bottom + 44, label=label)
     svg.text(0, 16, fit(label, WIDTH), "start ink bold")
     box = Box(left, 26, WIDTH - 84, bottom)
-    x = scale([line[key] for line in lines for key in ("q25", "q75")], start=left, end=box.right, log=True)
+    ends = [line[key] for line in lines for key in ("q25", "q75")]
+    log = min(ends) > 0  # a share of wrong outputs may be none
+    x = scale(ends, start=left, end=box.right, log=log, include=() if log else (0.0, max(ends) or 1.0))
     x_axis(svg, box, x, title=first["unit"], text=lambda value: significant(value, 3), grid=True)
     y = box.top + 8
     for group in groups.values():

@@ -92,6 +92,13 @@ def test_figures_show_the_newest_line_of_each_measurement(plots, tmp_path):
     assert "4,096 bytes" in (out / "toy-bytes.svg").read_text(encoding="utf-8")
 
 
+def test_a_figure_of_nothing_but_zeros(plots, tmp_path):
+    for impl in ("one", "other"):
+        record("toy", impl, {"T": 64}, "wrong", 0.0, "share", out=tmp_path / "results")
+    (drawn,) = plots.draw_all(tmp_path / "results", tmp_path / "figures")
+    assert "0 share" in drawn.read_text(encoding="utf-8")
+
+
 def test_no_lines_are_said_so(plots, tmp_path):
     with pytest.raises(DataError, match=r"holds no result lines; make some with benchmarks/run.py$"):
         plots.draw_all(tmp_path, tmp_path / "figures")
