@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ from whimbrel.optim.sharding import full, local, local_grad, local_part
 BATCH_ELEMENTS = 1 << 18
 """Largest stack of gradients, in elements, about what a core's cache holds; larger matrices go one by one."""
 
+if TYPE_CHECKING:
+    from whimbrel.optim.kernels.launch import Addresses
+
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
-WEIGHT_WORDS = 1 << 31
-"""First word for rounding weights; those before it round moments."""
-
 ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side"}
 """Group keys of the packages `fira` and `galore-torch`, by our names."""
 
@@ -98,6 +99,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Drop what follows from the state and the parameters."""
         self._started: set[Tensor] = set()
         self._gaps: dict[Tensor, HostCopy] = {}
+        self._addresses: Addresses | None = None
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -295,10 +297,45 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._apply(group, batch, projected, offsets)
 
     def _fuses(self, group: dict[str, Any], param: Tensor) -> bool:
-        return False
+        """Whether the kernels step this matrix."""
+        if group["impl"] == "auto":
+            return param.is_cuda and not isinstance(param, DTensor) and find_spec("triton") is not None
+        if group["impl"] == "triton" and isinstance(param, DTensor):
+            raise UnsupportedError("impl = 'triton' takes no DTensor parameters; use impl = 'auto'")
+        return group["impl"] == "triton"
 
     def _step_fused(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> None:
-        raise NotImplementedError
+        from whimbrel.optim.kernels import launch
+
+        if self._addresses is None:
+            self._addresses = launch.Addresses()
+        for batch in launch.batches(params, group["rank"]):
+            states = [self.state[param] for param in batch]
+
+            def coefficients(
+                slices: lowrank.Slices, correction: Tensor, active: Tensor, states: list[dict[str, Tensor]] = states
+            ) -> tuple[lowrank.Coefficients, list[Tensor]]:
+                scalars = (storage.stack([state[name] for state in states]) for name in self.scalars)
+                options = {name: group[name] for name in self.options}
+                found, *after = self.coefficients(slices, correction, active, *scalars, lr=group["lr"], **options)
+                return found, after
+
+            launch.fused_step(
+                batch,
+                states,
+                side=resolve_side(group["side"], batch[0].shape),
+                bases=self._base_words(group, batch, offsets),
+                coefficients=coefficients,
+                scalars=self.scalars,
+                betas=group["betas"],
+                eps=group["eps"],
+                decay=group["lr"] * group["weight_decay"],
+                stochastic=group["stochastic_rounding"],
+                usable=self._usable(),
+                grad_scale=getattr(self, "grad_scale", None),
+                addresses=self._addresses,
+                batch=offsets[batch[0]],
+            )
 
     def _refresh_some(
         self,
@@ -338,12 +375,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _keys(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
         """Words [B] for stochastic rounding in the step that has just been counted."""
         steps = storage.stack([self.state[param]["step"] for param in params])
-        known = tuple(offsets[param] for param in params)
-        bases = self._bases.get((group["seed"], known, steps.device))
+        return counter.key(self._base_words(group, params, offsets), steps)
+
+    def _base_words(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+        known, device = tuple(offsets[param] for param in params), params[0].device
+        bases = self._bases.get((group["seed"], known, device))
         if bases is None:
             words = torch.tensor([counter.base(group["seed"], index) for index in known])
-            bases = self._bases[group["seed"], known, steps.device] = to_device(words, steps.device)
-        return counter.key(bases, steps)
+            bases = self._bases[group["seed"], known, device] = to_device(words, device)
+        return bases
 
     def _project(self, group: dict[str, Any], batch: list[Tensor]) -> Projected:
         side = resolve_side(group["side"], batch[0].shape)
@@ -464,7 +504,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 value = weight.float() - part
                 value = value - shares[i] * value
                 # counted over the whole matrix, so that its sharding does not matter
-                words = counter.words(keys[i], batch[i].numel(), first=WEIGHT_WORDS).view(batch[i].shape)
+                words = counter.words(keys[i], batch[i].numel(), first=counter.WEIGHTS).view(batch[i].shape)
                 weight.copy_(counter.round_to_bfloat16(value, local_part(words, batch[i])))
             return
         torch._foreach_sub_(weights, updates)
@@ -490,6 +530,6 @@ def _batches(params: list[Tensor]) -> list[list[Tensor]]:
 
 def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool) -> None:
     if weight.dtype == torch.bfloat16 and stochastic:
-        words = counter.words(key, value.numel(), first=WEIGHT_WORDS).view(value.shape)
+        words = counter.words(key, value.numel(), first=counter.WEIGHTS).view(value.shape)
         value = counter.round_to_bfloat16(value, words)
     weight.copy_(value)

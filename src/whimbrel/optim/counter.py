@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
+WEIGHTS = 1 << 31
+"""First word for rounding weights; those before it round moments."""
 GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio, which spreads small counts over all words."""
 

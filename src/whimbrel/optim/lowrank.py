@@ -194,7 +194,7 @@ class Slices(NamedTuple):
 class Coefficients(NamedTuple):
     """What a method makes of the norms: update = up(on_direction direction - on_low low) + on_grad grad.
 
-    on_direction [B]; on_low and on_grad [B, s], a factor for each slice, or None for zero.
+    on_direction [B]; on_low and on_grad [B, s], a factor for each slice, [B, 1], one for all, or None for zero.
     """
 
     on_direction: Tensor
