@@ -73,7 +73,18 @@ def project(
 
 @triton.jit
 def _read(
-    table, scales, matrix, place, at, s, r, mask, DTYPE: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr
+    table,
+    scales,
+    matrix,
+    place,
+    at,
+    s,
+    r,
+    mask,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A tile [BS, BR] of a moment, float32; place counts elements, at the slices."""
     stored = tl.multiple_of(tl.load(table + matrix).to(tl.pointer_type(DTYPE)), ALIGN)
