@@ -151,6 +151,13 @@ def backward_states(
         tl.store(dstarts + state, b_ds, mask=kv)
 
 
+@triton.jit
+def pair_sums(pairs, rate):
+    """Of pairs [reader, writer] without the writer's rate: what each token reads less what is read of it; columns."""
+    column = tl.sum(pairs, axis=0)
+    return tl.sum(pairs * rate[None, :], axis=1) - column * rate, column
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def backward_tokens(
     q,
@@ -216,12 +223,14 @@ def backward_tokens(
 
     lower = place[:, None] > place[None, :]
     score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-    own = tl.zeros([C], tl.float32)  # of the sums of log decay, from a token's own row and column
-    own_seen = tl.zeros([C], tl.float32)  # the same from its prediction at the key, which its own decay leaves alone
+    # A decay scales what crosses its token: what a token reads of the past, what it leaves for the end of the chunk.
+    # Pairs of tokens on one side of it must fall out exactly, so their rows and columns are sums of the same numbers.
+    reads = tl.zeros([C], tl.float32)  # from the state or the pair's earlier token, less what later tokens read of it
+    leaves = tl.zeros([C], tl.float32)
+    spared = tl.zeros([C], tl.float32)  # of reads, what the token's own decay leaves alone
     drate1 = tl.zeros([C], tl.float32)
     drate2 = tl.zeros([C], tl.float32)
-    base_read = tl.zeros([C], tl.float32)  # <dy, what the output takes from the base state>
-    ending = tl.sum(own, axis=0)  # <state, its cotangent> at the chunk's end
+    through = tl.sum(reads, axis=0)  # from the chunk's start to its end
     b_dq = tl.zeros([C, BK], tl.float32)
     b_dk = tl.zeros([C, BK], tl.float32)
     for i_v in range((V + BV - 1) // BV):
@@ -248,7 +257,6 @@ def backward_tokens(
             derror = b_dr
             b_dr = tl.load(dr + values, mask=some, other=0.0).to(tl.float32)
             dseen = -b_dr
-            b_v = left
             if DECAYED:
                 left = left - seen * alpha[:, None]
             else:
@@ -257,10 +265,10 @@ def backward_tokens(
                 dseen = tl.where(tl.abs(left) <= clip, dseen, 0.0)
                 left = tl.minimum(tl.maximum(left, -clip), clip)
             derror = derror + dseen
-            own -= tl.sum(b_v * derror, axis=1)
             if DECAYED:
                 dseen = dseen * alpha[:, None]
-            own_seen += tl.sum(seen * dseen, axis=1)
+            else:
+                spared += tl.sum(seen * dseen, axis=1)
             if DELTA:
                 z = tl.dot((dseen - alpha[:, None] * derror).to(dtype), tl.trans(e), input_precision=PRECISION)
                 dseen = dseen * start_decay[:, None] - derror * grow[:, None]
@@ -269,10 +277,13 @@ def backward_tokens(
                 dseen = dseen * start_decay[:, None]
             z = tl.where(lower, z * tl.exp2(tl.minimum(before[:, None] - until[None, :], 0.0)), 0.0)
             product = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-            drate1 += tl.sum(z * product, axis=0)
+            crossing, column = pair_sums(z * product, rate1)
+            reads += crossing
+            drate1 += column
             dproduct += z * rate1[None, :]
-            b_dk = tl.dot(dseen.to(dtype), tl.trans(b_s), b_dk, input_precision=PRECISION)
-        own -= tl.sum(left * b_dr, axis=1)
+            b_read = tl.dot(dseen.to(dtype), tl.trans(b_s), input_precision=PRECISION)
+            reads += tl.sum(b_read * b_k.to(tl.float32), axis=1)
+            b_dk += b_read
         b_r = tl.load(saved + save_plane + where, mask=kv, other=0.0)
         if DELTA:
             left = left - tl.dot(b_k, b_r, input_precision=PRECISION) * grow[:, None]
@@ -283,9 +294,13 @@ def backward_tokens(
             z = tl.dot((-b_dr).to(dtype), tl.trans(f), input_precision=PRECISION)
             z = tl.where(lower, z * tl.exp2(tl.minimum(until[:, None] - until[None, :], 0.0)), 0.0)
             product = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-            drate2 += tl.sum(z * product, axis=0)
+            crossing, column = pair_sums(z * product, rate2)
+            reads += crossing
+            drate2 += column
             dproduct += z * rate2[None, :]
-            b_dk = tl.dot((-b_dr * grow[:, None]).to(dtype), tl.trans(b_r), b_dk, input_precision=PRECISION)
+            b_read = tl.dot((-b_dr * grow[:, None]).to(dtype), tl.trans(b_r), input_precision=PRECISION)
+            reads += tl.sum(b_read * b_k.to(tl.float32), axis=1)
+            b_dk += b_read
         if DELTA or TWO:
             dproduct = (dproduct + tl.trans(dproduct)).to(dtype)
             b_dk = tl.dot(dproduct, b_k, b_dk, input_precision=PRECISION)
@@ -297,7 +312,9 @@ def backward_tokens(
         if TWO and GATED:
             drate2 += tl.sum(z * score * rate2[None, :], axis=1)
             z = z * rate2[:, None]
-        drate2 += tl.sum(z * score, axis=0)
+        crossing, column = pair_sums(z * score, rate2)
+        reads += crossing
+        drate2 += column
         dscore = z * rate2[None, :]
         if TWO:
             z = tl.dot(b_dy, tl.trans(e), input_precision=PRECISION)
@@ -305,26 +322,27 @@ def backward_tokens(
                 z = tl.where(lower, z * fade, 0.0)
             else:
                 z = tl.where(lower, z * tl.exp2(tl.minimum(before[:, None] - until[None, :], 0.0)), 0.0)
-                base_read += tl.sum(z * score * rate1[None, :], axis=1)
-            drate1 += tl.sum(z * score, axis=0)
+                spared += tl.sum(z * score * rate1[None, :], axis=1)
+            crossing, column = pair_sums(z * score, rate1)
+            reads += crossing
+            drate1 += column
             dscore += z * rate1[None, :]
         dscore = (dscore * scale).to(dtype)
         b_dk = tl.dot(tl.trans(dscore), b_q, b_dk, input_precision=PRECISION)
-        # What a token writes is read at the chunk's end; exp(G_C) <S0, dS1> and these make up <S1, dS1>.
         if TWO:
             b_ds = tl.load(pulled + where, mask=kv, other=0.0)
-            ending += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32)) * whole
+            through += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32)) * whole
             written = tl.dot(e, tl.trans(b_ds), input_precision=PRECISION) * tail[:, None]
             wrote = tl.sum(written * b_k.to(tl.float32), axis=1)
             drate1 += wrote
-            ending += tl.sum(wrote * rate1, axis=0)
+            leaves += wrote * rate1
             b_dk += written * rate1[:, None]
         b_dr1 = tl.load(pulled + save_plane + where, mask=kv, other=0.0)
-        ending += tl.sum(b_r.to(tl.float32) * b_dr1.to(tl.float32)) * whole
+        through += tl.sum(b_r.to(tl.float32) * b_dr1.to(tl.float32)) * whole
         written = tl.dot(f, tl.trans(b_dr1), input_precision=PRECISION) * tail[:, None]
         wrote = tl.sum(written * b_k.to(tl.float32), axis=1)
         drate2 += wrote
-        ending += tl.sum(wrote * rate2, axis=0)
+        leaves += wrote * rate2
         b_dk += written * rate2[:, None]
 
         b_dq = tl.dot(dscore, b_k, b_dq, input_precision=PRECISION)
@@ -332,6 +350,7 @@ def backward_tokens(
         if TWO and GATED:
             drate2 += tl.sum(back * b_q.to(tl.float32), axis=1)
             back = back * rate2[:, None]
+        reads += tl.sum(back * b_q.to(tl.float32), axis=1)
         b_dq += back
         if TWO:
             back = tl.dot(b_dy, tl.trans(b_s), input_precision=PRECISION)
@@ -339,19 +358,16 @@ def backward_tokens(
                 back = back * (grow * scale)[:, None]
             else:
                 back = back * (start_decay * scale)[:, None]
-                base_read += tl.sum(back * b_q.to(tl.float32), axis=1)
+                spared += tl.sum(back * b_q.to(tl.float32), axis=1)
+            reads += tl.sum(back * b_q.to(tl.float32), axis=1)
             b_dq += back
     at = (t[:, None] * HV + hv) * K + kc[None, :]
     tl.store(dk + at, b_dk.to(dk.dtype.element_ty), mask=some_keys)
     tl.store(dq + at, b_dq.to(dq.dtype.element_ty), mask=some_keys)
-    own += tl.sum(b_dq * b_q.to(tl.float32), axis=1)
 
-    after = own + own_seen
-    dlog_own = tl.sum(after, axis=0) - tl.cumsum(after, axis=0) + own + ending
-    if DECAYED:
-        dlog_own += own_seen
-    if not GATED:
-        dlog_own -= base_read
+    later = tl.sum(reads, axis=0) - tl.cumsum(reads, axis=0) + reads
+    earlier = tl.cumsum(leaves, axis=0) - leaves
+    dlog_own = through + later + earlier - spared
     row = t * HV + hv
     tl.store(dlog + row, dlog_own, mask=ok)
     if TWO:
