@@ -24,6 +24,7 @@ CASES: dict[str, str] = {
     "attend": "whimbrel.attend.bench:cases",
     "sparse": "whimbrel.sparse.bench:cases",
     "optim": "whimbrel.optim.bench:cases",
+    "optim_step": "whimbrel.optim.step_bench:cases",
     "merge": "whimbrel.merge.bench:cases",
     "train_tokens": "whimbrel.bench.models:train_tokens",
     "prefill_tokens": "whimbrel.bench.models:prefill_tokens",

@@ -85,10 +85,15 @@ def fused_step(
     def table(role: str, tensors: Sequence[Tensor]) -> Tensor:
         return addresses.table(role, batch, tensors)
 
-    packed = "basis_scale" in states[0]
-    # a packed basis is opened for the time of the step
-    unpacked = storage.read_basis(states, d).to(dot).unbind() if packed else [state["basis"] for state in states]
-    grad_table, weight_table, basis_table = table("grad", grads), table("weight", params), table("basis", unpacked)
+    if "basis_scale" in states[0]:
+        # a packed basis is opened for the time of the step, at a place that the host need not send
+        unpacked = storage.read_basis(states, d).to(dot).contiguous()
+        places = torch.arange(number, device=device)
+        basis_table = places * unpacked[0].nbytes + unpacked.data_ptr()
+    else:
+        unpacked = [state["basis"] for state in states]
+        basis_table = table("basis", unpacked)
+    grad_table, weight_table = table("grad", grads), table("weight", params)
     types = {
         "GRAD": _DTYPES[grad.dtype],
         "BASIS": _DTYPES[unpacked[0].dtype],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from whimbrel.optim import Fira, GaLore, lowrank, storage
-from whimbrel.optim.fira.fixtures.problem import Problem
 from whimbrel.testing.budget import rms_ratio
 
 pytest.importorskip("triton")
@@ -80,29 +82,41 @@ def test_blocks_of_a_wide_rank():
     assert states(ours)[0]["exp_avg_scale"].shape == (258, 2)
 
 
-def test_equals_fp64():
+def check_one_step(shape, rank, budget, *, dtype=torch.float32, device="cpu", mode="official"):
     """One step from given moments against the formulas in fp64, in which the residual is formed."""
-    problem = Problem((33, 18))
-    weight = nn.Parameter(torch.from_numpy(problem.start.copy()))
-    optimizer = Fira([{"params": [weight], "rank": 4}], lr=0.1, impl="triton", alpha=0.25, weight_decay=0.2)
-    for step in range(3):
-        weight.grad = torch.from_numpy(problem.grad(problem.start, step))
+    generator = torch.Generator().manual_seed(0)
+    force = torch.randn(shape, generator=generator)
+    weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+    options = {"alpha": 0.25, "residual_mode": mode, "weight_decay": 0.2, "impl": "triton"}
+    optimizer = Fira([{"params": [weight], "rank": rank}], lr=0.1, **options)
+    for _ in range(4):
+        state = {key: value.double().clone() for key, value in optimizer.state[weight].items()}
+        with torch.no_grad():
+            weight.zero_()
+        weight.grad = (force + 0.5 * torch.randn(shape, generator=generator)).to(device, dtype)
         optimizer.step()
-    state = {key: value.double().clone() for key, value in optimizer.state[weight].items()}
-    before = weight.detach().double()
-    weight.grad = torch.from_numpy(problem.grad(problem.start, 3))
-    optimizer.step()
-    g, p = weight.grad.double(), state["basis"]
+    left = shape[0] < shape[1]
+    g, p = (weight.grad.double().T if left else weight.grad.double()), state["basis"]
     low = g @ p
     m, v = 0.9 * state["exp_avg"] + 0.1 * low, 0.999 * state["exp_avg_sq"] + 0.001 * low**2
-    n = m / (v.sqrt() + 1e-6)
-    residual = (g - 0.25 * low @ p.T) * (n.norm(dim=1) / (low.norm(dim=1) + 1e-8))[:, None]
+    correction = float(lowrank.bias_correction(torch.tensor(4.0), (0.9, 0.999)))
+    n = m / (v.sqrt() + 1e-6) * (correction if mode == "paper" else 1.0)
+    kept = 0.25 if mode == "official" else 1.0
+    residual = (g - kept * low @ p.T) * (n.norm(dim=1) / (low.norm(dim=1) + 1e-8))[:, None]
     residual *= min(1.0, 1.01 * (float(state["limiter_norm"]) + 1e-8) / float(residual.norm()))
-    size = 0.1 * float(lowrank.bias_correction(torch.tensor(4.0), (0.9, 0.999)))
-    after = before - size * (0.25 * n @ p.T + residual)
-    after = after - 0.1 * 0.2 * after
-    assert rms_ratio(after - before, weight.detach().double() - before) <= 1e-5
-    assert float(optimizer.state[weight]["limiter_norm"]) == pytest.approx(float(residual.norm()), rel=1e-5)
+    change = correction * (0.25 * n @ p.T + residual) if mode == "official" else 0.25 * (n @ p.T + residual)
+    want = -0.1 * change * (1 - 0.1 * 0.2)
+    assert rms_ratio(want.T if left else want, weight.detach().double()) <= budget
+    after = optimizer.state[weight]
+    assert float(after["limiter_norm"]) == pytest.approx(float(residual.norm()), rel=budget)
+    assert rms_ratio(m, after["exp_avg"]) <= budget
+    assert rms_ratio(v, after["exp_avg_sq"]) <= 2 * budget
+
+
+@pytest.mark.parametrize("shape", [(33, 18), (18, 33)])
+@pytest.mark.parametrize("mode", ["official", "paper"])
+def test_equals_fp64(shape, mode):
+    check_one_step(shape, 4, 1e-5, mode=mode)
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
@@ -163,4 +177,122 @@ def test_batches_of_any_size_give_the_same_step(monkeypatch):
     whole = run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1]
     monkeypatch.setattr(launch, "SCRATCH_ELEMENTS", 1)
     for a, b in zip(whole, run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1], strict=True):
+        assert torch.equal(a, b)
+
+
+COMPILE = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from whimbrel.optim.kernels import launch, passes
+
+types = dict.fromkeys("s d r weight_s weight_d grad_s grad_d index_s index_d".split(), "i32") | {"first_word": "i64"}
+types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
+types |= dict.fromkeys("beta1 beta2 eps".split(), "fp32") | dict(actives="*i1")
+shared = dict(ALIGN=16, HAS_GRAD=True, HAS_LOW=True, STOCHASTIC=True)
+for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
+    shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
+    types |= dict.fromkeys(("direction", "inside"), "*bf16" if kind == tl.bfloat16 else "*fp32")
+    low = dict(MOMENT=tl.uint8, BLOCK=min(256, rank), BS=launch.TILE_ELEMENTS // rank, BR=rank)
+    for function, tile in (
+        (passes.project, launch._project_tile(dtype, rank)), (passes.write, launch._write_tile(dtype, rank)),
+        (passes.adam, None), (passes.blend, None),
+    ):
+        given = shared | (low if tile is None else dict(BS=tile.BS, BD=tile.BD, BR=tile.BR))
+        constants = {n: v for n, v in given.items() if n in function.arg_names}
+        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
+        source = ASTSource(function, signature, constants)
+        options = {} if tile is None else dict(num_warps=tile.warps, num_stages=tile.stages)
+        made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert made.metadata.shared <= 232448, (function.__name__, rank, made.metadata.shared)
+"""
+
+
+def test_kernels_for_hopper_compile_without_a_gpu():
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+GPU_SHAPES = [(512, 384), (384, 512), (256, 256), (333, 521), (1365, 512), (512, 1365)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [16, 100, 256])
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
+def test_compiled_equals_fp64(shape, rank, dtype, budget):
+    check_one_step(shape, rank, budget, dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("state_dtype", "basis_dtype"), BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_formats(state_dtype, basis_dtype, dtype):
+    options = {"state_dtype": state_dtype, "basis_dtype": basis_dtype, "group": {"rank": 300}, "refresh_steps": 3}
+    compare(Fira, 0.05, [(512, 768), (768, 512), (512, 512)] * 2, device="cuda", dtype=dtype, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "basis_dtype": "int4", "lazy_overlap": 0.5}], ids=str)
+@pytest.mark.parametrize("cls", [Fira, GaLore])
+def test_steps_and_refreshes_make_the_host_wait_for_nothing(cls, options):
+    params = [nn.Parameter(torch.zeros(256, 384, device="cuda", dtype=torch.bfloat16)) for _ in range(6)]
+    other = nn.Parameter(torch.zeros(384, device="cuda"))
+    groups = [{"params": params, "rank": 32}, {"params": [other]}]
+    optimizer = cls(groups, refresh_steps=4, on_refresh="rotate", weight_decay=0.1, **options)
+    grads = [[torch.randn_like(param) for param in (*params, other)] for _ in range(10)]
+    for step, given in enumerate(grads):
+        for param, grad in zip((*params, other), given, strict=True):
+            param.grad = grad
+        torch.cuda.synchronize()
+        # the first step reads which matrices have a gradient
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(param).all() and param.any() for param in params)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "basis_dtype": "int4"}], ids=str)
+def test_a_captured_step_equals_others(options):
+    results = []
+    for captured in (False, True):
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        params = [nn.Parameter(torch.zeros(256, 384, device="cuda", dtype=torch.bfloat16)) for _ in range(4)]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        rate = torch.tensor(0.01, device="cuda")
+        optimizer = Fira([{"params": params, "rank": 32}], lr=rate, refresh_steps=1000, stagger=False, **options)
+
+        def step(params=params, generator=generator, call=optimizer.step):
+            for param in params:
+                param.grad.normal_(generator=generator)
+            call()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+
+            def step(params=params, generator=generator, call=graph.replay):
+                for param in params:
+                    param.grad.normal_(generator=generator)
+                call()
+
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+        results.append([param.detach().clone() for param in params])
+    for a, b in zip(*results, strict=True):
+        assert a.any()
         assert torch.equal(a, b)
