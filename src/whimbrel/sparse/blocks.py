@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from whimbrel.attend.blocks import LEAST_EXPONENT
-from whimbrel.attend.plan import Grid
+from whimbrel.attend.plan import Grid, Plan
+from whimbrel.sparse.kernels import proven
 
 _SLAB_LOGITS = 1 << 19
-"""Logits held at a time, 2 MB in fp32: about what the second-level cache takes."""
+"""Logits held at a time on a CPU, 2 MB in fp32: about what the second-level cache takes."""
+_SLAB_LOGITS_CUDA = 1 << 25
+"""The same on a GPU, 128 MB: few launches, and little beside the keys of the lengths that need it."""
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -34,18 +37,20 @@ def pool(x: Tensor, block_size: int) -> Tensor:
     return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], -1)
 
 
-def block_mass(q_BHRD: Tensor, k_BHTD: Tensor, positions: Tensor, *, block_size: int, scale: float) -> Tensor:
+def block_mass(
+    q_BHRD: Tensor, k_BHTD: Tensor, positions: Tensor, *, block_size: int, scale: float, first: int = 0
+) -> Tensor:
     """Exact attention mass of every key block for some queries: [B, H, R, ceil(T / block_size)], rows sum to 1.
 
-    `positions` int64 [R], ascending: absolute positions of the queries; keys behind a query get no mass.
+    `positions` int64 [R]: absolute positions of the queries, none below `first`; keys behind a query get no mass.
     """
-    slab = max(1, _SLAB_LOGITS // (q_BHRD.shape[0] * q_BHRD.shape[1] * k_BHTD.shape[2]))
+    logits_at_once = _SLAB_LOGITS_CUDA if q_BHRD.is_cuda else _SLAB_LOGITS
+    slab = max(1, logits_at_once // (q_BHRD.shape[0] * q_BHRD.shape[1] * k_BHTD.shape[2]))
     parts = []
     for q, at in zip(q_BHRD.split(slab, 2), positions.split(slab), strict=True):
         logits = per_key_head(q * scale, k_BHTD)
-        seen_by_all = int(at[0]) + 1
-        keys = torch.arange(seen_by_all, k_BHTD.shape[2], device=at.device)
-        logits[..., seen_by_all:].masked_fill_(keys > at[:, None], -torch.inf)
+        keys = torch.arange(first, k_BHTD.shape[2], device=at.device)
+        logits[..., first:].masked_fill_(keys > at[:, None], -torch.inf)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).clamp_(min=LEAST_EXPONENT).exp_()
         sums = pool(weights, block_size)
         parts.append(sums / sums.sum(-1, keepdim=True))
@@ -67,6 +72,16 @@ def always_kept(grid: Grid, device: torch.device) -> Tensor:
     kept = (behind == 0) | (behind == 1)
     kept[:, 0] = True
     return kept
+
+
+def plan_of(mask: Tensor, grid: Grid) -> Plan:
+    """The plan of a mask, bool [B, H, query blocks, key blocks]; a GPU does not wait for it where kernels are
+    proven."""
+    if proven(mask):
+        from whimbrel.sparse.kernels.launch import plan_of_mask
+
+        return plan_of_mask(mask, grid)
+    return Plan.from_mask(mask, block_size=grid.block_size, q_len=grid.q_len, k_len=grid.k_len)
 
 
 def blocks_of(tokens: int, block_size: int) -> int:

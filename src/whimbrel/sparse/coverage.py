@@ -42,7 +42,7 @@ def coverage(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None, ro
     for part in rows.split(max(1, grid.block_size)):
         at = part + grid.offset
         seen = keys[:, :, : int(at[-1]) + 1]
-        mass = block_mass(query[:, :, part], seen, at, block_size=grid.block_size, scale=scale)
+        mass = block_mass(query[:, :, part], seen, at, block_size=grid.block_size, scale=scale, first=int(at[0]))
         inside = chosen[:, :, at // grid.block_size - grid.first_block, : mass.shape[-1]]
         parts.append((mass * inside).sum(-1))
     return torch.cat(parts, -1)

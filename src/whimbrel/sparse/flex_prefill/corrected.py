@@ -15,6 +15,8 @@ from whimbrel.sparse.blocks import (
     blocks_of,
     heads_first,
     per_key_head,
+    plan_of,
+    pool,
     top_p,
     within_budget,
 )
@@ -46,7 +48,7 @@ def select(
     start = max(probe_start(grid), grid.offset)
     positions = torch.arange(start, grid.k_len, device=q.device)
     probe = query[:, :, start - grid.offset :]
-    mass = block_mass(probe, keys, positions, block_size=block_size, scale=scale)
+    mass = block_mass(probe, keys, positions, block_size=block_size, scale=scale, first=start)
     vertical = mass.mean(2)
     slash = slash_mass(mass, positions // block_size)
 
@@ -56,10 +58,10 @@ def select(
     query_aware = js_distance(probe_logits.softmax(-1), vertical) < tau
 
     pooled = _pooled_mass(query, key_means, grid, scale)
-    for block in (positions // block_size).unique().tolist():
-        # The probe's own rows are known exactly, so no estimate stands for them.
-        exact = mass[:, :, positions // block_size == block].mean(2)
-        pooled[:, :, block - grid.first_block] = exact
+    for block in range(start // block_size, grid.key_blocks):
+        # The probe's own rows are known exactly, so no estimate stands for them. These are two blocks at most.
+        rows = slice(max(0, block * block_size - start), (block + 1) * block_size - start)
+        pooled[:, :, block - grid.first_block] = mass[:, :, rows].mean(2)
 
     causal, forced = grid.causal(q.device), always_kept(grid, q.device)
     aware = top_p(pooled, coverage, allowed=causal, forced=forced)
@@ -80,7 +82,7 @@ def select(
         least=blocks_of(min_budget, block_size),
         most=None if max_budget is None else blocks_of(max_budget, block_size),
     )
-    return Plan.from_mask(chosen, block_size=block_size, q_len=shape.q_len, k_len=shape.k_len)
+    return plan_of(chosen, grid)
 
 
 def probe_start(grid: Grid) -> int:
@@ -106,9 +108,12 @@ def visible_keys(positions: Tensor, grid: Grid) -> Tensor:
 
 def _pooled_mass(query: Tensor, key_means: Tensor, grid: Grid, scale: float) -> Tensor:
     """Estimated mass [B, H, query blocks, key blocks]: softmax of mean query . mean key + log(keys seen)."""
-    spans = [grid.query_span(row) for row in range(grid.query_blocks)]
-    means = torch.stack([query[:, :, first:stop].mean(2) for first, stop in spans], 2)
+    front = grid.offset - grid.first_block * grid.block_size
+    sums = pool(torch.nn.functional.pad(query, (0, 0, front, 0)).mT, grid.block_size).mT
+    start = grid.diagonal(query.device) * grid.block_size
+    first, stop = start.clamp_min(grid.offset), (start + grid.block_size).clamp_max(grid.k_len)
+    means = sums / (stop - first)[:, None]
     # Keys seen by the middle query are the mean over the block, since only the diagonal block is partly seen.
-    middle = torch.tensor([(first + stop - 1) / 2 for first, stop in spans], device=query.device) + grid.offset
+    middle = (first + stop - 1) / 2
     logits = per_key_head(means * scale, key_means) + visible_keys(middle, grid).to(query.dtype).log()
     return logits.softmax(-1)

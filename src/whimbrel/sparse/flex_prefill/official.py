@@ -11,7 +11,7 @@ from torch import Tensor
 from whimbrel.attend.plan import Grid, Plan
 from whimbrel.attend.shapes import check_qkv
 from whimbrel.errors import UnsupportedError
-from whimbrel.sparse.blocks import block_means, blocks_of, per_key_head, pool
+from whimbrel.sparse.blocks import block_means, blocks_of, per_key_head, plan_of, pool
 from whimbrel.sparse.flex_prefill.divergence import js_distance_official
 
 
@@ -69,7 +69,7 @@ def select(
     query_means = block_means(query, block_size)[0]
     rows = per_key_head(query_means * factor, means).float().masked_fill(~causal, -torch.inf).softmax(-1)
     chosen |= cover_globally(rows, coverage) & causal & query_aware[..., None, None]
-    return Plan.from_mask(chosen, block_size=block_size, q_len=shape.q_len, k_len=shape.k_len)
+    return plan_of(chosen, grid)
 
 
 def _probe_distributions(probe: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

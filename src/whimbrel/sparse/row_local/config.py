@@ -35,6 +35,9 @@ class RowLocalConfig(SelectorConfig):
     limit."""
     block_size: int = 128
     """Tokens of a block."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """What chooses: `triton` kernels on CUDA, which never wait for the device, or `torch` anywhere. `auto` takes the
+    kernels on devices where they were compared with PyTorch."""
 
     def __post_init__(self) -> None:
         require(0 < self.coverage <= 1, "row_local.coverage", self.coverage, "a share above 0 and up to 1")
@@ -55,6 +58,11 @@ class RowLocalConfig(SelectorConfig):
         at_least = f"None or at least min_budget = {self.min_budget} tokens, and at least 1"
         require(most is None or most >= max(1, self.min_budget), "row_local.max_budget", most, at_least)
         require(self.block_size > 0, "row_local.block_size", self.block_size, "a positive number of tokens")
+        impls = ("auto", "torch", "triton")
+        names = f"one of {', '.join(map(repr, impls))}"
+        require(self.impl in impls, "row_local.impl", self.impl, names)
+        own = "'auto' or 'torch': estimate='mean' has no kernels"
+        require(self.impl != "triton" or self.estimate != "mean", "row_local.impl", self.impl, own)
 
     def build(self) -> Selector:
         """The selector (q, k, *, scale) -> Plan."""
@@ -68,4 +76,5 @@ class RowLocalConfig(SelectorConfig):
             min_budget=self.min_budget,
             max_budget=self.max_budget,
             block_size=self.block_size,
+            impl=self.impl,
         )

@@ -33,7 +33,7 @@ def row_local(
         coverage, estimate, probe_rows, min_budget, max_budget, block_size: see RowLocalConfig; budgets are
             tokens.
         scale: factor on q . k; 1 / sqrt(D) by default.
-        impl: see `whimbrel.attend.attend`.
+        impl: what attends, see `whimbrel.attend.attend`; what chooses is `RowLocalConfig.impl`, here "auto".
 
     Returns:
         Out(y [B, Tq, H, Dv], plan, density [B, H]).

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from whimbrel.attend.plan import Grid, Plan
 from whimbrel.attend.shapes import check_qkv, default_scale
+from whimbrel.errors import UnsupportedError
 from whimbrel.sparse.blocks import (
     always_kept,
     block_mass,
@@ -16,9 +17,11 @@ from whimbrel.sparse.blocks import (
     blocks_of,
     heads_first,
     per_key_head,
+    plan_of,
     top_p,
     within_budget,
 )
+from whimbrel.sparse.kernels import proven, unfit
 
 
 def select(
@@ -31,6 +34,7 @@ def select(
     min_budget: int,
     max_budget: int | None,
     block_size: int,
+    impl: str = "auto",
     scale: float | None = None,
 ) -> Plan:
     """The plan for q [B, Tq, H, D], the last Tq positions, and k [B, Tk, Hkv, D].
@@ -38,10 +42,24 @@ def select(
     The choice for a query block does not change with what follows it, nor with where the prompt is cut, as
     long as the cuts lie on block borders. Every query block is computed with shapes that depend on its place
     alone, so not even rounding differs.
+
+    Raises ConfigError where q and k do not fit together, UnsupportedError for impl="triton" where it cannot run.
     """
     shape = check_qkv(q, k)
     grid = Grid(block_size, shape.q_len, shape.k_len)
     scale = default_scale(shape.dim, scale)
+    budget = {
+        "least": blocks_of(min_budget, block_size),
+        "most": None if max_budget is None else blocks_of(max_budget, block_size),
+    }
+    why = unfit(q, block_size)
+    if impl == "triton" and why is not None:
+        raise UnsupportedError(f"row_local: impl='triton' cannot run here: {why}; use impl='auto'")
+    if impl == "triton" or (impl == "auto" and estimate != "mean" and why is None and proven(q)):
+        from whimbrel.sparse.kernels.launch import sampled_plan
+
+        rows = block_size if estimate == "exact" else probe_rows
+        return sampled_plan(q, k, grid, probe_rows=rows, coverage=coverage, scale=scale, **budget)
     query, keys = heads_first(q), heads_first(k)
     means = block_means(keys, block_size)[0]
 
@@ -58,7 +76,8 @@ def select(
             found = _mean_mass(rows, means[:, :, :own], here, at - own * block_size, block_size, scale)
         else:
             # Only keys up to the block's last query take part, so that later ones cannot change a rounding.
-            found = block_mass(rows, keys[:, :, : stop + grid.offset], at, block_size=block_size, scale=scale)
+            seen = keys[:, :, : stop + grid.offset]
+            found = block_mass(rows, seen, at, block_size=block_size, scale=scale, first=first + grid.offset)
         mass[:, :, row, : own + 1] = found.mean(2)
 
     causal, forced = grid.causal(q.device), always_kept(grid, q.device)
@@ -67,10 +86,9 @@ def select(
         mass,
         allowed=causal,
         forced=forced,
-        least=blocks_of(min_budget, block_size),
-        most=None if max_budget is None else blocks_of(max_budget, block_size),
+        **budget,
     )
-    return Plan.from_mask(chosen, block_size=block_size, q_len=shape.q_len, k_len=shape.k_len)
+    return plan_of(chosen, grid)
 
 
 def _sample(at: Tensor, block_size: int, probe_rows: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from whimbrel.attend.plan import Grid, Plan
 from whimbrel.attend.shapes import check_qkv
-from whimbrel.sparse.blocks import blocks_of
+from whimbrel.sparse.blocks import blocks_of, plan_of
 
 
 def select(
@@ -25,9 +25,4 @@ def select(
     nearest = blocks >= (diagonal * block_size - window_tokens + 1).div(block_size, rounding_mode="floor")
     sink = blocks < blocks_of(sink_tokens, block_size)
     mask = (nearest | sink) & grid.causal(q.device)
-    return Plan.from_mask(
-        mask.expand(shape.batch, shape.heads, -1, -1),
-        block_size=block_size,
-        q_len=shape.q_len,
-        k_len=shape.k_len,
-    )
+    return plan_of(mask.expand(shape.batch, shape.heads, -1, -1), grid)

@@ -1,0 +1,139 @@
+"""Attention masses of key blocks for sampled queries, in three steps that never hold a logit in memory.
+
+A tile is P sampled queries of one query block, for all the GROUP heads that share a key head. No result depends on
+what lies behind its own query block, not even in rounding: every sum runs over fixed runs of blocks from the first on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE: tl.constexpr, BD: tl.constexpr, OWN: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """log2 of the sum of exp2(logits) over one block of keys, for each query of a tile [M]."""
+    n = tl.arange(0, SIZE)
+    d = tl.arange(0, BD)
+    where = k_base + (key + n[None, :]) * k_time + d[:, None]
+    if OWN:
+        b_k = tl.load(where, mask=(key + n[None, :] < k_len) & (d[:, None] < D), other=0.0)
+    else:
+        b_k = tl.load(where, mask=d[:, None] < D, other=0.0)
+    scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+    if OWN:
+        scores = tl.where(key + n[None, :] <= pos[:, None], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    return top + tl.log2(tl.sum(tl.exp2(scores - top[:, None]), 1))
+
+
+@triton.jit
+def block_lse(
+    q,
+    k,
+    at,
+    lse,
+    q_batch,
+    q_time,
+    q_head,
+    k_batch,
+    k_time,
+    k_head,
+    before,
+    k_len,
+    tiles,
+    blocks,
+    first,
+    scale,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SIZE: tl.constexpr,
+    RUN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """lse fp32 [B, HKV, tiles, blocks, GROUP, P], natural units times log2(e), up to each tile's own block.
+
+    at int32 [tiles, P]: absolute positions, -1 for none; S tiles belong to a query block, the first to block `first`.
+    A program takes RUN blocks of keys.
+    """
+    tile, run, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, M)
+    g, slot = r // P, r % P
+    pos = tl.load(at + tile * P + slot)
+    own = first + tile // S
+    if run * RUN <= own:
+        d = tl.arange(0, BD)
+        b, hkv = pair // HKV, pair % HKV
+        ok = (g < GROUP) & (pos >= 0)
+        pos = tl.maximum(pos, own * SIZE)  # an unused slot sees its block's first key, so that nothing is NaN
+        query = q + b * q_batch + (pos - before).to(tl.int64) * q_time + (hkv * GROUP + g) * q_head
+        b_q = tl.load(query[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
+        k_base = k + b * k_batch + hkv * k_head
+        wide = tl.full([], SIZE, tl.int64)
+        out = lse + ((pair * tiles + tile) * blocks) * (GROUP * P) + r
+        for j in range(run * RUN, tl.minimum(own, run * RUN + RUN)):
+            key = j * wide
+            sums = block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE, BD, False, PRECISION)
+            tl.store(out + j * (GROUP * P), sums, mask=r < GROUP * P)
+        if own < run * RUN + RUN:
+            key = own * wide
+            sums = block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE, BD, True, PRECISION)
+            tl.store(out + own * (GROUP * P), sums, mask=r < GROUP * P)
+
+
+@triton.jit
+def whole_lse(lse, whole, tiles, blocks, first, S: tl.constexpr, MP: tl.constexpr, M: tl.constexpr,
+              RUN: tl.constexpr):  # fmt: skip
+    """whole fp32 [B, HKV, tiles, GROUP, P]: `lse` of all blocks of a tile together; MP = GROUP * P."""
+    tile, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, M)
+    c = tl.arange(0, RUN)
+    own = first + tile // S
+    base = lse + ((pair * tiles + tile) * blocks) * MP
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for j in range(0, own + 1, RUN):
+        some = (j + c[:, None] <= own) & (r[None, :] < MP)
+        x = tl.load(base + (j + c[:, None]) * MP + r[None, :], mask=some, other=float("-inf"))
+        new = tl.maximum(tl.maximum(top, tl.max(x, 0)), -3.0e38)
+        total = total * tl.exp2(top - new) + tl.sum(tl.exp2(x - new[None, :]), 0)
+        top = new
+    tl.store(whole + (pair * tiles + tile) * MP + r, top + tl.log2(total), mask=r < MP)
+
+
+@triton.jit
+def masses(at, lse, whole, mass, tiles, rows, blocks, first, HKV: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr,
+           S: tl.constexpr, RUN: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """mass int32 [B, H, rows, blocks] in units of 1 / UNIT, rounded down: means over the S tiles of each row.
+
+    Whole numbers have sums that no order of summation changes. Blocks behind a row's own get 0.
+    """
+    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = pair // (HKV * GROUP), pair % (HKV * GROUP)
+    hkv, g = h // GROUP, h % GROUP
+    p = tl.arange(0, P)
+    c = tl.arange(0, RUN)
+    first_tile = (b * HKV + hkv) * tiles + row * S
+    own = first + row
+    count = tl.full([], 0, tl.int32)
+    for s in range(S):
+        count += tl.sum((tl.load(at + (row * S + s) * P + p) >= 0).to(tl.int32))
+    for j in range(0, blocks, RUN):
+        found = tl.zeros([RUN], tl.float32)
+        if j <= own:
+            for s in range(S):
+                ok = tl.load(at + (row * S + s) * P + p) >= 0
+                tile = first_tile + s
+                whole_s = tl.load(whole + (tile * GROUP + g) * P + p)
+                some = (j + c[:, None] <= own) & ok[None, :]
+                where = ((tile * blocks + j + c[:, None]) * GROUP + g) * P + p[None, :]
+                x = tl.load(lse + where, mask=some, other=float("-inf"))
+                found += tl.sum(tl.exp2(x - whole_s[None, :]), 1)
+        share = found / count.to(tl.float32) * UNIT
+        tl.store(mass + (pair * rows + row) * blocks + j + c, share.to(tl.int32), mask=j + c < blocks)

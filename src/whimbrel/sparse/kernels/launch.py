@@ -1,0 +1,126 @@
+"""Row-local selection on a GPU: nothing waits for the device, and no tensor holds queries by keys."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from whimbrel.attend.plan import Grid, Plan
+from whimbrel.sparse.kernels.choose import choose, compact
+from whimbrel.sparse.kernels.estimate import block_lse, masses, whole_lse
+
+UNIT_BITS = 30
+"""Masses are whole numbers of 2^-30: rounding down loses 4e-6 of a row of 4096 blocks, and a sum fits 32 bits."""
+SLOTS = 16
+"""Sampled queries in a tile: what a matrix unit takes at least."""
+RUN = 16
+"""Key blocks that are taken together."""
+SCRATCH_BYTES = 1 << 26
+"""Memory for the statistics of the query blocks that are under way."""
+WAITING_BYTES = 1 << 28
+"""From here on a plan's indices are allocated once their number is known, which waits for the device; below, room for
+every causal block is cheaper."""
+
+
+def sampled_plan(
+    q: Tensor, k: Tensor, grid: Grid, *, probe_rows: int, coverage: float, least: int, most: int | None, scale: float
+) -> Plan:
+    """The plan for q [B, Tq, H, D] and k [B, Tk, Hkv, D] from the exact masses of sampled queries.
+
+    `least` and `most` are blocks per row. A row is chosen alike, to the bit, whatever follows it and wherever, on a
+    block border, the prompt is cut.
+    """
+    batch, _, heads, _ = q.shape
+    positions = sample_positions(grid, probe_rows, q.device)
+    rows, pairs, blocks = grid.query_blocks, batch * heads, grid.key_blocks
+    words, width = triton.cdiv(blocks, 32), max(32, triton.next_power_of_2(blocks))
+    bits = torch.empty(pairs, rows, words, dtype=torch.int32, device=q.device)
+    counts = torch.empty(pairs, rows, dtype=torch.int64, device=q.device)
+    # Coverage 1 keeps all blocks, whatever rounding does to sums.
+    wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * 2**UNIT_BITS)
+    step = max(1, SCRATCH_BYTES // (4 * pairs * blocks * positions.shape[1]))
+    for first in range(0, rows, step):
+        part = positions[first : first + step]
+        mass = tile_mass(q, k, grid, part, first_block=grid.first_block + first, scale=scale)
+        choose[(len(part), pairs)](
+            mass, bits, counts, len(part), mass.shape[-1], first, rows, words, grid.first_block, wanted, least,
+            2**31 - 1 if most is None else most, N=width, UNIT_BITS=UNIT_BITS,
+        )  # fmt: skip
+    return _plan(bits, counts, grid, batch, most)
+
+
+def plan_of_mask(mask: Tensor, grid: Grid) -> Plan:
+    """`Plan.from_mask` of a mask that is known to be right, without a wait for its number of blocks."""
+    return _plan(mask.flatten(0, 1).to(torch.int8), mask.sum(-1).flatten(0, 1), grid, len(mask), None)
+
+
+def _plan(chosen: Tensor, counts: Tensor, grid: Grid, batch: int, most: int | None) -> Plan:
+    """The plan of blocks that are chosen as `compact` takes them, [B * H, rows, .], counts [B * H, rows]."""
+    offsets = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
+    rows = counts.numel()
+    room = rows * (grid.first_block + 1 + grid.key_blocks) // 2
+    if most is not None:
+        room = min(room, rows * max(most, 3))
+    if 4 * room > WAITING_BYTES:
+        room = int(offsets[-1])
+    indices = torch.empty(room, dtype=torch.int32, device=chosen.device)
+    packed = chosen.dtype == torch.int32
+    width = max(32, triton.next_power_of_2(grid.key_blocks))
+    compact[(rows,)](chosen, offsets, indices, chosen.shape[-1], N=width, PACKED=packed)
+    sizes = grid.block_size, grid.q_len, grid.k_len
+    return Plan(offsets, indices, *sizes, num_heads=len(counts) // batch, batch=batch, is_checked=True)
+
+
+def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_block: int, scale: float) -> Tensor:
+    """Mean exact mass of key blocks for the queries at `positions`, in units of 2^-UNIT_BITS: int32
+    [B, H, rows, first_block + rows].
+
+    positions int32 [rows, slots], absolute, -1 for none, slots a multiple of SLOTS; row i lies in block
+    first_block + i.
+    """
+    batch, _, heads, dim = q.shape
+    kv_heads, rows = k.shape[2], len(positions)
+    blocks = first_block + rows
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        q, k = q.float(), k.float()  # products in bf16 are wrong in Triton's interpreter
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    group, sub = heads // kv_heads, positions.shape[1] // SLOTS
+    tiles = rows * sub
+    lse = torch.empty(batch, kv_heads, tiles, blocks, group * SLOTS, dtype=torch.float32, device=q.device)
+    whole = torch.empty(batch, kv_heads, tiles, group * SLOTS, dtype=torch.float32, device=q.device)
+    mass = torch.empty(batch, heads, rows, blocks, dtype=torch.int32, device=q.device)
+    packed, block_dim = triton.next_power_of_2(group * SLOTS), max(16, triton.next_power_of_2(dim))
+    block_lse[(tiles, triton.cdiv(blocks, RUN), batch * kv_heads)](
+        q, k, positions, lse, *q.stride()[:3], *k.stride()[:3], grid.offset, grid.k_len, tiles, blocks,
+        first_block, scale * math.log2(math.e),
+        HKV=kv_heads, GROUP=group, P=SLOTS, S=sub, M=packed, D=dim, BD=block_dim, SIZE=grid.block_size, RUN=RUN,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+    )  # fmt: skip
+    whole_lse[(tiles, batch * kv_heads)](
+        lse, whole, tiles, blocks, first_block, S=sub, MP=group * SLOTS, M=packed, RUN=RUN
+    )
+    masses[(rows, batch * heads)](
+        positions, lse, whole, mass, tiles, rows, blocks, first_block,
+        HKV=kv_heads, GROUP=group, P=SLOTS, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
+    )  # fmt: skip
+    return mass
+
+
+@functools.lru_cache(maxsize=64)
+def sample_positions(grid: Grid, probe_rows: int, device: torch.device) -> Tensor:
+    """int32 [query blocks, slots]: evenly spaced positions of each query block, its last one included, -1 for none.
+
+    They lie at fixed places of the block, whichever part of it is at hand. All layers of a model ask for the same.
+    """
+    size = grid.block_size
+    stride = -(-size // probe_rows)
+    slot = torch.arange(-(-size // stride))
+    start = grid.diagonal()[:, None] * size
+    last = (start + size).clamp_max(grid.k_len) - 1
+    at = (start + slot * stride + stride - 1).minimum(last)
+    at = at.masked_fill((start + slot * stride > last) | (at < grid.offset), -1)
+    return torch.nn.functional.pad(at, (0, -len(slot) % SLOTS), value=-1).int().to(device)

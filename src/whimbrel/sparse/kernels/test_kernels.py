@@ -1,0 +1,222 @@
+"""The kernels of selection against PyTorch: interpreted at small sizes, compiled on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from whimbrel.attend import Grid
+from whimbrel.attend.test_plan import random_mask
+from whimbrel.errors import ConfigError, UnsupportedError
+from whimbrel.sparse import RowLocalConfig
+from whimbrel.sparse.blocks import always_kept, block_mass, heads_first, top_p, within_budget
+from whimbrel.sparse.row_local.select import _sample
+from whimbrel.testing.heads import gaussian, mixed, structured
+
+pytest.importorskip("triton")
+from whimbrel.sparse.kernels import launch
+from whimbrel.sparse.kernels.choose import choose
+
+UNIT = 2**launch.UNIT_BITS
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel leaves unwritten is NaN, or a large number."""
+    empty = torch.empty
+
+    def poison(*size, dtype, **kwargs):
+        return empty(*size, dtype=dtype, **kwargs).fill_(torch.nan if dtype.is_floating_point else 1 << 30)
+
+    monkeypatch.setattr(launch.torch, "empty", poison)
+
+
+@pytest.mark.parametrize(("q_len", "k_len", "size", "probe"), [(391, 391, 32, 5), (77, 200, 16, 16), (3, 40, 128, 16)])
+def test_positions_are_those_of_the_slow_path(q_len, k_len, size, probe):
+    grid = Grid(size, q_len, k_len)
+    got = launch.sample_positions(grid, probe, torch.device("cpu"))
+    assert got.shape[1] % launch.SLOTS == 0
+    for row in range(grid.query_blocks):
+        first, stop = grid.query_span(row)
+        want = _sample(torch.arange(first, stop) + grid.offset, size, probe)
+        assert got[row][got[row] >= 0].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("probe", [4, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_masses_are_exact(probe, dtype):
+    q, k, _ = gaussian(1, tokens=150, q_len=100, batch=2, heads=6, kv_heads=2, dim=24, dtype=dtype)
+    grid, q = Grid(32, 100, 150), 3 * q
+    positions = launch.sample_positions(grid, probe, q.device)
+    got = launch.tile_mass(q, k, grid, positions, first_block=grid.first_block, scale=0.2).double() / UNIT
+    for row in range(grid.query_blocks):
+        at = positions[row][positions[row] >= 0].long()
+        keys = heads_first(k[:, : int(at[-1]) + 1])
+        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=32, scale=0.2).mean(2)
+        found = got[:, :, row, : want.shape[-1]]
+        assert (found - want).abs().max() < 1e-6
+        assert (got[:, :, row, want.shape[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("coverage", "least", "most"), [(0.3, 0, None), (0.9, 0, None), (0.5, 9, None), (0.99, 0, 6), (1.0, 0, None)]
+)
+def test_choice_is_that_of_the_slow_path(coverage, least, most):
+    grid = Grid(16, 16 * 12, 16 * 40)
+    mass = torch.rand(1, 1, grid.query_blocks, grid.key_blocks, generator=torch.Generator().manual_seed(2)).pow(6)
+    causal, forced = grid.causal(), always_kept(grid, mass.device)
+    mass = (mass * causal).double()
+    whole = (mass / mass.sum(-1, keepdim=True) * UNIT).int()
+    whole[..., ::3] = whole[..., ::3] // (1 << 22) << 22  # many equal ones
+    exact = whole.double() / UNIT
+    want = within_budget(
+        top_p(exact, coverage, allowed=causal, forced=forced),
+        exact,
+        allowed=causal,
+        forced=forced,
+        least=least,
+        most=most,
+    )
+    rows, blocks = grid.query_blocks, grid.key_blocks
+    bits = torch.full((1, rows, 2), -1, dtype=torch.int32)
+    counts = torch.full((1, rows), -1)
+    wanted = 2**31 - 1 if coverage >= 1 else int(coverage * UNIT)
+    choose[(rows, 1)](
+        whole, bits, counts, rows, blocks, 0, rows, 2, grid.first_block, wanted, least, most or 2**31 - 1,
+        N=64, UNIT_BITS=launch.UNIT_BITS,
+    )  # fmt: skip
+    got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
+    assert torch.equal(got, want[0])
+    assert torch.equal(counts, want[0].sum(-1))
+
+
+def test_a_mask_becomes_a_plan():
+    grid = Grid(16, 100, 300)
+    mask = random_mask(grid)
+    plan = launch.plan_of_mask(mask, grid)
+    assert len(plan.indices) > int(plan.offsets[-1])
+    assert torch.equal(plan.check().to_mask(), mask)
+
+
+@pytest.mark.parametrize("waiting", [0, 1 << 28])
+def test_plans_are_those_of_the_slow_path(waiting, monkeypatch):
+    monkeypatch.setattr(launch, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 4 * 4 * 7 * 16 * 3)  # three query blocks at a time
+    q, k, _ = structured(3, tokens=200)
+    settings = {"coverage": 0.9, "block_size": 32, "probe_rows": 4, "max_budget": 96}
+    slow, fast = (RowLocalConfig(impl=impl, **settings).build()(q, k) for impl in ("torch", "triton"))
+    assert torch.equal(slow.to_mask(), fast.check().to_mask())
+    assert (len(fast.indices) == int(fast.offsets[-1])) == (waiting == 0)
+
+
+def test_rows_do_not_depend_on_cuts_or_on_what_follows():
+    q, k, _ = gaussian(4, tokens=140, heads=2, dim=16)
+    q = 4 * q
+    select = RowLocalConfig(coverage=0.7, block_size=16, probe_rows=4, impl="triton").build()
+    whole = select(q, k).to_mask()
+    assert 0.3 < whole.sum() / whole.shape[1] / 45 < 0.9
+    for start, stop in itertools.pairwise((0, 48, 96, 140)):
+        part = select(q[:, start:stop], k[:, :stop]).to_mask()
+        rows = slice(start // 16, -(-stop // 16))
+        assert torch.equal(part, whole[:, :, rows, : -(-stop // 16)])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda q, k: (q.double(), k.double(), 16), "the inputs are torch.float64, and they take bf16, fp16 or fp32"),
+        (lambda q, k: (q, k, 24), "block_size = 24, and they take 16, 32, 64, 128 or 256"),
+        (lambda q, k: (q.repeat(1, 1, 1, 5), k.repeat(1, 1, 1, 5), 16), "heads have 320 elements, of which they take"),
+    ],
+)
+def test_kernels_are_refused_by_name(change, why):
+    q, k, size = change(*gaussian(5, tokens=20)[:2])
+    select = RowLocalConfig(block_size=size, impl="triton").build()
+    with pytest.raises(UnsupportedError, match=re.escape(f"row_local: impl='triton' cannot run here: {why}")):
+        select(q, k)
+    assert RowLocalConfig(block_size=size).build()(q, k).mean_density() == 1
+
+
+def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, _ = gaussian(5, tokens=20)
+    with pytest.raises(UnsupportedError, match="the tensors are on cpu, not on a CUDA device; use impl='auto'"):
+        RowLocalConfig(impl="triton").build()(q, k)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"impl": "cuda"}, "row_local.impl = 'cuda' is not allowed; use one of 'auto', 'torch', 'triton'"),
+        (
+            {"impl": "triton", "estimate": "mean"},
+            "row_local.impl = 'triton' is not allowed; use 'auto' or 'torch': estimate='mean' has no kernels",
+        ),
+    ],
+)
+def test_settings_without_kernels(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        RowLocalConfig(**settings)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from whimbrel.sparse.kernels import choose, estimate
+
+types = dict.fromkeys("at mass bits counts chosen indices".split(), "*i32") | {"q": "*bf16", "k": "*bf16"}
+types |= {"offsets": "*i64", "counts": "*i64", "scale": "fp32"} | dict.fromkeys("lse whole".split(), "*fp32")
+flags = dict(HKV=8, GROUP=4, P=16, S=1, M=64, MP=64, D=128, BD=128, SIZE=128, RUN=16, PRECISION="tf32", UNIT=2**30)
+flags |= dict(N=1024, UNIT_BITS=30, PACKED=True)
+for function in (estimate.block_lse, estimate.whole_lse, estimate.masses, choose.choose, choose.compact):
+    constants = {n: v for n, v in flags.items() if n in function.arg_names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in function.arg_names}
+    even = [n for n in "q k lse q_time q_head k_time k_head".split() if n in function.arg_names]
+    attrs = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
+    source = ASTSource(function, signature, constants, attrs)
+    compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+"""
+
+
+def test_compile_for_hopper_without_a_gpu():
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("estimate", ["sampled", "exact"])
+def test_compiled_plans_are_those_of_the_slow_path(estimate):
+    """But for entries at the threshold, where rounding decides."""
+    q, k, _ = (x.cuda() for x in mixed(6, tokens=5000, heads=8, kv_heads=2))
+    settings = {"estimate": estimate, "coverage": 0.9}
+    slow, fast = (RowLocalConfig(impl=impl, **settings).build()(q, k).check().to_mask() for impl in ("torch", "triton"))
+    assert (slow != fast).sum() <= 2e-3 * slow.sum()
+
+
+@pytest.mark.gpu
+def test_compiled_rows_do_not_depend_on_cuts():
+    q, k, _ = (x.cuda() for x in mixed(7, tokens=9000, heads=8, kv_heads=2))
+    select = RowLocalConfig(coverage=0.9, impl="triton").build()
+    whole = select(q, k).to_mask()
+    for start, stop in itertools.pairwise((0, 2048, 4096, 8192, 9000)):
+        part = select(q[:, start:stop], k[:, :stop]).to_mask()
+        assert torch.equal(part, whole[:, :, start // 128 : -(-stop // 128), : -(-stop // 128)])
+
+
+@pytest.mark.gpu
+def test_compiled_selection_never_waits_for_the_device():
+    q, k, _ = (x.cuda() for x in mixed(8, tokens=5000, heads=8, kv_heads=2))
+    select = RowLocalConfig(coverage=0.9, impl="triton").build()
+    select(q, k)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select(q, k).density()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
