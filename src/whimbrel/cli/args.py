@@ -88,7 +88,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
     # Without a terminal the width is unbounded, so that no figure is cut in a file or a pipe.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    # A table would wrap its title at its own width.
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from whimbrel.cli.args import parse, print_table
+from whimbrel.cli.args import parse
+from whimbrel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from whimbrel.evals import Method
 
 
 @dataclass(frozen=True)
 class Args:
-    """Bits per byte of held-out text, MQAR and needle accuracy, with 95 % intervals and the chance level."""
+    """Bits per byte of held-out text and accuracy in recall tasks, with 95 % intervals and the chance level."""
 
     model: tyro.conf.Positional[Path]
     """Checkpoint, merge or run folder."""
     tasks: tuple[str, ...] = ("bpb", "mqar", "needle")
-    """Any of bpb, mqar, needle."""
+    """Any of bpb, mqar, needle, and of the tasks of the grid by name; `grid` is all of these."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of a sequence in the grid; default: the run's eval.needle_lengths."""
+    methods: tuple[str, ...] = ("dense",)
+    """Attention of the grid: dense, or KIND:setting=value,... of a selector, e.g. flex_prefill:coverage=0.9."""
     data: Path | None = None
     """Folder of token shards; default: the corpus the model was trained on."""
+    seq_len: int | None = None
+    """Window of the bits per byte in tokens; default: the length trained on."""
     seed: int | None = None
     """Seed of the generated tasks; default: the run's."""
     num_sequences: int | None = None
@@ -35,8 +46,10 @@ class Args:
 def main(argv: list[str]) -> int:
     """Evaluate and print."""
     args = parse(Args, argv, verb="eval")
+    methods = [_method(text) for text in args.methods]
     import dataclasses
 
+    from whimbrel.cli.eval_tables import print_results
     from whimbrel.data import TokenShards
     from whimbrel.evals import run_evals
     from whimbrel.infer.load import load_model, load_run_config, load_tokenizer
@@ -51,42 +64,49 @@ def main(argv: list[str]) -> int:
         load_tokenizer(args.model),
         TokenShards(args.data or shards_for(config), "validation"),
         dataclasses.replace(config.eval, **given),
-        seq_len=config.data.seq_len,
+        seq_len=config.data.seq_len if args.seq_len is None else args.seq_len,
         tasks=args.tasks,
+        lengths=args.lengths,
+        methods=methods,
     )
     if args.json:
         print(json.dumps(results))
-        return 0
-    if "bpb" in results:
-        row = results["bpb"]
-        print_table(
-            "Held-out text",
-            ("tokens", "bits per byte", "95 % interval", "nats per token"),
-            [
-                (
-                    f"{row['num_tokens']:,}",
-                    f"{row['bits_per_byte']:.4f}",
-                    f"{row['low']:.4f} to {row['high']:.4f}",
-                    f"{row['nats_per_token']:.4f}",
-                )
-            ],
-        )
-    for task, title in (("mqar", "Multi-query associative recall"), ("needle", "Needle in text")):
-        if task in results:
-            print_table(
-                title,
-                ("pairs", "length", "depth", "accuracy", "95 % interval", "chance", "questions"),
-                [
-                    (
-                        cell["num_pairs"],
-                        cell["length"],
-                        "" if cell["depth"] is None else f"{cell['depth']:.0%}",
-                        f"{cell['accuracy']:.1%}",
-                        f"{cell['low']:.1%} to {cell['high']:.1%}",
-                        f"{cell['chance']:.1%}",
-                        cell["num_queries"],
-                    )
-                    for cell in results[task]
-                ],
-            )
+    else:
+        print_results(results)
     return 0
+
+
+def _method(text: str) -> Method:
+    """`dense`, or `KIND:setting=value,...` of a selector."""
+    from whimbrel.config import SelectorConfig, decode, kind_class
+
+    kind, _, settings = text.partition(":")
+    chosen = kind_class(SelectorConfig.FAMILY, kind, where="--methods")
+    config = decode(chosen, _settings(settings, text), where=f"{kind}.")
+
+    from whimbrel.evals import DENSE, Method
+    from whimbrel.infer.prefill import SparsePrefill
+
+    if text == "dense":
+        return DENSE
+    sparse = SparsePrefill(config)
+
+    def density() -> float:
+        values = [layer.density for layer in sparse.layers]
+        sparse.layers.clear()
+        return sum(values) / max(1, len(values))
+
+    return Method(kind, settings, sparse, density)
+
+
+def _settings(text: str, method: str) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"--methods {method} is not understood; write KIND:setting=value,setting=value")
+        try:
+            values[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name] = value
+    return values

@@ -15,11 +15,11 @@ from torch import nn
 
 from whimbrel.data.draws import Draws
 from whimbrel.data.shards import TokenShards
-from whimbrel.data.synthetic import IGNORE, Recall, mqar, needle
+from whimbrel.data.synthetic import Recall, mqar, needle
 from whimbrel.data.tokenizer import Symbols
 from whimbrel.errors import ConfigError, DataError
-from whimbrel.evals.intervals import accuracy_interval
-from whimbrel.evals.model import evaluating, row_chunks, to_tokens
+from whimbrel.evals.score import check_sequences, score
+from whimbrel.evals.tasks import Haystack
 
 DEPTHS = (0.1, 0.5, 0.9)
 NUM_NEEDLES = 4
@@ -66,7 +66,7 @@ def evaluate_mqar(
     that does not fit with its queries gets the least length that holds them. Sequences depend on seed and
     pairs only, so two models see the same. Raises ConfigError for sizes that are not allowed.
     """
-    _check_sequences(num_sequences)
+    check_sequences(num_sequences)
     results = []
     for count in pairs:
         made = mqar(
@@ -98,7 +98,7 @@ def evaluate_needle(
     one of which is asked for at the end. Raises ConfigError for sizes that are not allowed, DataError if the
     text is shorter than a sequence.
     """
-    _check_sequences(num_sequences)
+    check_sequences(num_sequences)
     results = []
     for length in lengths:
         room = length - 2 * num_needles - 1
@@ -113,8 +113,7 @@ def evaluate_needle(
                 f"of "
                 f"{length} takes {room}; use a shorter length or more text"
             )
-        starts = Draws(seed, _TEXT, length).below(shards.num_tokens - room + 1, num_sequences)
-        text = np.stack([shards.read(int(start), int(start) + room) for start in starts])
+        text = held_out_text(shards)(Draws(seed, _TEXT, length), num_sequences, room)
         for index, depth in enumerate(depths):
             made = needle(
                 *(seed, _NEEDLE, length, index),
@@ -127,36 +126,36 @@ def evaluate_needle(
     return results
 
 
-def _check_sequences(num_sequences: int) -> None:
-    if num_sequences < 1:
-        raise ConfigError(f"num_sequences = {num_sequences} is not allowed; use a positive number")
+def held_out_text(shards: TokenShards) -> Haystack:
+    """A haystack of stretches of `shards`; drawing raises DataError where they are shorter than a stretch."""
+
+    def draw(draws: Draws, rows: int, tokens: int) -> np.ndarray:
+        if tokens > shards.num_tokens:
+            raise DataError(
+                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, a haystack takes {tokens}; "
+                "use a shorter length or more text"
+            )
+        starts = draws.below(shards.num_tokens - tokens + 1, rows)
+        return np.stack([shards.read(int(start), int(start) + tokens) for start in starts])
+
+    return draw
 
 
 def _score(
     model: nn.Module, made: Recall, symbols: Symbols, *, task: str, num_pairs: int, depth: float | None
 ) -> RecallResult:
-    rows, length = made.tokens.shape
-    asked = made.answers != IGNORE
-    # Logits before the first question are not needed; for needles that is all but the last position.
-    keep = length - int(np.argmax(asked.any(0)))
-    hits = np.zeros(rows, dtype=np.int64)
-    with evaluating(model) as device:
-        values = to_tokens(symbols.values, device)
-        for part in row_chunks(rows, length):
-            logits = model(to_tokens(made.tokens[part], device), logits_to_keep=keep).logits[..., values]
-            picked = symbols.values[logits.argmax(-1).cpu().numpy()]
-            hits[part] = ((picked == made.answers[part, -keep:]) & asked[part, -keep:]).sum(1)
-    found = accuracy_interval(hits, asked.sum(1))
+    scores = score(model, made.tokens, made.answers, symbols)
+    found = scores.interval()
     return RecallResult(
         task=task,
-        length=length,
+        length=made.tokens.shape[1],
         num_pairs=num_pairs,
         depth=depth,
         accuracy=found.value,
         low=found.low,
         high=found.high,
-        chance=1 / len(symbols.values),
-        chance_seen=1 / num_pairs,
-        num_queries=int(asked.sum()),
-        num_sequences=rows,
+        chance=scores.chance,
+        chance_seen=scores.chance_seen,
+        num_queries=len(scores.rows),
+        num_sequences=scores.num_sequences,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,14 @@ from whimbrel.data.shards import TokenShards
 from whimbrel.data.tokenizer import Tokenizer
 from whimbrel.errors import ConfigError, DataError, nearest
 from whimbrel.evals.bpb import evaluate_bpb
-from whimbrel.evals.recall import evaluate_mqar, evaluate_needle
+from whimbrel.evals.grid import DENSE, Method, evaluate_grid
+from whimbrel.evals.recall import evaluate_mqar, evaluate_needle, held_out_text
+from whimbrel.evals.tasks import TASKS as GRID
 from whimbrel.progress import track
 
-TASKS = ("bpb", "mqar", "needle")
+DEFAULT = ("bpb", "mqar", "needle")
+TASKS = (*DEFAULT, "grid", *GRID)
+"""`grid` stands for every task of `whimbrel.evals.tasks`."""
 
 
 def run_evals(
@@ -24,14 +29,17 @@ def run_evals(
     config: EvalConfig,
     *,
     seq_len: int = 256,
-    tasks: tuple[str, ...] = TASKS,
+    tasks: tuple[str, ...] = DEFAULT,
+    lengths: Sequence[int] = (),
+    methods: Sequence[Method] = (DENSE,),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The results of `tasks` by name: a dictionary for "bpb", a list of them for "mqar" and "needle".
 
-    tokenizer: the model's. shards: held-out text. seq_len: window of the bits per byte and least length of
-    an MQAR sequence, usually the length trained on. Raises ConfigError for an unknown task, DataError if the
-    text was made with another tokenizer.
+    Tasks of `whimbrel.evals.tasks` are evaluated together, with the held-out text as haystack, and are one dictionary,
+    "grid" (see `evaluate_grid`). tokenizer: the model's. shards: held-out text. seq_len: window of the bits per byte
+    and least length of an MQAR sequence, usually the length trained on. lengths, methods: of the grid; the lengths of
+    the needles if empty. Raises ConfigError for an unknown task, DataError if the text was made with another tokenizer.
     """
     for task in tasks:
         if task not in TASKS:
@@ -43,8 +51,10 @@ def run_evals(
         )
     sizes = {"seed": config.seed, "num_sequences": config.num_sequences}
     results: dict[str, Any] = {}
-    with track("evaluate", len(tasks), "task", quiet=quiet) as bar:
-        for task in tasks:
+    grid = tuple(GRID) if "grid" in tasks else tuple(task for task in tasks if task in GRID)
+    others = [task for task in tasks if task in DEFAULT]
+    with track("evaluate", len(others), "task", quiet=quiet) as bar:
+        for task in others:
             if task == "bpb":
                 found = evaluate_bpb(
                     model, shards, seq_len=seq_len, max_tokens=config.validation_tokens, seed=config.seed
@@ -57,4 +67,15 @@ def run_evals(
                 cells = evaluate_needle(model, shards, tokenizer.symbols, lengths=config.needle_lengths, **sizes)
                 results[task] = [cell._asdict() for cell in cells]
             bar.advance()
+    if grid:
+        results["grid"] = evaluate_grid(
+            model,
+            tokenizer.symbols,
+            tasks=grid,
+            lengths=tuple(lengths) or config.needle_lengths,
+            methods=methods,
+            haystack=held_out_text(shards),
+            quiet=quiet,
+            **sizes,
+        )
     return results

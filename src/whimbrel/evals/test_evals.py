@@ -18,6 +18,7 @@ from whimbrel.errors import ConfigError, DataError
 from whimbrel.evals.bpb import compare_bpb, evaluate_bpb
 from whimbrel.evals.recall import evaluate_mqar, evaluate_needle
 from whimbrel.evals.suite import run_evals
+from whimbrel.evals.tasks import TASKS as GRID
 from whimbrel.testing.text import make_shards
 
 VOCAB = MIN_VOCAB + 60
@@ -289,7 +290,9 @@ def test_the_suite_gives_plain_data(shards, symbols, capsys):
 def test_the_suite_refuses_unknown_tasks_and_foreign_tokenizers(shards):
     with pytest.raises(ConfigError) as caught:
         run_evals(Model(), shards.tokenizer(), shards, EvalConfig(), tasks=("neddle",))
-    assert str(caught.value) == "unknown task 'neddle'; did you mean 'needle'?; use one of bpb, mqar, needle"
+    assert str(caught.value) == (
+        f"unknown task 'neddle'; did you mean 'needle'?; use one of bpb, mqar, needle, grid, {', '.join(GRID)}"
+    )
     other = Tokenizer.train(["other words"], vocab_size=MIN_VOCAB)
     with pytest.raises(DataError) as error:
         run_evals(Model(), other, shards, EvalConfig())
