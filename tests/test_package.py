@@ -18,7 +18,7 @@ PUBLIC = {
     "whimbrel.mixers": ["GDN", "RDN", "RLA", "SGLA", "SoftmaxAttention"],
     "whimbrel.mixers.rdn": ["rdn", "rdn_step"],
     "whimbrel.mixers.rla": ["rla", "rla_step"],
-    "whimbrel.optim": ["AdamW", "Fira", "GaLore", "param_groups"],
+    "whimbrel.optim": ["AdamW", "Apollo", "Fira", "GaLore", "param_groups"],
     "whimbrel.merge": [
         "OnlineAverage",
         "SpikeDetector",

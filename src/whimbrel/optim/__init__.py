@@ -1,9 +1,10 @@
-"""Optimizers: Fira and GaLore with low-rank state, AdamW, and the sorting of parameters into groups."""
+"""Optimizers: Fira, GaLore and APOLLO with low-rank state, AdamW, and the sorting of parameters into groups."""
 
 from whimbrel._lazy import lazy_exports
 
 KINDS: dict[str, str] = {
     "adamw": "whimbrel.optim.adamw.config:AdamWConfig",
+    "apollo": "whimbrel.optim.apollo.config:ApolloConfig",
     "fira": "whimbrel.optim.fira.config:FiraConfig",
     "galore": "whimbrel.optim.galore.config:GaLoreConfig",
 }
@@ -13,6 +14,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "AdamW": "whimbrel.optim.adamw.optimizer:AdamW",
         "AdamWConfig": "whimbrel.optim.adamw.config:AdamWConfig",
+        "Apollo": "whimbrel.optim.apollo.optimizer:Apollo",
+        "ApolloConfig": "whimbrel.optim.apollo.config:ApolloConfig",
         "Fira": "whimbrel.optim.fira.optimizer:Fira",
         "FiraConfig": "whimbrel.optim.fira.config:FiraConfig",
         "GaLore": "whimbrel.optim.galore.optimizer:GaLore",

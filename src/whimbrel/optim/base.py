@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
-ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side"}
-"""Group keys of the packages `fira` and `galore-torch`, by our names."""
+ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side", "scale": "alpha"}
+"""Group keys of the packages `fira` and `galore-torch`, and of others' APOLLO, by our names."""
 
 ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach", "fused")
 """Group keys without a meaning here, set by `param_groups`, by torch's schedulers and by training engines."""
@@ -72,13 +72,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
     coefficients: ClassVar[Callable[..., Any]]
     """The part of `rule` that follows from norms: (lowrank.Slices, correction [B], active [B], *scalars, **options)
     -> (lowrank.Coefficients, *scalars after)."""
+    random: ClassVar[bool] = False
+    """Whether bases may be drawn, refresh="random"."""
     scalars: ClassVar[tuple[str, ...]] = ()
     """Names of the method's own scalars in the state, after step, exp_avg and exp_avg_sq."""
     options: ClassVar[tuple[str, ...]] = ()
     """Group keys that `rule` takes besides lr, betas and eps."""
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
-        check_options(defaults)
+        check_options(defaults, random=self.random)
         self._forget()
         groups = list(groups)
         if not any(isinstance(group, dict) and {"rank", "low_rank"} & group.keys() for group in groups):
@@ -100,6 +102,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._started: set[Tensor] = set()
         self._gaps: dict[Tensor, HostCopy] = {}
         self._addresses: Addresses | None = None
+        self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
+        self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,7 +120,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise ConfigError(f"unknown key '{name}' in a group of {type(self).__name__}{nearest(name, known)}")
         # always written, as torch fills in "rank" from the arguments in every group
         group.setdefault("low_rank", "rank" in group)
-        check_options(group)
+        check_options({**self.defaults, **group}, random=self.random)
         super().add_param_group(group)
         added = self.param_groups[-1]
         if added["low_rank"]:
@@ -133,12 +137,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._allocate()
         fresh = self._start()
         if self._started:
-            num_matrices = sum(len(group["params"]) for group in self.param_groups if group["low_rank"])
-            index, after = itertools.count(), itertools.count(num_matrices)
+            self._num_matrices = sum(len(group["params"]) for group in self.param_groups if group["low_rank"])
+            index, after = itertools.count(), itertools.count(self._num_matrices)
             for group in self.param_groups:
                 offsets = {param: next(index if group["low_rank"] else after) for param in group["params"]}
                 if group["low_rank"]:
-                    self._step_matrices(group, offsets, num_matrices, fresh)
+                    self._step_matrices(group, offsets, fresh)
                 else:
                     self._step_others(group, offsets)
         return loss
@@ -187,7 +191,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             side=group["side"],
             scalars=(*self.scalars, *(("refresh_gap",) if group["lazy_overlap"] else ())),
             state_dtype=group["state_dtype"],
-            basis_dtype=group["basis_dtype"],
+            basis_dtype=None if group["refresh"] == "random" else group["basis_dtype"],
         )
 
     def _allocate(self) -> None:
@@ -269,30 +273,30 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 storage.write_moment([state], key, moment[0][None], keys, self._usable())
             _write_weight(weight, value, keys[0], group["stochastic_rounding"])
 
-    def _step_matrices(
-        self, group: dict[str, Any], offsets: dict[Tensor, int], num_matrices: int, fresh: set[Tensor]
-    ) -> None:
+    def _step_matrices(self, group: dict[str, Any], offsets: dict[Tensor, int], fresh: set[Tensor]) -> None:
         params = [param for param in group["params"] if param.grad is not None and param in self._started]
         if not params:
             return
-        now, every = group["step"], group["refresh_steps"]
         group["step"] += 1
-        candidate = {
-            param: now + (offsets[param] * every // num_matrices if group["stagger"] else 0) for param in params
-        }
-        due = {
-            param
-            for param, count in candidate.items()
-            if param not in fresh and count % every == 0 and count // every % self._gap(group, param) == 0
-        }
+        every = group["refresh_steps"]
+        due: set[Tensor] = set()
+        if group["refresh"] == "random":
+            fresh = set()
+        else:
+            phases = {param: self._phase(group, offsets[param]) for param in params if param not in fresh}
+            due = {
+                param
+                for param, phase in phases.items()
+                if phase % every == 0 and phase // every % self._gap(group, param) == 0
+            }
         fused = [param for param in params if self._fuses(group, param)]
         refreshed = [param for param in fused if param in due or param in fresh]
         for batch in _batches(refreshed):
-            self._refresh_some(group, batch, self._project(group, batch), offsets, due, fresh)
+            self._refresh_some(group, batch, self._project(group, batch, offsets), offsets, due, fresh)
         if fused:
             self._step_fused(group, fused, offsets)
         for batch in _batches([param for param in params if param not in set(fused)]):
-            projected = self._project(group, batch)
+            projected = self._project(group, batch, offsets)
             self._refresh_some(group, batch, projected, offsets, due, fresh)
             self._apply(group, batch, projected, offsets)
 
@@ -325,6 +329,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 states,
                 side=resolve_side(group["side"], batch[0].shape),
                 bases=self._base_words(group, batch, offsets),
+                drawn=self._basis_keys(group, batch, offsets) if group["refresh"] == "random" else None,
                 coefficients=coefficients,
                 scalars=self.scalars,
                 betas=group["betas"],
@@ -385,7 +390,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
             bases = self._bases[group["seed"], known, device] = to_device(words, device)
         return bases
 
-    def _project(self, group: dict[str, Any], batch: list[Tensor]) -> Projected:
+    def _basis(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+        _, d = sides(batch[0].shape, group["side"])
+        if group["refresh"] != "random":
+            return storage.read_basis([self.state[param] for param in batch], d)
+        return lowrank.drawn(self._basis_keys(group, batch, offsets), d, group["rank"])
+
+    def _basis_keys(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+        """Words [B] from which the bases of this step are drawn."""
+        every = group["refresh_steps"]
+        found = tuple(
+            counter.drawn_basis_key(
+                counter.base(group["seed"], offsets[param]), self._phase(group, offsets[param]) // every
+            )
+            for param in batch
+        )
+        role = group["seed"], offsets[batch[0]]
+        if role not in self._drawn or self._drawn[role][0] != found:
+            self._drawn[role] = found, to_device(torch.tensor(found), batch[0].device)
+        return self._drawn[role][1]
+
+    def _phase(self, group: dict[str, Any], offset: int) -> int:
+        """Steps before this one, shifted so that refreshes fall on multiples of `refresh_steps`."""
+        shift = offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
+        return group["step"] - 1 + shift
+
+    def _project(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Projected:
         side = resolve_side(group["side"], batch[0].shape)
         # stack copies, so that the mask below does not reach the gradients
         grad = self._unscaled(torch.stack([full(param.grad) for param in batch if param.grad is not None]))
@@ -399,7 +429,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             grad.masked_fill_(~active[:, None, None], 0.0),
             torch.where(active[:, None], slice_norm, 0.0),
             active,
-            storage.read_basis([self.state[param] for param in batch], sides(grad.shape, group["side"])[1]),
+            self._basis(group, batch, offsets),
             side,
         )
 

@@ -38,6 +38,11 @@ def key(bases: Tensor, step: Tensor) -> Tensor:
     return mix((bases + step.long() * GOLDEN) & WORD)
 
 
+def drawn_basis_key(base: int, epoch: int) -> int:
+    """The word from which a matrix draws its basis; other than those for rounding."""
+    return mix((mix(base ^ GOLDEN) + epoch * GOLDEN) & WORD)
+
+
 def words(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
     """Words [..., count] for the elements first, first + 1, ... under each of `keys` [...], int64 below 2^32."""
     index = torch.arange(first, first + count, device=keys.device)

@@ -47,16 +47,19 @@ def matrix_layout(
     side: str,
     scalars: Sequence[str],
     state_dtype: str,
-    basis_dtype: str,
+    basis_dtype: str | None,
 ) -> dict[str, Entry]:
-    """State of a low-rank matrix; `scalars` are float32 numbers of the method."""
+    """State of a low-rank matrix; `scalars` are float32 numbers of the method.
+
+    basis_dtype: None where bases are drawn.
+    """
     s, d = sides(shape, side)
     state = {"step": Entry((), "float32"), **moments_layout((s, rank), state_dtype)}
     state |= {name: Entry((), "float32") for name in scalars}
     if basis_dtype == "int4":
         state["basis"] = Entry((-(-d // 2), rank), "uint8")
         state["basis_scale"] = Entry((-(-d // BASIS_GROUP), rank), "float32")
-    else:
+    elif basis_dtype is not None:
         state["basis"] = Entry((d, rank), basis_dtype)
     return state
 

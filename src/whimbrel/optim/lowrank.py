@@ -127,6 +127,11 @@ def noise(rows: int, columns: int, *, seed: int, index: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator)
 
 
+def drawn(keys: Tensor, rows: int, rank: int) -> Tensor:
+    """Gaussian bases [B, rows, rank] of variance 1 / rank under the words `keys` [B]; the same on every device."""
+    return counter.normal(keys, rows * rank).view(-1, rows, rank) / math.sqrt(rank)
+
+
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """Share of the old subspace that the new one keeps, ||old^T new||_F^2 / r, for bases [B, d, r]."""
     return (old.mT @ new).square().sum((-2, -1)) / old.shape[-1]
@@ -194,17 +199,26 @@ class Slices(NamedTuple):
 class Coefficients(NamedTuple):
     """What a method makes of the norms: update = up(on_direction direction - on_low low) + on_grad grad.
 
-    on_direction [B]; on_low and on_grad [B, s], a factor for each slice, [B, 1], one for all, or None for zero.
+    on_direction [B], or None for nothing inside of the basis; on_low and on_grad [B, s], a factor for each slice,
+    [B, 1], one for all, or None for zero.
     """
 
-    on_direction: Tensor
+    on_direction: Tensor | None
     on_low: Tensor | None
     on_grad: Tensor | None
+
+
+def slices(slice_norm: Tensor, low: Tensor, direction: Tensor, side: str) -> Slices:
+    """The norms [B, s], given that of the gradient's slices."""
+    return Slices(slice_norm, *(torch.linalg.vector_norm(x, dim=slice_dim(side)) for x in (low, direction)))
 
 
 def combine(grad: Tensor, basis: Tensor, side: str, low: Tensor, direction: Tensor, on: Coefficients) -> Tensor:
     """The update [B, m, n], in two passes over the gradient: one for its projection and norms, one here."""
     dim = slice_dim(side)
+    if on.on_direction is None:
+        assert on.on_grad is not None
+        return grad * on.on_grad.unsqueeze(dim)
     inside = direction * on.on_direction[:, None, None]
     if on.on_low is not None:
         inside = torch.addcmul(inside, low, on.on_low.unsqueeze(dim), value=-1)

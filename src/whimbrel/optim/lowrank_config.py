@@ -11,10 +11,10 @@ from whimbrel.config import OptimConfig
 from whimbrel.optim.groups import assign_groups
 from whimbrel.optim.layout import Entry, matrix_layout, other_layout
 from whimbrel.optim.options import (
+    AnyRefresh,
     BasisDtype,
     Impl,
     OnRefresh,
-    Refresh,
     Side,
     StateDtype,
     check_options,
@@ -32,6 +32,9 @@ class LowRankConfig(OptimConfig):
     SCALARS: ClassVar[tuple[str, ...]] = ()
     """Numbers that a low-rank matrix keeps beside its step, basis and moments."""
 
+    RANDOM: ClassVar[bool] = False
+    """Whether the method takes bases that are drawn, not fitted."""
+
     lr: float = 1e-2
     """Full learning rate, per step, of every group; the schedule scales it."""
     rank: int = 128
@@ -42,7 +45,7 @@ class LowRankConfig(OptimConfig):
     """Steps between two fits of a matrix's basis."""
     side: Side = "std"
     """Side that is projected: `std` the shorter, `reverse_std` the longer, `left` rows, `right` columns."""
-    refresh: Refresh = "power"
+    refresh: AnyRefresh = "power"
     """How a basis is fitted: `power` (warm-started block power iteration) or `exact` (thin SVD)."""
     on_refresh: OnRefresh = "keep"
     """Moments at a new basis: `keep` as they are, `rotate` into it, or `reset`."""
@@ -76,7 +79,7 @@ class LowRankConfig(OptimConfig):
     """How low-rank matrices are stepped: `triton` (CUDA), `eager`, or `auto`."""
 
     def __post_init__(self) -> None:
-        check_options(dataclasses.asdict(self), prefix="optim.")
+        check_options(dataclasses.asdict(self), prefix="optim.", random=self.RANDOM)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups `low_rank`, `decay` and `no_decay` of the model's parameters."""
@@ -115,5 +118,5 @@ class LowRankConfig(OptimConfig):
             side=self.side,
             scalars=(*self.SCALARS, *(("refresh_gap",) if self.lazy_overlap else ())),
             state_dtype=self.state_dtype,
-            basis_dtype=self.basis_dtype,
+            basis_dtype=None if self.refresh == "random" else self.basis_dtype,
         )

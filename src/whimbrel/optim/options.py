@@ -10,6 +10,7 @@ from whimbrel.errors import ConfigError
 
 Side = Literal["std", "reverse_std", "left", "right"]
 Refresh = Literal["power", "exact"]
+AnyRefresh = Literal["power", "exact", "random"]
 OnRefresh = Literal["keep", "rotate", "reset"]
 ResidualMode = Literal["official", "paper"]
 Scaling = Literal["column", "matrix"]
@@ -54,11 +55,17 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_options(options: Mapping[str, Any], *, prefix: str = "") -> None:
-    """Raise ConfigError for the first option whose value is not allowed; other names are left alone."""
+def check_options(options: Mapping[str, Any], *, prefix: str = "", random: bool = False) -> None:
+    """Raise ConfigError for the first option whose value is not allowed; other names are left alone.
+
+    random: whether bases may be drawn, refresh="random", from which nothing can be carried to the next.
+    """
+    rules = _RULES | ({"refresh": _one_of("power", "exact", "random")} if random else {})
+    if options.get("refresh") == "random" and random:
+        rules |= {"on_refresh": _one_of("keep"), "lazy_overlap": (lambda value: value == 0, "0 with random bases")}
     for name, value in options.items():
-        if name in _RULES:
-            allows, allowed = _RULES[name]
+        if name in rules:
+            allows, allowed = rules[name]
             require(bool(allows(value)), prefix + name, value, allowed)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from whimbrel.optim import lowrank
 from whimbrel.optim.base import LowRankOptimizer, Projected
+from whimbrel.optim.limiter import factors, limit
 from whimbrel.optim.options import (
     BasisDtype,
     Impl,
@@ -21,9 +22,6 @@ from whimbrel.optim.options import (
     StateDtype,
 )
 
-DELTA = 1e-8
-"""Added to the norms that are divided by, as in the authors' code."""
-
 
 class FiraOut(NamedTuple):
     """update [B, m, n], to be subtracted from the weights, and the state after the step."""
@@ -33,13 +31,6 @@ class FiraOut(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     limiter_norm: Tensor
-
-
-class Limited(NamedTuple):
-    """scale [B] for the residual, and the norm [B] that the next step is measured against."""
-
-    scale: Tensor
-    norm: Tensor
 
 
 def fira_step(
@@ -66,12 +57,11 @@ def fira_step(
     and the update is basis Z + grad diag(f). Derived in this folder's README.
     """
     grad, slice_norm, active, basis, side = projected
-    dim = lowrank.slice_dim(side)
     low = lowrank.down(grad, basis, side)
     direction, correction, moments = lowrank.adam(
         low, lowrank.Moments(step, exp_avg, exp_avg_sq), active, betas=betas, eps=eps
     )
-    slices = lowrank.Slices(slice_norm, *(torch.linalg.vector_norm(x, dim=dim) for x in (low, direction)))
+    slices = lowrank.slices(slice_norm, low, direction, side)
     coefficients, norm = fira_coefficients(
         slices,
         correction,
@@ -104,13 +94,7 @@ def fira_coefficients(
     official = residual_mode == "official"
     kept = alpha if official else 1.0
     before, after = (torch.ones_like(correction), correction) if official else (correction, torch.ones_like(correction))
-    if scaling == "matrix":
-        low_size, direction_size = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (slices.low, slices.direction)
-        )
-    else:
-        low_size, direction_size = slices.low, slices.direction
-    factor = before[:, None] * direction_size / (low_size + DELTA)
+    factor = before[:, None] * factors(slices, scaling)
     residual_sq = slices.grad.square() - (2 * kept - kept * kept) * slices.low.square()
     residual_norm = (factor.square() * residual_sq).sum(-1).clamp_min(0.0).sqrt()
     limited = limit(residual_norm, limiter_norm, gamma=gamma)
@@ -119,21 +103,6 @@ def fira_coefficients(
     on_grad = factor * (limited.scale * size * (1.0 if official else alpha))[:, None]
     coefficients = lowrank.Coefficients(before * size * alpha, kept * on_grad, on_grad)
     return coefficients, torch.where(active, limited.norm, limiter_norm)
-
-
-def limit(norm: Tensor, previous: Tensor, *, gamma: float) -> Limited:
-    """The norm-growth limiter: the residual's norm may grow by the factor `gamma` per step; 0 is no limit.
-
-    norm, previous [B]; a previous norm of 0 stands for none, which limits nothing. A norm that is zero or not
-    finite is not remembered, so that the limiter neither starts from zero nor keeps a NaN. (arXiv 2410.01623,
-    algorithm 1)
-    """
-    if gamma == 0:
-        return Limited(torch.ones_like(norm), previous)
-    ceiling = gamma * (previous + DELTA)
-    scale = torch.where((previous > 0) & (norm > ceiling), ceiling / norm, 1.0)
-    after = norm * scale
-    return Limited(scale, torch.where(after.isfinite() & (after > 0), after, previous))
 
 
 class Fira(LowRankOptimizer):

@@ -55,6 +55,7 @@ def fused_step(
     *,
     side: str,
     bases: Tensor,
+    drawn: Tensor | None,
     coefficients: Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]],
     scalars: Sequence[str],
     betas: tuple[float, float],
@@ -68,7 +69,8 @@ def fused_step(
 ) -> None:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
-    params: B matrices with gradients. bases [B]: `counter.base` words of the matrices. coefficients: the
+    params: B matrices with gradients. bases [B]: `counter.base` words of the matrices. drawn [B]: words from
+    which the bases are drawn, None where the states hold them. coefficients: the
     method's factors from (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times
     weight decay. usable, grad_scale: what a gradient scaler has left. batch: a number of these params, for `addresses`.
     """
@@ -85,9 +87,14 @@ def fused_step(
     def table(role: str, tensors: Sequence[Tensor]) -> Tensor:
         return addresses.table(role, batch, tensors)
 
-    if "basis_scale" in states[0]:
-        # a packed basis is opened for the time of the step, at a place that the host need not send
-        unpacked = storage.read_basis(states, d).to(dot).contiguous()
+    if drawn is not None or "basis_scale" in states[0]:
+        # drawn or opened for the time of the step, at places that the host need not send
+        if drawn is None:
+            unpacked = storage.read_basis(states, d).to(dot).contiguous()
+        else:
+            unpacked = scratch(d, r, dtype=dot)
+            grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
+            passes.draw[grid](unpacked, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
         places = torch.arange(number, device=device)
         basis_table = places * unpacked[0].nbytes + unpacked.data_ptr()
     else:
@@ -146,25 +153,26 @@ def fused_step(
         *(torch.where(active[:, None], x, 0.0) for x in (slice_norm, *_roots(low_sums, direction_sums)))
     )
     on, after = coefficients(slices, lowrank.bias_correction(step, betas), active)
-    passes.blend[triton.cdiv(s, rows), number](
-        direction,
-        low,
-        on.on_direction,
-        on.on_direction if on.on_low is None else on.on_low.expand(number, s).contiguous(),
-        active,
-        s,
-        r,
-        HAS_LOW=on.on_low is not None,
-        BS=rows,
-        BR=wide,
-    )
+    if on.on_direction is not None:
+        passes.blend[triton.cdiv(s, rows), number](
+            direction,
+            low,
+            on.on_direction,
+            on.on_direction if on.on_low is None else on.on_low.expand(number, s).contiguous(),
+            active,
+            s,
+            r,
+            HAS_LOW=on.on_low is not None,
+            BS=rows,
+            BR=wide,
+        )
     tile = _write_tile(dot, r)
     passes.write[triton.cdiv(s, tile.BS), triton.cdiv(d, tile.BD), number](
         weight_table,
         grad_table,
         basis_table,
         direction,
-        on.on_direction if on.on_grad is None else (on.on_grad * inverse).expand(number, s).contiguous(),
+        sums if on.on_grad is None else (on.on_grad * inverse).expand(number, s).contiguous(),
         decay * active.float(),
         active,
         keys,
@@ -177,6 +185,7 @@ def fused_step(
         *((1, s) if side == "left" else (d, 1)),
         counter.WEIGHTS,
         WEIGHT=_DTYPES[weight.dtype],
+        HAS_INSIDE=on.on_direction is not None,
         HAS_GRAD=on.on_grad is not None,
         STOCHASTIC=stochastic and weight.dtype == torch.bfloat16,
         **types,

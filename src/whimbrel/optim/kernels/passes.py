@@ -24,6 +24,19 @@ def _words(key, index):
 
 
 @triton.jit
+def draw(bases, keys, count, size, BLOCK: tl.constexpr):
+    """Gaussian numbers [B, count] of standard deviation `size`, as `counter.normal` draws them."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    matrix = tl.program_id(1).to(tl.int64)
+    key = tl.load(keys + matrix).to(tl.uint32)
+    first = _words(key, index.to(tl.uint32)).to(tl.float32)
+    second = _words(key, (index + count).to(tl.uint32)).to(tl.float32)
+    radius = tl.sqrt(-2 * tl.log((first + 1) * 2.3283064365386963e-10))
+    value = radius * tl.cos(second * 1.4629180792671596e-09) * size
+    tl.store(bases + matrix * count + index, value, mask=index < count)
+
+
+@triton.jit
 def project(
     grads,
     bases,
@@ -261,6 +274,7 @@ def write(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    HAS_INSIDE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BS: tl.constexpr,
@@ -273,19 +287,20 @@ def write(
     matrix = tl.program_id(2).to(tl.int64)
     basis = tl.multiple_of(tl.load(bases + matrix).to(tl.pointer_type(BASIS)), ALIGN)
     acc = tl.zeros([BS, BD], tl.float32)
-    for first in range(0, r, BR):
-        column = first + tl.arange(0, BR)
-        z = tl.load(
-            inside + (matrix * s + at[:, None]) * r + column[None, :],
-            mask=(at[:, None] < s) & (column[None, :] < r),
-            other=0.0,
-        )
-        p = tl.load(
-            basis + across[None, :].to(tl.int64) * r + column[:, None],
-            mask=(across[None, :] < d) & (column[:, None] < r),
-            other=0.0,
-        )
-        acc = tl.dot(z.to(DOT), p.to(DOT), acc, input_precision=PRECISION)
+    if HAS_INSIDE:
+        for first in range(0, r, BR):
+            column = first + tl.arange(0, BR)
+            z = tl.load(
+                inside + (matrix * s + at[:, None]) * r + column[None, :],
+                mask=(at[:, None] < s) & (column[None, :] < r),
+                other=0.0,
+            )
+            p = tl.load(
+                basis + across[None, :].to(tl.int64) * r + column[:, None],
+                mask=(across[None, :] < d) & (column[:, None] < r),
+                other=0.0,
+            )
+            acc = tl.dot(z.to(DOT), p.to(DOT), acc, input_precision=PRECISION)
     rows, columns = at[:, None].to(tl.int64), across[None, :].to(tl.int64)
     mask = (rows < s) & (columns < d)
     if HAS_GRAD:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from whimbrel.optim import Fira, GaLore, lowrank, storage
+from whimbrel.optim import Apollo, Fira, GaLore, lowrank, storage
 from whimbrel.testing.budget import rms_ratio
 
 pytest.importorskip("triton")
@@ -52,6 +52,12 @@ def test_equals_the_eager_step(cls, side):
     for mine, other in zip(states(ours), states(theirs), strict=True):
         for key in ("exp_avg", "exp_avg_sq", "step", *cls.scalars):
             assert rms_ratio(other[key], mine[key]) <= 1e-4, key
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "matrix", "alpha": 128.0, "group": {"rank": 1}}], ids=str)
+def test_apollo_draws_the_bases_of_the_eager_step(options):
+    ours, _ = compare(Apollo, 1e-5, refresh_steps=2, **options)
+    assert all("basis" not in state for state in states(ours))
 
 
 @pytest.mark.parametrize("mode", ["official", "paper"])
@@ -191,7 +197,7 @@ from whimbrel.optim.kernels import launch, passes
 types = dict.fromkeys("s d r weight_s weight_d grad_s grad_d index_s index_d".split(), "i32") | {"first_word": "i64"}
 types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
 types |= dict.fromkeys("beta1 beta2 eps".split(), "fp32") | dict(actives="*i1")
-shared = dict(ALIGN=16, HAS_GRAD=True, HAS_LOW=True, STOCHASTIC=True)
+shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, STOCHASTIC=True)
 for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
     shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
     types |= dict.fromkeys(("direction", "inside"), "*bf16" if kind == tl.bfloat16 else "*fp32")
@@ -236,12 +242,16 @@ def test_compiled_formats(state_dtype, basis_dtype, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "basis_dtype": "int4", "lazy_overlap": 0.5}], ids=str)
-@pytest.mark.parametrize("cls", [Fira, GaLore])
+@pytest.mark.parametrize("cls", [Fira, GaLore, Apollo])
 def test_steps_and_refreshes_make_the_host_wait_for_nothing(cls, options):
     params = [nn.Parameter(torch.zeros(256, 384, device="cuda", dtype=torch.bfloat16)) for _ in range(6)]
     other = nn.Parameter(torch.zeros(384, device="cuda"))
     groups = [{"params": params, "rank": 32}, {"params": [other]}]
-    optimizer = cls(groups, refresh_steps=4, on_refresh="rotate", weight_decay=0.1, **options)
+    if cls is Apollo:
+        options = {key: value for key, value in options.items() if key != "lazy_overlap"}
+    else:
+        options = {"on_refresh": "rotate", **options}
+    optimizer = cls(groups, refresh_steps=4, weight_decay=0.1, **options)
     grads = [[torch.randn_like(param) for param in (*params, other)] for _ in range(10)]
     for step, given in enumerate(grads):
         for param, grad in zip((*params, other), given, strict=True):
