@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from whimbrel.attend import Grid, Out, Plan, attend, attend_packed, choice, merge_parts
+from whimbrel.attend import Grid, Out, Plan, attend, attend_packed, bench, choice, merge_parts
 from whimbrel.attend import blocks as block_path
 from whimbrel.attend.flex import block_mask
 from whimbrel.attend.test_plan import random_mask
@@ -368,3 +368,11 @@ def test_packed_refuses_what_does_not_fit():
     heads = Plan.dense(batch=1, num_heads=2, block_size=16, q_len=5, k_len=33)
     with pytest.raises(ConfigError, match=re.escape("plan.num_heads = 2 does not fit q and k, which have 1")):
         attend_packed(q, k, v, [plans[0], heads])
+
+
+def test_cuda_cases_can_be_listed_anywhere_and_plans_hold_their_density():
+    made = bench.cases(device="cuda")
+    assert list(made[0].params) == ["T", "H", "Hkv", "D", "block", "density", "dtype"]
+    assert list(made[0].rivals) == ["flex-attention", "sdpa-cudnn", "sdpa-flash"]
+    for density in (1.0, 0.4, 0.1):
+        assert bench.random_plan(2048, density, "cpu").mean_density() == pytest.approx(density, rel=0.1)

@@ -45,8 +45,8 @@ class Case:
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     """Further implementations by name. One that is not installed, fails or is wrong is named aloud and left out."""
 
-    metric: Literal["forward", "forward+backward", "step", "time", "throughput"] = "forward"
-    """What one call does; "time" or "throughput" where the case's name says it."""
+    metric: Literal["forward", "forward+backward", "step", "time", "time_select", "throughput"] = "forward"
+    """What one call does; "time" or "throughput" where the case's name says it, "time_select" for a part of it."""
 
     unit: Literal["s", "ms", "us"] = "ms"
     """Unit of the recorded times."""

@@ -1,0 +1,217 @@
+"""Benchmark cases of sparse prefill: time, density, achieved recall and error, beside dense attention and rivals.
+
+For each input and length: dense attention; and for each coverage the selectors with their attention, selection alone,
+and what they kept. `benchmarks/README.md` says what the lines hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whimbrel.attend.op import attend
+from whimbrel.attend.rivals import DENSE, dense_attention
+from whimbrel.attend.shapes import default_scale
+from whimbrel.bench.case import Case, Figures, Rival
+from whimbrel.sparse import rivals
+from whimbrel.sparse.apply import Selector, apply_selector
+from whimbrel.sparse.blocks import heads_first, per_key_head
+from whimbrel.sparse.coverage import coverage as achieved
+from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
+from whimbrel.sparse.row_local.config import RowLocalConfig
+from whimbrel.testing.budget import assert_close, rms_ratio
+from whimbrel.testing.heads import Heads, mixed, structured
+
+COVERAGES = (0.9, 0.95)
+CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
+AUDITED_ROWS = 256
+"""Queries on which recall and error are measured. They are drawn at random: evenly spaced ones could be those that a
+selector samples too."""
+
+
+class Problem(NamedTuple):
+    """One input. On CUDA in bf16 and with kernels, elsewhere small, in fp32."""
+
+    kind: str
+    length: int
+    device: str
+
+    def inputs(self) -> Heads:
+        """q, k and v, the same at each call."""
+        return _made(self)
+
+    @property
+    def params(self) -> dict[str, str | int]:
+        """As they stand in result lines; G counts key heads."""
+        heads, kv_heads, dim = self._sizes()
+        return {"N": self.length, "input": self.kind, "H": heads, "G": kv_heads, "D": dim, "batch": 1}
+
+    def selectors(self, share: float) -> dict[str, Selector]:
+        """Implementation name -> selector that keeps `share` of the attention."""
+        return {
+            "row_local": RowLocalConfig(coverage=share, impl="triton" if self.on_gpu else "torch").build(),
+            "flex_prefill": FlexPrefillConfig(coverage=share).build(),
+        }
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels are to run."""
+        return self.device == "cuda"
+
+    @property
+    def impl(self) -> str:
+        """What attends over a plan."""
+        return "triton" if self.on_gpu else "blocks"
+
+    def _sizes(self) -> tuple[int, int, int]:
+        if self.kind == "structured":
+            return 4, 4, 128 if self.on_gpu else 64
+        return (32, 8, 128) if self.on_gpu else (4, 2, 64)
+
+    def make(self) -> Heads:
+        """q, k and v, made anew."""
+        heads, kv_heads, dim = self._sizes()
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        if self.kind == "structured":
+            made = structured(self.length, tokens=self.length, dim=dim, dtype=dtype)
+        else:
+            made = mixed(self.length, tokens=self.length, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
+        return Heads(*(x.to(self.device) for x in made))
+
+
+@lru_cache(maxsize=1)
+def _made(problem: Problem) -> Heads:
+    return problem.make()
+
+
+def cases(*, device: str, quick: bool = False) -> list[Case]:
+    """Dense attention, selectors and rivals on the `mixed` and the `structured` input."""
+    lengths = (512,) if quick and device != "cuda" else CUDA_LENGTHS[:1] if quick else CUDA_LENGTHS
+    if device != "cuda" and not quick:
+        lengths = (2048, 4096)
+    found = []
+    for kind in ("mixed", "structured"):
+        for length in lengths:
+            problem = Problem(kind, length, device)
+            found.append(_dense(problem))
+            for share in COVERAGES:
+                found += _sparse(problem, share)
+    return found
+
+
+def _dense(problem: Problem) -> Case:
+    functions = DENSE if problem.on_gpu else {"sdpa": dense_attention}
+    calls = {name: partial(_call, problem, function) for name, function in functions.items()}
+    return Case(
+        name="prefill",
+        params=problem.params,
+        impls={} if problem.on_gpu else calls,
+        check=lambda: None,
+        rivals={name: Rival(call, str) for name, call in calls.items()} if problem.on_gpu else {},
+        metric="time",
+    )
+
+
+def _sparse(problem: Problem, share: float) -> list[Case]:
+    params = problem.params | {"coverage": share}
+    whole, chosen = {}, {}
+    for name, selector in problem.selectors(share).items():
+        whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
+        chosen[name] = partial(_select, problem, selector)
+    theirs: Mapping[str, Callable[..., Tensor]] = {
+        "flexprefill-official": partial(rivals.flexprefill_official, coverage=share),
+        "flashprefill-v1": rivals.flashprefill_v1,
+    }
+    on_plan = partial(_on_plan, problem, share)
+    extra = {name: Rival(partial(_call, problem, f), partial(_remark, problem, f)) for name, f in theirs.items()}
+    extra["flex-attention"] = Rival(on_plan, partial(_check_plan, on_plan))
+    figures = {name: partial(_kept, problem, selector) for name, selector in problem.selectors(share).items()}
+    if problem.on_gpu:
+        figures |= {name: partial(_error, problem, function) for name, function in theirs.items()}
+    else:
+        extra = {}
+    case = partial(Case, name="prefill", params=params)
+    return [
+        case(impls=whole, check=partial(_check, problem, share), rivals=extra, metric="time"),
+        case(impls=chosen, check=lambda: None, metric="time_select"),
+        case(figures=figures, check=lambda: None, rounds=1),
+    ]
+
+
+def _call(problem: Problem, function: Callable[..., object]) -> Callable[[], object]:
+    return partial(function, *problem.inputs())
+
+
+def _select(problem: Problem, selector: Selector) -> Callable[[], object]:
+    q, k, _ = problem.inputs()
+    return partial(selector, q, k)
+
+
+def _on_plan(problem: Problem, share: float) -> Callable[[], object]:
+    """FlexAttention over the plan of `row_local`, which is given."""
+    q, k, v = problem.inputs()
+    return partial(attend, q, k, v, problem.selectors(share)["row_local"](q, k), impl="flex")
+
+
+def _check_plan(set_up: Callable[[], Callable[[], object]]) -> str:
+    set_up()()
+    return "attention alone, over the plan of row_local"
+
+
+def _check(problem: Problem, share: float) -> None:
+    """On the last queries, since the masked softmax of the reference needs memory for every pair."""
+    q, k, v = problem.inputs()
+    for name, selector in problem.selectors(share).items():
+        out = apply_selector(q[:, -64:], k, v, selector, impl=problem.impl)
+        want = attend(q[:, -64:], k, v, out.plan, impl="reference").y.double()
+        assert_close(f"prefill {name}", want, out.y, 6e-3 if problem.on_gpu else 1e-5)
+
+
+def _kept(problem: Problem, selector: Selector) -> Figures:
+    """What a selector keeps, over all heads and audited queries, and the error that this makes."""
+    q, k, v = problem.inputs()
+    out = apply_selector(q, k, v, selector, impl=problem.impl)
+    rows = _audited(problem)
+    recall = achieved(q, k, out.plan, rows=rows).double()
+    return {
+        "density": (float(out.density.mean()), "share"),
+        "recall_mean": (float(recall.mean()), "share"),
+        "recall_p5": (float(recall.quantile(0.05)), "share"),
+        "recall_min": (float(recall.min()), "share"),
+        "output_error": (rms_ratio(_truth(problem), out.y[:, rows]), "ratio"),
+    }
+
+
+def _error(problem: Problem, function: Callable[..., Tensor]) -> Figures:
+    y = function(*problem.inputs())
+    return {"output_error": (rms_ratio(_truth(problem), y[:, _audited(problem)]), "ratio")}
+
+
+def _remark(problem: Problem, function: Callable[..., Tensor]) -> str:
+    error = _error(problem, function)["output_error"][0]
+    assert error < 0.5, f"output error {error:.3f} against dense attention"
+    return f"output error {error:.3f} against dense attention"
+
+
+def _audited(problem: Problem) -> Tensor:
+    random = torch.Generator().manual_seed(problem.length)
+    return torch.randperm(problem.length, generator=random)[:AUDITED_ROWS].sort().values.to(problem.device)
+
+
+@cache
+def _truth(problem: Problem) -> Tensor:
+    """Dense attention of the audited queries in fp32, [1, R, H, D]."""
+    q, k, v = problem.inputs()
+    rows = _audited(problem)
+    query, key, value = heads_first(q[:, rows]) * default_scale(q.shape[-1], None), heads_first(k), heads_first(v)
+    parts = []
+    for some, at in zip(query.split(16, 2), rows.split(16)):
+        logits = per_key_head(some, key)
+        logits.masked_fill_(torch.arange(problem.length, device=at.device) > at[:, None], -torch.inf)
+        weights = logits.softmax(-1).flatten(1, 2).unflatten(1, (key.shape[1], -1))  # [B, Hkv, group * R, T]
+        parts.append((weights @ value).unflatten(2, (-1, len(at))).flatten(1, 2))
+    return torch.cat(parts, 2).transpose(1, 2)
