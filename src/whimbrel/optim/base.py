@@ -463,7 +463,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         elif noise is not None:
             new = lowrank.fit_first(grad, noise, side, rank)
         else:
-            new = lowrank.fit_warm(grad, old, side)
+            half = batch[0].grad is not None and batch[0].grad.dtype == torch.bfloat16
+            new = lowrank.fit_warm(grad, old, side, products=torch.bfloat16 if half else torch.float32)
         # a fit that fails leaves NaN, and the old basis then stays
         active = active & new.isfinite().flatten(1).all(1)
         new = torch.where(active[:, None, None], new, old)

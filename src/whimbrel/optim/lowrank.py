@@ -28,8 +28,9 @@ FILL = 1e-6
 """Size of the noise that fills columns without rank, relative to a column: above the rounding of float32."""
 SHIFT = 2e-15
 """Added to the first Gram matrix, for each column, some ten roundings of float64."""
-WARM_ITERATIONS = 2
-"""Multiplications with G G^T in a later fit, which starts from the basis before it."""
+WARM_ITERATIONS = 1
+"""Multiplications with G G^T in a later fit, which starts from the basis before it. What a second one adds is far less
+than what a basis loses until its next refresh (benchmarks/refresh_quality.py)."""
 
 
 def basis_shape(shape: Sequence[int], rank: int, side: str) -> tuple[int, int]:
@@ -58,7 +59,7 @@ def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> T
     return first @ second if add is None else add.baddbmm_(first, second)
 
 
-def orthonormal(x: Tensor, *, rounds: int = 3) -> Tensor:
+def orthonormal(x: Tensor, *, rounds: int = 2) -> Tensor:
     """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
 
     Cholesky QR: `rounds` of products and one triangular solve each, where Householder's takes k dependent steps,
@@ -82,16 +83,19 @@ def orthonormal(x: Tensor, *, rounds: int = 3) -> Tensor:
     return y.to(x.dtype)
 
 
-def iterate(grad: Tensor, start: Tensor, side: str, iterations: int) -> Tensor:
+def iterate(
+    grad: Tensor, start: Tensor, side: str, iterations: int, *, products: torch.dtype = torch.float32
+) -> Tensor:
     """Block power iteration from `start` [B, d, k], orthonormalised after every multiplication.
 
     Without the orthonormalisation between grad and grad^T the condition number is squared, and directions
     below about 3e-4 of the largest are lost in float32. All but the last only keep the columns apart.
+    products: dtype of the factors; in that of a gradient in bfloat16 they run on its matrix units.
     """
-    g = grad if side == "left" else grad.mT
+    g = (grad if side == "left" else grad.mT).to(products)
     for done in range(1, iterations + 1):
-        middle = orthonormal(g.mT @ start, rounds=1)
-        start = orthonormal(g @ middle, rounds=3 if done == iterations else 1)
+        middle = orthonormal((g.mT @ start.to(products)).to(start.dtype), rounds=1)
+        start = orthonormal((g @ middle.to(products)).to(start.dtype), rounds=2 if done == iterations else 1)
     return start
 
 
@@ -105,9 +109,9 @@ def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int) -> Tensor:
     return wide @ leading
 
 
-def fit_warm(grad: Tensor, basis: Tensor, side: str) -> Tensor:
+def fit_warm(grad: Tensor, basis: Tensor, side: str, *, products: torch.dtype = torch.float32) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps."""
-    return iterate(grad, basis, side, WARM_ITERATIONS)
+    return iterate(grad, basis, side, WARM_ITERATIONS, products=products)
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:

@@ -72,6 +72,8 @@ def test_power_keeps_the_energy_that_the_exact_fit_keeps(side, decay):
     # the gradient turns by about a tenth; a stale basis loses energy, one warm fit wins it back
     later = first + 0.3 * with_spectrum(3, *shape, values, seed=2).float()
     warm = lowrank.fit_warm(later, basis, side)
+    half = lowrank.fit_warm(later, basis, side, products=torch.bfloat16)
+    assert energy(later, half, side).min() > 0.98
     assert energy(later, warm, side).min() > 0.98
     assert (energy(later, warm, side) > energy(later, basis, side) + 0.004).all()
 
