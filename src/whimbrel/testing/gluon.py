@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _GLUON = "triton.experimental.gluon"
-_PATIENCE = 20.0
+_PATIENCE = 10.0
 _current = threading.local()
 
 

@@ -15,7 +15,7 @@ EDGES = torch.tensor([0, 5, 5, 70, 140], dtype=torch.int32)
 SHAPES = [
     Shape(2, 70, 1, 2, 64, 64),
     Shape(1, 64, 1, 1, 128, 64),
-    Shape(1, 70, 1, 1, 64, 128),
+    Shape(1, 200, 1, 1, 64, 128),
     Shape(1, 1, 1, 1, 64, 64),
 ]
 
