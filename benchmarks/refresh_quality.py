@@ -5,14 +5,15 @@
 A small decoder learns the bytes of this repository's own documents and sources with AdamW. At every refresh each of its
 matrices is fitted in several ways, each going on from its own basis before. Lines go to
 benchmarks/results/refresh_quality.jsonl: `energy`, the share that a basis keeps of what the exact SVD of the same
-gradient keeps (median over matrices and refreshes, with quartiles), `energy_min`, and `fit`, the time of one fit. Then the same
-model is trained by Fira with power and with exact refreshes from three seeds: `loss` over the last tenth.
+gradient keeps (median over matrices and refreshes, with quartiles), `energy_min`, and `fit`, the time of one fit. Then
+the same model is trained by Fira with power and with exact refreshes from several seeds: `loss` over the last tenth.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +32,18 @@ RANK = 32
 ROOT = Path(__file__).parents[1]
 
 
-def batches(seed: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless inputs and targets [batch, length] of bytes."""
+@functools.cache
+def corpus() -> Tensor:
+    """Bytes of the repository's text, read once, so that every run sees the same."""
     files = [
         path for kind in ("**/*.md", "src/**/*.py") for path in sorted(ROOT.glob(kind)) if ".venv" not in path.parts
     ]
-    text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+
+
+def batches(seed: int, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless inputs and targets [batch, length] of bytes."""
+    text = corpus()
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - length - 1, (batch,), generator=generator)

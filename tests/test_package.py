@@ -18,7 +18,7 @@ PUBLIC = {
     "whimbrel.mixers": ["GDN", "RDN", "RLA", "SGLA", "SoftmaxAttention"],
     "whimbrel.mixers.rdn": ["rdn", "rdn_step"],
     "whimbrel.mixers.rla": ["rla", "rla_step"],
-    "whimbrel.optim": ["AdamW", "Apollo", "Fira", "GaLore", "param_groups"],
+    "whimbrel.optim": ["AdamW", "Apollo", "Fira", "GaLore", "memory_report", "param_groups"],
     "whimbrel.merge": [
         "OnlineAverage",
         "SpikeDetector",
@@ -40,8 +40,10 @@ PUBLIC = {
         "convert_checkpoint",
         "prefill_report",
     ],
+    "whimbrel.evals": ["DENSE", "Method", "evaluate_bpb", "evaluate_grid", "make_task", "run_evals"],
+    "whimbrel.integrations.lm_eval": ["documents", "evaluate_folder"],
 }
-EXTRAS = {"whimbrel.integrations.hf": "transformers"}
+EXTRAS = {"whimbrel.integrations.hf": "transformers", "whimbrel.integrations.lm_eval": "lm_eval"}
 
 
 @pytest.mark.parametrize("module", PUBLIC)

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "GaLore": "whimbrel.optim.galore.optimizer:GaLore",
         "GaLoreConfig": "whimbrel.optim.galore.config:GaLoreConfig",
         "learning_rate_factor": "whimbrel.optim.schedule:learning_rate_factor",
+        "memory_report": "whimbrel.optim.memory:memory_report",
         "param_groups": "whimbrel.optim.groups:param_groups",
     },
 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from whimbrel.errors import CheckpointError
-from whimbrel.optim import Fira, FiraConfig, GaLoreConfig, counter, lowrank, param_groups, storage
+from whimbrel.optim import Fira, FiraConfig, GaLoreConfig, counter, lowrank, memory_report, param_groups, storage
 from whimbrel.optim.layout import MOMENT_BLOCK
 from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.optim import CONTRACTS, TinyModel, no_host_reads, shrink, train
@@ -204,3 +204,21 @@ def test_lazy_refreshes_wait_where_the_subspace_stays():
     assert optimizer.state[moving]["refresh_gap"].item() == 1
     assert fits[moving] == 31
     assert fits[still] <= 8
+
+
+@pytest.mark.parametrize("options", [{}, *SMALL_STATE], ids=["float32", "bfloat16", "int8"])
+def test_memory_is_what_was_planned(options):
+    with torch.device("meta"):
+        shape_only = nn.ModuleDict({"blocks": nn.Linear(300, 200), "head": nn.Linear(200, 90)})
+    config = FiraConfig(rank=16, **options)
+    planned = memory_report(shape_only, config).planned
+    model = nn.ModuleDict({"blocks": nn.Linear(300, 200), "head": nn.Linear(200, 90)})
+    optimizer = config.build(config.groups(model))
+    assert set(memory_report(model, config, optimizer).measured.values()) == {0}
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    report = memory_report(model, config, optimizer)
+    assert report.measured == report.planned == planned
+    total = sum(planned.values()) / 2**20
+    assert str(report).splitlines()[-1].split() == ["all", f"{total:.2f}", "MiB", f"{total:.2f}", "MiB"]
