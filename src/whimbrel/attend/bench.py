@@ -78,7 +78,7 @@ def _on_cuda(length: int) -> Heads:
 
 @cache
 def random_plan(length: int, density: float, device: str = "cuda") -> Plan:
-    """32 heads, each with blocks of 128 drawn so that they hold `density` of the causal pairs, the diagonal among them."""
+    """32 heads, whose blocks of 128 are drawn so that they hold `density` of the causal pairs, diagonal included."""
     grid = Grid(128, length, length)
     random = torch.Generator(device).manual_seed(length)
     blocks = grid.key_blocks

@@ -7,6 +7,7 @@ and what they kept. `benchmarks/README.md` says what the lines hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
@@ -52,8 +53,10 @@ class Problem(NamedTuple):
 
     def selectors(self, share: float) -> dict[str, Selector]:
         """Implementation name -> selector that keeps `share` of the attention."""
+        local = RowLocalConfig(coverage=share, impl="triton" if self.on_gpu else "torch")
         return {
-            "row_local": RowLocalConfig(coverage=share, impl="triton" if self.on_gpu else "torch").build(),
+            "row_local": local.build(),
+            "row_local-4": replace(local, probe_rows=4).build(),
             "flex_prefill": FlexPrefillConfig(coverage=share).build(),
         }
 

@@ -25,7 +25,7 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert first.params == {"N": 8192, "input": "mixed", "H": 32, "G": 8, "D": 128, "batch": 1}
     assert list(first.rivals) == ["sdpa-cudnn", "sdpa-flash"]
     assert second.params == {**first.params, "coverage": 0.9}
-    assert list(second.impls) == ["row_local", "flex_prefill"]
+    assert list(second.impls) == ["row_local", "row_local-4", "flex_prefill"]
     assert list(second.rivals) == ["flexprefill-official", "flashprefill-v1", "flex-attention"]
     assert [case.metric for case in made[1:3]] == ["time", "time_select"]
     assert {case.params["input"] for case in made} == {"mixed", "structured"}
@@ -36,7 +36,8 @@ def test_lines_hold_what_was_asked_for(tmp_path):
     lines = run_case("prefill", device="cpu", quick=True, out=tmp_path, table=False)
     found = {(line["impl"], line["metric"]) for line in lines}
     per_selector = {"time", "time_select", "density", "recall_mean", "recall_p5", "recall_min", "output_error"}
-    assert found == {("sdpa", "time")} | {(s, m) for s in ("row_local", "flex_prefill") for m in per_selector}
+    selectors = "row_local", "row_local-4", "flex_prefill"
+    assert found == {("sdpa", "time")} | {(s, m) for s in selectors for m in per_selector}
     assert all(("coverage" in line["params"]) == (line["impl"] != "sdpa") for line in lines)
 
 

@@ -11,24 +11,6 @@ import triton.language as tl
 
 
 @triton.jit
-def block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE: tl.constexpr, BD: tl.constexpr, OWN: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    """log2 of the sum of exp2(logits) over one block of keys, for each query of a tile [M]."""
-    n = tl.arange(0, SIZE)
-    d = tl.arange(0, BD)
-    where = k_base + (key + n[None, :]) * k_time + d[:, None]
-    if OWN:
-        b_k = tl.load(where, mask=(key + n[None, :] < k_len) & (d[:, None] < D), other=0.0)
-    else:
-        b_k = tl.load(where, mask=d[:, None] < D, other=0.0)
-    scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-    if OWN:
-        scores = tl.where(key + n[None, :] <= pos[:, None], scores, float("-inf"))
-    top = tl.max(scores, 1)
-    return top + tl.log2(tl.sum(tl.exp2(scores - top[:, None]), 1))
-
-
-@triton.jit
 def block_lse(
     q,
     k,
@@ -50,6 +32,7 @@ def block_lse(
     GROUP: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
+    Q: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -60,31 +43,41 @@ def block_lse(
     """lse fp32 [B, HKV, tiles, blocks, GROUP, P], natural units times log2(e), up to each tile's own block.
 
     at int32 [tiles, P]: absolute positions, -1 for none; S tiles belong to a query block, the first to block `first`.
-    A program takes RUN blocks of keys.
+    A program takes Q tiles, since reading the keys costs more than multiplying them, and RUN blocks of keys.
     """
-    tile, run, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    run, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, hkv = pair // HKV, pair % HKV
     r = tl.arange(0, M)
-    g, slot = r // P, r % P
-    pos = tl.load(at + tile * P + slot)
+    g, slot = r // P % GROUP, r % P
+    tile = tl.program_id(0) * Q + r // (P * GROUP)
+    used = (r < P * GROUP * Q) & (tile < tiles)
+    tile = tl.minimum(tile, tiles - 1)
     own = first + tile // S
-    if run * RUN <= own:
+    start = run * RUN
+    if start <= tl.max(own):
         d = tl.arange(0, BD)
-        b, hkv = pair // HKV, pair % HKV
-        ok = (g < GROUP) & (pos >= 0)
-        pos = tl.maximum(pos, own * SIZE)  # an unused slot sees its block's first key, so that nothing is NaN
+        pos = tl.load(at + tile * P + slot)
         query = q + b * q_batch + (pos - before).to(tl.int64) * q_time + (hkv * GROUP + g) * q_head
-        b_q = tl.load(query[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
+        b_q = tl.load(query[:, None] + d[None, :], mask=(used & (pos >= 0))[:, None] & (d[None, :] < D), other=0.0)
         k_base = k + b * k_batch + hkv * k_head
         wide = tl.full([], SIZE, tl.int64)
-        out = lse + ((pair * tiles + tile) * blocks) * (GROUP * P) + r
-        for j in range(run * RUN, tl.minimum(own, run * RUN + RUN)):
-            key = j * wide
-            sums = block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE, BD, False, PRECISION)
-            tl.store(out + j * (GROUP * P), sums, mask=r < GROUP * P)
-        if own < run * RUN + RUN:
-            key = own * wide
-            sums = block_sums(b_q, k_base, k_time, key, k_len, pos, scale, D, SIZE, BD, True, PRECISION)
-            tl.store(out + own * (GROUP * P), sums, mask=r < GROUP * P)
+        out = lse + ((pair * tiles + tile) * blocks) * (GROUP * P) + g * P + slot
+        n = tl.arange(0, SIZE)
+        # One path for all blocks: a second one without masks could round otherwise, and which blocks would take it
+        # depends on the tiles that a program happens to hold.
+        for j in range(start, tl.minimum(tl.max(own) + 1, start + RUN)):
+            key = j * wide + n
+            b_k = tl.load(
+                k_base + key[None, :] * k_time + d[:, None],
+                mask=(key[None, :] < k_len) & (d[:, None] < D),
+                other=0.0,
+            )
+            scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+            # The first key stays, so that nothing is NaN where a query sees none; what sees none is not stored.
+            scores = tl.where((key[None, :] <= pos[:, None]) | (n[None, :] == 0), scores, float("-inf"))
+            top = tl.max(scores, 1)
+            sums = top + tl.log2(tl.sum(tl.exp2(scores - top[:, None]), 1))
+            tl.store(out + j * (GROUP * P), sums, mask=used & (j <= own))
 
 
 @triton.jit

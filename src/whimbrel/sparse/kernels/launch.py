@@ -15,8 +15,10 @@ from whimbrel.sparse.kernels.estimate import block_lse, masses, whole_lse
 
 UNIT_BITS = 30
 """Masses are whole numbers of 2^-30: rounding down loses 4e-6 of a row of 4096 blocks, and a sum fits 32 bits."""
-SLOTS = 16
-"""Sampled queries in a tile: what a matrix unit takes at least."""
+MOST_SLOTS = 16
+"""Sampled queries in a tile at most."""
+PROGRAM_ROWS = 128
+"""Queries of all heads and tiles that a program multiplies with the keys it reads."""
 RUN = 16
 """Key blocks that are taken together."""
 SCRATCH_BYTES = 1 << 26
@@ -79,8 +81,8 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_bloc
     """Mean exact mass of key blocks for the queries at `positions`, in units of 2^-UNIT_BITS: int32
     [B, H, rows, first_block + rows].
 
-    positions int32 [rows, slots], absolute, -1 for none, slots a multiple of SLOTS; row i lies in block
-    first_block + i.
+    positions int32 [rows, slots], absolute, -1 for none, slots a power of two or a multiple of MOST_SLOTS; row i lies
+    in block first_block + i.
     """
     batch, _, heads, dim = q.shape
     kv_heads, rows = k.shape[2], len(positions)
@@ -88,24 +90,33 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_bloc
     if not q.is_cuda and q.dtype == torch.bfloat16:
         q, k = q.float(), k.float()  # products in bf16 are wrong in Triton's interpreter
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    group, sub = heads // kv_heads, positions.shape[1] // SLOTS
-    tiles = rows * sub
-    lse = torch.empty(batch, kv_heads, tiles, blocks, group * SLOTS, dtype=torch.float32, device=q.device)
-    whole = torch.empty(batch, kv_heads, tiles, group * SLOTS, dtype=torch.float32, device=q.device)
+    group, slots = heads // kv_heads, min(positions.shape[1], MOST_SLOTS)
+    sub = positions.shape[1] // slots
+    tiles, together = rows * sub, max(1, PROGRAM_ROWS // (group * slots))
+    lse = torch.empty(batch, kv_heads, tiles, blocks, group * slots, dtype=torch.float32, device=q.device)
+    whole = torch.empty(batch, kv_heads, tiles, group * slots, dtype=torch.float32, device=q.device)
     mass = torch.empty(batch, heads, rows, blocks, dtype=torch.int32, device=q.device)
-    packed, block_dim = triton.next_power_of_2(group * SLOTS), max(16, triton.next_power_of_2(dim))
-    block_lse[(tiles, triton.cdiv(blocks, RUN), batch * kv_heads)](
+    block_dim, packed = (max(16, triton.next_power_of_2(x)) for x in (dim, group * slots * together))
+    block_lse[(triton.cdiv(tiles, together), triton.cdiv(blocks, RUN), batch * kv_heads)](
         q, k, positions, lse, *q.stride()[:3], *k.stride()[:3], grid.offset, grid.k_len, tiles, blocks,
         first_block, scale * math.log2(math.e),
-        HKV=kv_heads, GROUP=group, P=SLOTS, S=sub, M=packed, D=dim, BD=block_dim, SIZE=grid.block_size, RUN=RUN,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        HKV=kv_heads, GROUP=group, P=slots, S=sub, Q=together, M=packed, D=dim, BD=block_dim, SIZE=grid.block_size,
+        RUN=RUN, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=8, num_stages=2,
     )  # fmt: skip
     whole_lse[(tiles, batch * kv_heads)](
-        lse, whole, tiles, blocks, first_block, S=sub, MP=group * SLOTS, M=packed, RUN=RUN
+        lse,
+        whole,
+        tiles,
+        blocks,
+        first_block,
+        S=sub,
+        MP=group * slots,
+        M=triton.next_power_of_2(group * slots),
+        RUN=RUN,
     )
     masses[(rows, batch * heads)](
         positions, lse, whole, mass, tiles, rows, blocks, first_block,
-        HKV=kv_heads, GROUP=group, P=SLOTS, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
+        HKV=kv_heads, GROUP=group, P=slots, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
     )  # fmt: skip
     return mass
 
@@ -123,4 +134,5 @@ def sample_positions(grid: Grid, probe_rows: int, device: torch.device) -> Tenso
     last = (start + size).clamp_max(grid.k_len) - 1
     at = (start + slot * stride + stride - 1).minimum(last)
     at = at.masked_fill((start + slot * stride > last) | (at < grid.offset), -1)
-    return torch.nn.functional.pad(at, (0, -len(slot) % SLOTS), value=-1).int().to(device)
+    slots = min(MOST_SLOTS, triton.next_power_of_2(len(slot)))
+    return torch.nn.functional.pad(at, (0, -len(slot) % slots), value=-1).int().to(device)
