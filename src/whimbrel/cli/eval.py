@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,10 @@ class Args:
     """Tokens of a sequence in the grid; default: the run's eval.needle_lengths."""
     methods: tuple[str, ...] = ("dense",)
     """Attention of the grid: dense, or KIND:setting=value,... of a selector, e.g. flex_prefill:coverage=0.9."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks or groups of lm-eval instead of the above, `whimbrel` among them (extra lm-eval)."""
+    limit: int | None = None
+    """Documents of each task of lm-eval, at most; default: all."""
     data: Path | None = None
     """Folder of token shards; default: the corpus the model was trained on."""
     seq_len: int | None = None
@@ -46,6 +50,12 @@ class Args:
 def main(argv: list[str]) -> int:
     """Evaluate and print."""
     args = parse(Args, argv, verb="eval")
+    if args.lm_eval:
+        _refuse(args, "tasks", "methods", "data", "seq_len", why="is not used with --lm-eval; leave it out")
+        from whimbrel.cli.eval_lm import evaluate
+
+        return evaluate(args)
+    _refuse(args, "limit", why="belongs to --lm-eval; use --num-sequences")
     methods = [_method(text) for text in args.methods]
     import dataclasses
 
@@ -74,6 +84,12 @@ def main(argv: list[str]) -> int:
     else:
         print_results(results)
     return 0
+
+
+def _refuse(args: Args, *names: str, why: str) -> None:
+    for field in fields(Args):
+        if field.name in names and getattr(args, field.name) != field.default:
+            raise ConfigError(f"--{field.name.replace('_', '-')} {why}")
 
 
 def _method(text: str) -> Method:

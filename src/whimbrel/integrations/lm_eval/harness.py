@@ -1,0 +1,100 @@
+"""lm-eval over a model of transformers in a folder, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from whimbrel.data.tokenizer import KEY_TOKENS, VALUE_TOKENS
+from whimbrel.errors import ConfigError, DataError, MissingExtraError, nearest
+from whimbrel.integrations.lm_eval import TASK_FOLDER
+
+try:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise MissingExtraError(
+        "whimbrel.integrations.lm_eval needs lm-eval; run pip install 'whimbrel[lm-eval]'"
+    ) from error
+
+_OWN = "whimbrel"
+
+
+def evaluate_folder(
+    folder: str | Path,
+    tasks: Sequence[str],
+    *,
+    lengths: Sequence[int] = (256, 1024),
+    num_samples: int = 64,
+    seed: int = 1234,
+    limit: int | None = None,
+    device: str = "cpu",
+    max_length: int | None = None,
+    batch_size: int = 1,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results of the model and tokenizer in `folder`: `results`, `groups`, `n-samples`, `versions`.
+
+    folder: for `from_pretrained`; its model type must be known, so import `whimbrel.integrations.hf` for Whimbrel's.
+    tasks: names or groups of lm-eval and of TASK_FOLDER. lengths: of generated prompts, RULER's among them, in tokens,
+    for RULER by the model's tokenizer. num_samples, seed: of TASK_FOLDER's. limit: documents of each task, at most.
+    max_length: most tokens of a prompt, beyond which lm-eval cuts it from the left; the longest of `lengths` with room
+    for an answer, or what the model names, whichever is more. metadata: further settings of the tasks.
+
+    Whimbrel's tasks are written in reserved tokens where the tokenizer has them, otherwise in English words. Raises
+    ConfigError for an unknown task, DataError for one whose data is not on this machine.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    # Reserved tokens that are spelt out in a prompt are meant.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
+    known = tokenizer.get_vocab()
+    reserved = all(token in known for token in (*KEY_TOKENS, *VALUE_TOKENS))
+    settings = {
+        "tokenizer": str(folder),
+        "max_seq_lengths": list(lengths),
+        "num_samples": num_samples,
+        "seed": seed,
+        "words": "reserved" if reserved else "english",
+        **(metadata or {}),
+    }
+    manager = _manager(tasks, settings)
+    named = getattr(model.config, "max_position_embeddings", None) or 0
+    room = max_length or max(named, 2 * max(lengths))
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=room, batch_size=batch_size)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+        )
+    except (ConnectionError, OSError, LookupError) as error:
+        raise DataError(
+            f"lm-eval cannot load what one of the tasks {', '.join(tasks)} needs: {_first_line(error)}; leave that "
+            "task out, or load it once with a network and HF_HUB_OFFLINE=0"
+        ) from error
+    assert found is not None
+    return {name: found[name] for name in ("results", "groups", "n-samples", "versions") if name in found}
+
+
+def _manager(tasks: Sequence[str], settings: Mapping[str, Any]) -> TaskManager:
+    """The index of lm-eval's tasks takes seconds to read, so it is left out where nothing is asked of it."""
+    own = all(task.partition("_")[0] == _OWN for task in tasks)
+    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=not own, metadata=dict(settings))
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise ConfigError(f"unknown task '{task}' of lm-eval{nearest(task, manager.all_tasks)}")
+    return manager
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
