@@ -31,8 +31,8 @@ def choose(mass, bits, counts, rows, blocks, first_row, all_rows, words, first_b
     kept = tl.sum(forced.to(tl.int32))
     # The largest threshold whose entries are enough; 0, if none is.
     threshold = 0
-    for bit in range(UNIT_BITS, -1, -1):
-        higher = threshold | (1 << bit)
+    for i in range(UNIT_BITS + 1):
+        higher = threshold | (1 << (UNIT_BITS - i))
         over = free & (x >= higher)
         got = enough(kept_mass + tl.sum(tl.where(over, x, 0)), kept + tl.sum(over.to(tl.int32)), wanted, least, most)
         threshold = tl.where(got, higher, threshold)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from whimbrel.attend import Grid
+from whimbrel.attend.kernels.test_kernel import PoisonedTorch
 from whimbrel.attend.test_plan import random_mask
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.sparse import RowLocalConfig
@@ -28,13 +29,7 @@ UNIT = 2**launch.UNIT_BITS
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What a kernel leaves unwritten is NaN, or a large number."""
-    empty = torch.empty
-
-    def poison(*size, dtype, **kwargs):
-        return empty(*size, dtype=dtype, **kwargs).fill_(torch.nan if dtype.is_floating_point else 1 << 30)
-
-    monkeypatch.setattr(launch.torch, "empty", poison)
+    monkeypatch.setattr(launch, "torch", PoisonedTorch())
 
 
 @pytest.mark.parametrize(("q_len", "k_len", "size", "probe"), [(391, 391, 32, 5), (77, 200, 16, 16), (3, 40, 128, 16)])
@@ -103,6 +98,7 @@ def test_choice_is_that_of_the_slow_path(coverage, least, most):
     got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
     assert torch.equal(got, want[0])
     assert torch.equal(counts, want[0].sum(-1))
+    assert torch.equal(launch._plan(bits, counts, grid, 1, most).check().to_mask(), want)
 
 
 def test_a_mask_becomes_a_plan():
