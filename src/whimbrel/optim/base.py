@@ -16,6 +16,7 @@ from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.adamw.optimizer import adamw_step, decay
 from whimbrel.optim.device import HostCopy, to_device
 from whimbrel.optim.groups import resolve_side
+from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.layout import Entry, matrix_layout, other_layout, sides
 from whimbrel.optim.options import check_options, check_rank
 from whimbrel.optim.sharding import full, local, local_grad, local_part
@@ -303,7 +304,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _fuses(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether the kernels step this matrix."""
         if group["impl"] == "auto":
-            return param.is_cuda and not isinstance(param, DTensor) and find_spec("triton") is not None
+            return (
+                param.is_cuda
+                and not isinstance(param, DTensor)
+                and find_spec("triton") is not None
+                and torch.cuda.get_device_capability(param.device) in PROVEN_ON
+            )
         if group["impl"] == "triton" and isinstance(param, DTensor):
             raise UnsupportedError("impl = 'triton' takes no DTensor parameters; use impl = 'auto'")
         return group["impl"] == "triton"

@@ -76,7 +76,8 @@ class LowRankConfig(OptimConfig):
     stochastic_rounding: bool = True
     """Round weights in bfloat16 up or down by chance, so that small updates are not lost."""
     impl: Impl = "auto"
-    """How low-rank matrices are stepped: `triton` (CUDA), `eager`, or `auto`."""
+    """How low-rank matrices are stepped: `triton` (CUDA), `eager`, or `auto`, which takes the kernels
+    where they are proven."""
 
     def __post_init__(self) -> None:
         check_options(dataclasses.asdict(self), prefix="optim.", random=self.RANDOM)

@@ -21,6 +21,7 @@ from whimbrel._lazy import load_object
 from whimbrel.bench.case import Case, Figures
 from whimbrel.errors import UnsupportedError
 from whimbrel.optim import Fira, FiraConfig, GaLore, GaLoreConfig
+from whimbrel.optim.options import Impl
 
 REFRESH_STEPS = 200
 """Steps between two refreshes (arXiv 2410.01623, section 5)."""
@@ -54,8 +55,8 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
         for state in STATES:
             impls: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
                 "torch-adamw-fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
-                "fira": partial(_ours, Fira, rank, state, gap),
-                "galore": partial(_ours, GaLore, rank, state, gap),
+                "fira": partial(_ours, Fira, rank, state, gap, _impl(device)),
+                "galore": partial(_ours, GaLore, rank, state, gap, _impl(device)),
                 "adamw-8bit": _eight_bits,
             }
             if state == "bfloat16":
@@ -73,8 +74,15 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
     return found
 
 
-def _ours(kind: type[Fira] | type[GaLore], rank: int, state: str, gap: int, params: list[nn.Parameter]):
-    group = {"params": params, "rank": rank, "refresh_steps": gap, **STATES[state]}
+def _impl(device: str) -> Impl:
+    """The kernels where they are compiled, whether "auto" takes them yet or not."""
+    return "triton" if device.startswith("cuda") else "eager"
+
+
+def _ours(
+    kind: type[Fira] | type[GaLore], rank: int, state: str, gap: int, impl: Impl, params: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    group = {"params": params, "rank": rank, "refresh_steps": gap, "impl": impl, **STATES[state]}
     return kind([group], lr=1e-4)
 
 
@@ -199,7 +207,7 @@ def _check(rank: int, state: str, device: str) -> None:
     """The kernels move small matrices as the eager step does, and the state takes the bytes of its formula."""
     for kind, config in ((Fira, FiraConfig), (GaLore, GaLoreConfig)):
         moved = []
-        for impl in ("auto", "eager"):
+        for impl in (_impl(device), "eager"):
             torch.manual_seed(0)
             small = min(rank, 64)
             params = [nn.Parameter(torch.zeros(200, 136, device=device).bfloat16()) for _ in range(2)]

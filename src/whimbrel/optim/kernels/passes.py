@@ -222,7 +222,7 @@ def adam(
     mask = held & active
     words = _words(key, place.to(tl.uint32))
     _write(mean, words, means, mean_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, False, BLOCK)
-    words = _words(key, (place + s.to(tl.int64) * r).to(tl.uint32))
+    words = _words(key, (place + s * r).to(tl.uint32))
     _write(square, words, squares, square_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, True, BLOCK)
     tl.store(low + scratch, value, mask=held)
     tl.store(direction + scratch, found, mask=held)

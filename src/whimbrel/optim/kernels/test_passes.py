@@ -251,7 +251,7 @@ def test_steps_and_refreshes_make_the_host_wait_for_nothing(cls, options):
         options = {key: value for key, value in options.items() if key != "lazy_overlap"}
     else:
         options = {"on_refresh": "rotate", **options}
-    optimizer = cls(groups, refresh_steps=4, weight_decay=0.1, **options)
+    optimizer = cls(groups, refresh_steps=4, weight_decay=0.1, impl="triton", **options)
     grads = [[torch.randn_like(param) for param in (*params, other)] for _ in range(10)]
     for step, given in enumerate(grads):
         for param, grad in zip((*params, other), given, strict=True):
@@ -276,7 +276,8 @@ def test_a_captured_step_equals_others(options):
         for param in params:
             param.grad = torch.zeros_like(param)
         rate = torch.tensor(0.01, device="cuda")
-        optimizer = Fira([{"params": params, "rank": 32}], lr=rate, refresh_steps=1000, stagger=False, **options)
+        group = {"params": params, "rank": 32, "refresh_steps": 1000, "stagger": False}
+        optimizer = Fira([group], lr=rate, impl="triton", **options)
 
         def step(params=params, generator=generator, call=optimizer.step):
             for param in params:
