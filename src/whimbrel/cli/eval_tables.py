@@ -26,8 +26,8 @@ def _print_bpb(row: dict[str, Any]) -> None:
     print_table("Held-out text", columns, [figures])
     print_table(
         "By position in the window",
-        ("from token", *(str(first) for first, _ in row["by_position"])),
-        [("bits per byte", *(f"{bits:.4f}" for _, bits in row["by_position"]))],
+        ("from token", "bits per byte", "95 % interval"),
+        [(first, f"{bits:.4f}", _interval(low, high, ".4f")) for first, bits, low, high in row["by_position"]],
     )
 
 

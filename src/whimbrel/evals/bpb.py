@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from whimbrel.data.synthetic import IGNORE
 from whimbrel.errors import ConfigError, DataError
 from whimbrel.evals.intervals import Interval, paired_difference, ratio_interval
 from whimbrel.evals.model import evaluating, row_chunks, to_tokens
+
+POSITION_PARTS = 8
 
 
 class BpbResult(NamedTuple):
@@ -34,19 +37,8 @@ class BpbResult(NamedTuple):
     """Sum of the loss over the tokens of each block, float64 [blocks]."""
     block_tokens: np.ndarray
     block_bytes: np.ndarray
-    position_nats: np.ndarray
-    """Sum of the loss at each position of the window, float64 [seq_len]."""
-    position_bytes: np.ndarray
-
-    def bits_by_position(self, parts: int = 8) -> list[tuple[int, float]]:
-        """Bits per byte in `parts` equal stretches of the window: (first position, bits per byte)."""
-        edges = np.linspace(0, len(self.position_nats), parts + 1).astype(int)
-        found = []
-        for first, last in itertools.pairwise(edges):
-            size = self.position_bytes[first:last].sum()
-            if size:
-                found.append((int(first), float(self.position_nats[first:last].sum() / size / math.log(2))))
-        return found
+    by_position: tuple[tuple[int, Interval], ...]
+    """Bits per byte in `POSITION_PARTS` equal stretches of the window: (first position, bits per byte)."""
 
     def summary(self) -> dict[str, Any]:
         """The figures without the arrays, for JSON; an end of an interval that is not known is None."""
@@ -57,7 +49,9 @@ class BpbResult(NamedTuple):
         values = {name: getattr(self, name) for name in names}
         return {name: None if math.isnan(value) else value for name, value in values.items()} | {
             "blocks": len(self.block_nats),
-            "by_position": [list(pair) for pair in self.bits_by_position()],
+            "by_position": [
+                [first, *(None if math.isnan(value) else value for value in bits)] for first, bits in self.by_position
+            ],
         }
 
 
@@ -99,9 +93,18 @@ def evaluate_bpb(
         block_nats=block_nats,
         block_tokens=block_tokens,
         block_bytes=block_bytes,
-        position_nats=nats.sum(0),
-        position_bytes=sizes.sum(0),
+        by_position=tuple(_by_position(nats, sizes, seed)),
     )
+
+
+def _by_position(nats: np.ndarray, sizes: np.ndarray, seed: int) -> Iterator[tuple[int, Interval]]:
+    """(first position, bits per byte) of each stretch that has bytes; nats, sizes [windows, seq_len]."""
+    edges = np.linspace(0, nats.shape[1], POSITION_PARTS + 1).astype(int)
+    for first, last in itertools.pairwise(edges):
+        size = sizes[:, first:last].sum(1)
+        held = size > 0
+        if held.any():
+            yield int(first), ratio_interval(nats[held, first:last].sum(1) / math.log(2), size[held], seed=seed)
 
 
 def _windows(values: np.ndarray, seq_len: int, fill: float) -> np.ndarray:
