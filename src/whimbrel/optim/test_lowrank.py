@@ -196,3 +196,28 @@ def test_bias_correction_is_exact_from_the_first_step_to_the_millionth():
         got = lowrank.bias_correction(torch.tensor([float(s) for s in steps]), betas)
         want = torch.tensor([(1 - betas[1] ** s) ** 0.5 / (1 - betas[0] ** s) for s in steps])
         assert_close("correction", want, got, 3e-7)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bases_are_orthonormal_where_most_of_the_gradient_is_zero(side):
+    """As for rows of tokens or channels that nothing has reached: columns without rank are completed."""
+    grad = torch.zeros(2, 20, 31)
+    grad[:, :2, :2] = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    start = lowrank.orthonormal(torch.zeros(2, 20 if side == "left" else 31, 8))
+    for basis in (
+        start,
+        lowrank.fit_warm(grad, start, side),
+        lowrank.fit_first(grad, draw_noise(grad, 8, side), side, 8),
+    ):
+        gram = basis.mT @ basis
+        assert_close("gram", torch.eye(8).expand_as(gram), gram, 1e-5)
+
+
+def test_columns_that_nearly_coincide_become_orthonormal():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 60, 1, generator=generator) + 1e-6 * torch.randn(1, 60, 20, generator=generator)
+    basis = lowrank.orthonormal(x)
+    assert_close("gram", torch.eye(20)[None], basis.mT @ basis, 1e-6)
+    # one round keeps columns apart, which is what the products between two iterations ask for
+    once = lowrank.orthonormal(x, rounds=1)
+    assert torch.linalg.cond(once).item() < 100
