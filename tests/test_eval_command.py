@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -73,3 +74,14 @@ def test_tables_show_tasks_lengths_places_and_the_worst(run, capsys) -> None:
 def test_wrong_arguments_are_named(run, arguments, message, capsys) -> None:
     assert main(["eval", run, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_extra_is_named(run, capsys, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("whimbrel.integrations.lm_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", run, "--lm-eval", "whimbrel"]) == 6
+    assert capsys.readouterr().err == (
+        "whimbrel: error: whimbrel.integrations.lm_eval needs lm-eval and transformers; "
+        "run pip install 'whimbrel[lm-eval]'\n"
+    )

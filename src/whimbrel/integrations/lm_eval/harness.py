@@ -6,20 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from whimbrel.data.tokenizer import KEY_TOKENS, VALUE_TOKENS
-from whimbrel.errors import ConfigError, DataError, MissingExtraError, nearest
+from whimbrel.errors import ConfigError, DataError, nearest
 from whimbrel.integrations.lm_eval import TASK_FOLDER
-
-try:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise MissingExtraError(
-        "whimbrel.integrations.lm_eval needs lm-eval; run pip install 'whimbrel[lm-eval]'"
-    ) from error
 
 _OWN = "whimbrel"
 
