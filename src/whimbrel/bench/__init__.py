@@ -23,7 +23,7 @@ CASES: dict[str, str] = {
     "decay_step": "whimbrel.scan.decay.bench:one_step",
     "attend": "whimbrel.attend.bench:cases",
     "sparse": "whimbrel.sparse.bench:cases",
-    "prefill": "whimbrel.sparse.prefill_bench:cases",
+    "prefill": "whimbrel.sparse.prefill.bench:cases",
     "optim": "whimbrel.optim.bench:cases",
     "optim_step": "whimbrel.optim.kernels.bench:cases",
     "merge": "whimbrel.merge.bench:cases",

@@ -12,7 +12,7 @@ from whimbrel.bench.runner import run_case
 from whimbrel.errors import UnsupportedError
 from whimbrel.sparse import rivals
 from whimbrel.sparse.dense.config import DenseConfig
-from whimbrel.sparse.prefill_bench import Problem, _audited, _kept, _truth, cases
+from whimbrel.sparse.prefill.bench import Problem, _audited, _kept, _truth, cases
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.selectors import causal_attention
 

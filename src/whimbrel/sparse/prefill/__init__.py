@@ -1,0 +1,1 @@
+"""Selection and attention together, measured: time beside what was kept."""
