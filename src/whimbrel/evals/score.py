@@ -81,7 +81,7 @@ def score(model: nn.Module, tokens: np.ndarray, answers: np.ndarray, symbols: Sy
             here = (rows >= part.start) & (rows < part.stop)
             said = picked[rows[here] - part.start, columns[here] - skipped]
             wanted = answers[rows[here], columns[here]]
-            right[here] = (said[:, :, None] == wanted[:, None]).any(2).mean(1)
+            right[here] = (said[:, :, None] == wanted[:, None]).any(1).mean(1)
     return Scores(
         rows=rows,
         columns=columns,
