@@ -166,7 +166,8 @@ def test_path_between_neighbours_and_across_a_barrier(run: Path, config: Config,
     assert f"the loss rises by {found['barrier']['value']:.4f} nats per token" in err
     assert f"at 0.50 of the way from {far[0]} to {far[1]}, more than --max-barrier = 0.01" in err
     layers = {row["layer"]: row["barrier"]["value"] for row in found["layers"]}
-    assert layers["blocks.0"] > 0
+    # Which layer's permutation hurts by itself depends on the run; where nothing changes, nothing rises.
+    assert max(layers.values()) > 0
     assert layers["embed"] == 0
     status, out, _ = command(capsys, *command_line[:-2], "--tokens", TOKENS)
     assert status == 0
