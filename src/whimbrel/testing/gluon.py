@@ -66,9 +66,6 @@ class Barrier:
         self.pending: int | None = None
         self.changed = threading.Condition()
 
-    def index(self, place: Any) -> Barrier:
-        return self
-
     def expect(self, count: int) -> None:
         with self.changed:
             assert self.pending is None, "a phase began before the last one ended"
@@ -96,9 +93,14 @@ class Barrier:
         self.changed.notify_all()
 
 
-class Barriers(list[Barrier]):
-    def index(self, place: Any) -> Barrier:  # type: ignore[override]
-        return self[int(place)]
+class Barriers:
+    """The mbarriers of one allocation."""
+
+    def __init__(self, count: int) -> None:
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, place: Any) -> Barrier:
+        return self.barriers[int(place)]
 
 
 class Pointer:
@@ -189,7 +191,7 @@ def _copy_out(matrix: Descriptor, place: Sequence[Any], tile: Shared) -> None:
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if dtype is torch.int64:
-        return Barriers(Barrier() for _ in range(shape[0]))
+        return Barriers(shape[0])
     return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
 
 
