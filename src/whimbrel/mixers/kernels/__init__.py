@@ -13,8 +13,10 @@ from torch import Tensor
 from whimbrel.scan.kernels import HAS_TRITON
 
 ENABLED = os.environ.get("WHIMBREL_LAYER_KERNELS") == "1"
-"""Off unless asked for: they agree with fp64 in the interpreter, and in a run on an H100 that was cut short no comparison
-of theirs failed, but their speed is not measured."""
+"""Off unless asked for, since their speed is not measured.
+
+They agree with fp64 in the interpreter; on an H100 no comparison of theirs failed, in a run that was cut short.
+"""
 
 
 def usable(x: Tensor) -> bool:
