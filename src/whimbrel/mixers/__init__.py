@@ -8,6 +8,7 @@ KINDS: dict[str, str] = {
     "rla": "whimbrel.mixers.rla.config:RLAConfig",
     "rdn": "whimbrel.mixers.rdn.config:RDNConfig",
     "gdn": "whimbrel.mixers.gdn.config:GDNConfig",
+    "gdn-sum": "whimbrel.mixers.gdn_sum.config:GDNSumConfig",
     "sgla": "whimbrel.mixers.sgla.config:SGLAConfig",
     "softmax": "whimbrel.mixers.softmax.config:SoftmaxConfig",
 }
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RLA": "whimbrel.mixers.rla.layer:RLA",
         "RDN": "whimbrel.mixers.rdn.layer:RDN",
         "GDN": "whimbrel.mixers.gdn.layer:GDN",
+        "GDNSum": "whimbrel.mixers.gdn_sum.layer:GDNSum",
         "SGLA": "whimbrel.mixers.sgla.layer:SGLA",
         "SoftmaxAttention": "whimbrel.mixers.softmax.layer:SoftmaxAttention",
     },

@@ -31,7 +31,7 @@ class LinearMixer(nn.Module):
 
     `recurrence(q, k, v, log_decay, beta[, gamma], *, state, cu_seqlens) -> Out` gets q, k [B, T, num_heads,
     head_dim] of unit length, v [B, T, num_value_heads, value_head_dim], and `num_gates` gates
-    [B, T, num_value_heads] in fp32: the log of the decay, then rates from 0 to 1.
+    [B, T, gate_sets * num_value_heads] in fp32: the log of the decay, then rates from 0 to 1.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class LinearMixer(nn.Module):
         recurrence: Callable[..., Out],
         *,
         num_gates: int,
+        gate_sets: int = 1,
         num_heads: int,
         head_dim: int,
         num_value_heads: int | None = None,
@@ -61,9 +62,10 @@ class LinearMixer(nn.Module):
         self.k_proj = nn.Linear(hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
-        self.gates = nn.Linear(hidden_size, num_gates * self.num_value_heads, bias=False)
+        gated = gate_sets * self.num_value_heads
+        self.gates = nn.Linear(hidden_size, num_gates * gated, bias=False)
         self.conv = ShortConv((keys, keys, values), conv_size, units=(head_dim, head_dim, 0))
-        self.A_log, self.dt_bias = _decay_parameters(self.num_value_heads)
+        self.A_log, self.dt_bias = _decay_parameters(gated)
         self.norm = GatedRMSNorm(self.value_head_dim, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
@@ -92,7 +94,7 @@ class LinearMixer(nn.Module):
     def _gates(self, x: Tensor) -> Sequence[Tensor]:
         if kernels.usable(x):
             return ops.gates(x, self.A_log, self.dt_bias).unbind(0)
-        decay, *rates = _at_least_fp32(x).split(self.num_value_heads, dim=-1)
+        decay, *rates = _at_least_fp32(x).split(self.A_log.shape[0], dim=-1)
         decay = -_at_least_fp32(self.A_log).exp() * F.softplus(decay + self.dt_bias)
         return [decay, *(rate.sigmoid() for rate in rates)]
 

@@ -18,6 +18,9 @@ class LinearMixerConfig(MixerConfig):
     NUM_STATES: ClassVar[int]
     """Matrices [key dim, value dim] that a value head keeps."""
 
+    GATE_SETS: ClassVar[int] = 1
+    """Sets of these gates that a value head has."""
+
     num_heads: int = 3
     """Heads of queries and keys."""
     head_dim: int = 64
@@ -56,14 +59,15 @@ class LinearMixerConfig(MixerConfig):
     def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the layer."""
         keys, values = self.num_heads * self.head_dim, self.value_heads * self.value_dim
+        gated = self.GATE_SETS * self.value_heads
         return {
-            "A_log": (self.value_heads,),
-            "dt_bias": (self.value_heads,),
+            "A_log": (gated,),
+            "dt_bias": (gated,),
             "q_proj.weight": (keys, hidden_size),
             "k_proj.weight": (keys, hidden_size),
             "v_proj.weight": (values, hidden_size),
             "gate_proj.weight": (values, hidden_size),
-            "gates.weight": (self.NUM_GATES * self.value_heads, hidden_size),
+            "gates.weight": (self.NUM_GATES * gated, hidden_size),
             "conv.weight": (2 * keys + values, 1, self.conv_size),
             "norm.weight": (self.value_dim,),
             "o_proj.weight": (hidden_size, values),

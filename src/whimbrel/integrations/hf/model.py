@@ -200,7 +200,7 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
             bound = module.weight.shape[2] ** -0.5
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, LinearMixer):
-            for parameter, drawn in zip((module.A_log, module.dt_bias), decay_parameters(module.num_value_heads)):
+            for parameter, drawn in zip((module.A_log, module.dt_bias), decay_parameters(module.A_log.shape[0])):
                 init.copy_(parameter, drawn)
 
     def _hidden(
