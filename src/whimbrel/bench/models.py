@@ -112,10 +112,10 @@ def _with_mixer(base: Config, kind: str, softmax_every: int) -> Config:
         "softmax": SoftmaxConfig(num_heads=heads, head_dim=dim),
     }
     changed = replace(model, mixer=found[kind], softmax_every=softmax_every)
-    return replace(base, model=_widened(changed, replace(model, softmax_every=0)) if kind == "softmax" else changed)
+    return replace(base, model=widened(changed, replace(model, softmax_every=0)) if kind == "softmax" else changed)
 
 
-def _widened(model: ModelConfig, like: ModelConfig) -> ModelConfig:
+def widened(model: ModelConfig, like: ModelConfig) -> ModelConfig:
     """`model` with the MLP that gives it the parameters of `like`, to a multiple of 32 channels."""
     missing = parameter_counts(like)["total"] - parameter_counts(model)["total"]
     channel = 3 * model.hidden_size * model.num_layers
