@@ -4,9 +4,9 @@
     python benchmarks/comparison.py speed --device cuda
 
 `train` runs `whimbrel train` and `whimbrel eval` for each mixer and seed in processes of their own, kept in --runs, so
-that a second call does no work twice; --jobs of them share a card. `speed` measures training and decoding, one model at
-a time. Lines are of the case `comparison`: params mixer's width, tokens and seed; metrics loss (nats a token of held-out
-text), mqar and needle (accuracy), state_bytes, train_rate and decode_rate (tokens a second).
+that a second call does no work twice; --jobs of them share a card. `speed` measures training and decoding, one model
+at a time. Lines are of the case `comparison`: params mixer's width, tokens and seed; metrics loss (nats a token of
+held-out text), mqar and needle (accuracy), state_bytes, train_rate and decode_rate (tokens a second).
 """
 
 from __future__ import annotations
