@@ -72,8 +72,7 @@ def _cuda_case(length: int, density: float) -> Case:
 
 @cache
 def _on_cuda(length: int) -> Heads:
-    made = gaussian(length, tokens=length, heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16)
-    return Heads(*(x.cuda() for x in made))
+    return gaussian(length, tokens=length, heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16, device="cuda")
 
 
 @cache

@@ -339,10 +339,10 @@ def test_flex_gets_diagonal_blocks_masked_and_all_others_whole():
             assert [*whole, int(mask.kv_indices[0, h, i, 0])] == plan.to_mask()[0, h, i].nonzero().flatten().tolist()
 
 
-def packed(seed, lengths, **sizes):
+def packed(seed, lengths, block_size=16, **sizes):
     """Sequences with (queries, keys) of `lengths`, and their plans."""
     made = [gaussian(seed + i, tokens=k, q_len=q, **sizes) for i, (q, k) in enumerate(lengths)]
-    plans = [random_plan(x.q, x.k, seed=i) for i, x in enumerate(made)]
+    plans = [random_plan(x.q, x.k, seed=i, block_size=block_size) for i, x in enumerate(made)]
     return [torch.cat(parts, 1) for parts in zip(*made)], made, plans
 
 

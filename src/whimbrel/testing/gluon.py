@@ -59,10 +59,11 @@ class Shared:
 
 
 class Barrier:
-    """An mbarrier of one arrival a phase, with the bytes that the phase still waits for."""
+    """An mbarrier of `count` arrivals a phase, with the bytes that the phase still waits for."""
 
     def __init__(self) -> None:
         self.phases = 0
+        self.count = self.arrivals = 1
         self.pending: int | None = None
         self.changed = threading.Condition()
 
@@ -81,7 +82,10 @@ class Barrier:
 
     def arrive(self) -> None:
         with self.changed:
-            self._next()
+            self.arrivals -= 1
+            if not self.arrivals:
+                self.arrivals = self.count
+                self._next()
 
     def wait(self, phase: int) -> None:
         with self.changed:
@@ -91,6 +95,10 @@ class Barrier:
     def _next(self) -> None:
         self.phases += 1
         self.changed.notify_all()
+
+
+def _set_count(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.arrivals = count
 
 
 class Barriers:
@@ -127,7 +135,7 @@ class Descriptor:
     @staticmethod
     def from_tensor(data: Tensor, block: Sequence[int], layout: Any) -> Descriptor:
         assert data.dim() == 2
-        assert data.is_contiguous()
+        assert data.stride(1) == 1
         return Descriptor(data, block, layout)
 
 
@@ -172,6 +180,16 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
     pointer.data[place[mask]] = value[mask]
 
 
+_adding = threading.Lock()
+
+
+def _atomic_add(pointer: Pointer, value: int) -> Tensor:
+    with _adding:
+        before = pointer.data[pointer.offset].clone()
+        pointer.data[pointer.offset] += value
+        return _value(before)
+
+
 def _copy_in(matrix: Descriptor, place: Sequence[Any], barrier: Barrier, tile: Shared, pred: Any = True) -> None:
     if not pred:
         return
@@ -179,7 +197,8 @@ def _copy_in(matrix: Descriptor, place: Sequence[Any], barrier: Barrier, tile: S
     rows, columns = matrix.block
     tile.data.zero_()
     found = matrix.data[max(row, 0) : max(row + rows, 0), column : column + columns]
-    tile.data[: found.shape[0], : found.shape[1]] = found
+    skipped = min(max(-row, 0), rows)  # rows before the matrix are zeros, as those behind it
+    tile.data[skipped : skipped + found.shape[0], : found.shape[1]] = found
     barrier.take(2 * rows * columns)
 
 
@@ -192,11 +211,13 @@ def _copy_out(matrix: Descriptor, place: Sequence[Any], tile: Shared) -> None:
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if dtype is torch.int64:
         return Barriers(shape[0])
-    return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+    poison = torch.nan if dtype.is_floating_point else 1 << 30
+    return Shared(torch.full(tuple(shape), poison, dtype=dtype))
 
 
-def _multiply(a: Shared, b: Shared, sum: Tensor, use_acc: Any = True, is_async: bool = False) -> Tensor:
-    product = _value(a.data.float() @ b.data.float())
+def _multiply(a: Shared | Tensor, b: Shared, sum: Tensor, use_acc: Any = True, is_async: bool = False) -> Tensor:
+    left = a.data if isinstance(a, Shared) else a
+    product = _value(left.float() @ b.data.float())
     return sum + product if use_acc else product
 
 
@@ -242,7 +263,14 @@ def _modules() -> dict[str, ModuleType]:
         made.__dict__.update(members)
         return made
 
-    layouts = ["NVMMADistributedLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout", "NVMMASharedLayout"]
+    layouts = [
+        "NVMMADistributedLayout",
+        "DotOperandLayout",
+        "SliceLayout",
+        "BlockedLayout",
+        "SwizzledSharedLayout",
+        "NVMMASharedLayout",
+    ]
     language = module(
         f"{_GLUON}.language",
         **dict.fromkeys(layouts, _nothing),
@@ -256,13 +284,18 @@ def _modules() -> dict[str, ModuleType]:
         store=_store,
         arange=lambda first, last, layout=None: _value(torch.arange(first, last)),
         zeros=lambda shape, dtype, layout=None: _value(torch.zeros(shape, dtype=dtype)),
+        full=lambda shape, value, dtype, layout=None: _value(torch.full(shape, float(value)).to(dtype)),
+        atomic_add=_atomic_add,
         cdiv=lambda a, b: (a + b - 1) // b,
         where=lambda mask, a, b: torch.where(torch.as_tensor(mask), a, b),
         exp2=_elementwise(torch.exp2),
+        log2=_elementwise(torch.log2),
         abs=torch.abs,
         minimum=_elementwise(torch.minimum),
         maximum=_elementwise(torch.maximum),
-        sum=lambda x, axis: x.sum(axis),
+        sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+        max=lambda x, axis: x.amax(axis),
+        min=lambda x, axis: x.amin(axis),
         associative_scan=_scan,
         static_range=range,
         convert_layout=lambda x, layout: x,
@@ -273,7 +306,7 @@ def _modules() -> dict[str, ModuleType]:
     )
     mbarrier = SimpleNamespace(
         MBarrierLayout=_nothing,
-        init=_nothing,
+        init=_set_count,
         expect=lambda barrier, count, pred=True: barrier.expect(count) if pred else None,
         arrive=lambda barrier, count=1, pred=True: barrier.arrive() if pred else None,
         wait=lambda barrier, phase, pred=True: barrier.wait(int(phase)) if pred else None,

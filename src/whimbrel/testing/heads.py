@@ -34,11 +34,15 @@ def gaussian(
     kv_heads: int = 1,
     dim: int = 64,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Heads:
-    """Unstructured: every logit is close to standard normal. The queries are the last `q_len` positions."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, q_len or tokens, heads, dim, generator=g)
-    k, v = (torch.randn(batch, tokens, kv_heads, dim, generator=g) for _ in range(2))
+    """Unstructured: every logit is close to standard normal. The queries are the last `q_len` positions.
+
+    One seed gives other numbers on another device.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    q = torch.randn(batch, q_len or tokens, heads, dim, generator=g, device=device)
+    k, v = (torch.randn(batch, tokens, kv_heads, dim, generator=g, device=device) for _ in range(2))
     return Heads(q.to(dtype), k.to(dtype), v.to(dtype))
 
 
@@ -127,24 +131,26 @@ def mixed(
     batch: int = 1,
     theta: float = 1e6,
     dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
 ) -> Heads:
     """Heads from diffuse to sharp with rotary locality, an attention sink and hot columns.
 
     With n Gaussian, 1 the all-ones vector and s_h running from 0.3 to 1.6 over the query heads: q = 0.6 n +
     s_h 1 and k = 0.6 n + 1, both then turned by a rotary embedding of base `theta`. With a random unit vector
-    u per key head: q + 4 u, the first four keys + 12 u, and max(8, tokens / 4096) random keys + 6 u.
+    u per key head: q + 4 u, the first four keys + 12 u, and max(8, tokens / 4096) random keys + 6 u. One seed gives
+    other numbers on another device.
     """
-    g = torch.Generator().manual_seed(seed)
-    sharpness = torch.linspace(0.3, 1.6, heads)[:, None]
-    q = 0.6 * torch.randn(batch, tokens, heads, dim, generator=g) + sharpness
-    k = 0.6 * torch.randn(batch, tokens, kv_heads, dim, generator=g) + 1
+    g = torch.Generator(device).manual_seed(seed)
+    sharpness = torch.linspace(0.3, 1.6, heads, device=device)[:, None]
+    q = 0.6 * torch.randn(batch, tokens, heads, dim, generator=g, device=device) + sharpness
+    k = 0.6 * torch.randn(batch, tokens, kv_heads, dim, generator=g, device=device) + 1
     q, k = (_rotate(x, theta) for x in (q, k))
     u = _unit(g, batch, 1, kv_heads, dim)
     q = q + 4 * u.repeat_interleave(heads // kv_heads, 2)
     k[:, :4] += 12 * u
-    hot = torch.randperm(tokens, generator=g)[: max(8, tokens // 4096)]
+    hot = torch.randperm(tokens, generator=g, device=device)[: max(8, tokens // 4096)]
     k[:, hot] += 6 * u
-    v = torch.randn(batch, tokens, kv_heads, dim, generator=g)
+    v = torch.randn(batch, tokens, kv_heads, dim, generator=g, device=device)
     return Heads(q.to(dtype), k.to(dtype), v.to(dtype))
 
 
@@ -154,13 +160,13 @@ def _noise(g: torch.Generator, tokens: int, dim: int) -> tuple[Tensor, Tensor, T
 
 
 def _unit(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=g), dim=-1)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=g, device=g.device), dim=-1)
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:
     """Rotary embedding, halves paired (x_i with x_(i + dim / 2)); x [B, T, H, D] at positions 0 to T - 1."""
     half = x.shape[-1] // 2
-    rate = theta ** (-torch.arange(half) / half)
-    angle = (torch.arange(x.shape[1])[:, None] * rate)[:, None]
+    rate = theta ** (-torch.arange(half, device=x.device) / half)
+    angle = (torch.arange(x.shape[1], device=x.device)[:, None] * rate)[:, None]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from whimbrel.attend.kernels import hopper_launch
 from whimbrel.attend.kernels.forward import forward
 from whimbrel.attend.plan import Plan
 
@@ -53,8 +54,12 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
     y = torch.empty(len(q), heads, value_dim, dtype=dtype, device=q.device)
     lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
     sequences = tuple((plan.q_len, plan.k_len) for plan in plans for _ in range(plan.batch))
+    rows = _joined(plans)
+    if hopper_launch.fits(q, v, size):
+        hopper_launch.attend_hopper(q, k, v, y, lse, sequences, *rows, scale * math.log2(math.e))
+        return y, lse
     table, owner = _places(sequences, heads, size, q.device)
-    starts, stops, indices = _joined(plans)
+    starts, stops, indices = rows
     # Long rows first, so that no long one is left when the others are done; equal ones in their order, which keeps
     # the heads that share keys together.
     work = (stops - starts).argsort(descending=True, stable=True).int()

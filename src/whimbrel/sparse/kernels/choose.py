@@ -7,18 +7,30 @@ import triton.language as tl
 
 
 @triton.jit
-def enough(mass, count, wanted, least, most):
+def enough(mass, count, wanted, least, most, BUDGET: tl.constexpr):
     """Whether blocks of this mass and count will do."""
-    return ((mass >= wanted) & (count >= least)) | (count >= most)
+    done = mass >= wanted
+    if BUDGET:
+        done = (done & (count >= least)) | (count >= most)
+    return done
+
+
+@triton.jit
+def number(chosen, BUDGET: tl.constexpr):
+    """How many are chosen, where anybody asks."""
+    if BUDGET:
+        return tl.sum(chosen.to(tl.int32))
+    return 0
 
 
 @triton.jit
 def choose(mass, bits, counts, rows, blocks, first_row, all_rows, words, first_block, wanted, least, most,
-           N: tl.constexpr, UNIT_BITS: tl.constexpr):  # fmt: skip
+           N: tl.constexpr, UNIT_BITS: tl.constexpr, BUDGET: tl.constexpr):  # fmt: skip
     """bits int32 [B * H, all_rows, words] and counts int64 [B * H, all_rows] of rows from first_row on.
 
     mass int32 [B * H, rows, blocks]. The first block, a row's own and the one before it are kept; then the largest,
-    equal ones in their order, until their mass is at least `wanted` and their number `least`, or it is `most`.
+    equal ones in their order, until their mass is at least `wanted` and, if BUDGET, their number `least`, or that is
+    `most`.
     """
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     own = first_block + first_row + row
@@ -34,7 +46,8 @@ def choose(mass, bits, counts, rows, blocks, first_row, all_rows, words, first_b
     for i in range(UNIT_BITS + 1):
         higher = threshold | (1 << (UNIT_BITS - i))
         over = free & (x >= higher)
-        got = enough(kept_mass + tl.sum(tl.where(over, x, 0)), kept + tl.sum(over.to(tl.int32)), wanted, least, most)
+        over_mass = kept_mass + tl.sum(tl.where(over, x, 0))
+        got = enough(over_mass, kept + number(over, BUDGET), wanted, least, most, BUDGET)
         threshold = tl.where(got, higher, threshold)
     over = free & (x > threshold)
     level = free & (x == threshold)
@@ -43,7 +56,7 @@ def choose(mass, bits, counts, rows, blocks, first_row, all_rows, words, first_b
     earlier = tl.cumsum(level.to(tl.int32), 0) - level.to(tl.int32)
     # Products of a threshold and a count can exceed 32 bits.
     before = mass_over.to(tl.int64) + earlier.to(tl.int64) * threshold
-    level = level & (enough(before, count_over + earlier, wanted, least, most) == 0)
+    level = level & (enough(before, count_over + earlier, wanted, least, most, BUDGET) == 0)
     keep = (forced | over | level).to(tl.int32)
     tl.store(counts + pair * all_rows + first_row + row, tl.sum(keep).to(tl.int64))
     packed = tl.sum(tl.reshape(keep, [N // 32, 32]) << tl.arange(0, 32)[None, :], 1)

@@ -101,32 +101,32 @@ def whole_lse(lse, whole, tiles, blocks, first, S: tl.constexpr, MP: tl.constexp
 
 
 @triton.jit
-def masses(at, lse, whole, mass, tiles, rows, blocks, first, HKV: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr,
-           S: tl.constexpr, RUN: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+def masses(at, lse, whole, mass, tiles, rows, blocks, first, GROUP: tl.constexpr, G: tl.constexpr,
+           P: tl.constexpr, S: tl.constexpr, RUN: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """mass int32 [B, H, rows, blocks] in units of 1 / UNIT, rounded down: means over the S tiles of each row.
 
-    Whole numbers have sums that no order of summation changes. Blocks behind a row's own get 0.
+    Whole numbers have sums that no order of summation changes. Blocks behind a row's own get 0. G is GROUP or the next
+    power of two.
     """
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = pair // (HKV * GROUP), pair % (HKV * GROUP)
-    hkv, g = h // GROUP, h % GROUP
-    p = tl.arange(0, P)
+    r = tl.arange(0, G * P)
+    g = tl.arange(0, G)
     c = tl.arange(0, RUN)
-    first_tile = (b * HKV + hkv) * tiles + row * S
+    first_tile = pair * tiles + row * S
     own = first + row
     count = tl.full([], 0, tl.int32)
     for s in range(S):
-        count += tl.sum((tl.load(at + (row * S + s) * P + p) >= 0).to(tl.int32))
+        count += tl.sum((tl.load(at + (row * S + s) * P + tl.arange(0, P)) >= 0).to(tl.int32))
     for j in range(0, blocks, RUN):
-        found = tl.zeros([RUN], tl.float32)
+        found = tl.zeros([RUN, G], tl.float32)
         if j <= own:
             for s in range(S):
-                ok = tl.load(at + (row * S + s) * P + p) >= 0
-                tile = first_tile + s
-                whole_s = tl.load(whole + (tile * GROUP + g) * P + p)
+                ok = (tl.load(at + (row * S + s) * P + r % P) >= 0) & (r < GROUP * P)
+                whole_s = tl.load(whole + (first_tile + s) * (GROUP * P) + r, mask=ok, other=0.0)
                 some = (j + c[:, None] <= own) & ok[None, :]
-                where = ((tile * blocks + j + c[:, None]) * GROUP + g) * P + p[None, :]
+                where = ((first_tile + s) * blocks + j + c[:, None]) * (GROUP * P) + r[None, :]
                 x = tl.load(lse + where, mask=some, other=float("-inf"))
-                found += tl.sum(tl.exp2(x - whole_s[None, :]), 1)
+                found += tl.sum(tl.reshape(tl.exp2(x - whole_s[None, :]), [RUN, G, P]), 2)
         share = found / count.to(tl.float32) * UNIT
-        tl.store(mass + (pair * rows + row) * blocks + j + c, share.to(tl.int32), mask=j + c < blocks)
+        out = ((pair * GROUP + g[None, :]) * rows + row) * blocks + j + c[:, None]
+        tl.store(mass + out, share.to(tl.int32), mask=(j + c[:, None] < blocks) & (g[None, :] < GROUP))

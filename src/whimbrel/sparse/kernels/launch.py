@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from whimbrel.attend.kernels import hopper_launch
 from whimbrel.attend.plan import Grid, Plan
 from whimbrel.sparse.kernels.choose import choose, compact
 from whimbrel.sparse.kernels.estimate import block_lse, masses, whole_lse
@@ -21,6 +22,12 @@ PROGRAM_ROWS = 128
 """Queries of all heads and tiles that a program multiplies with the keys it reads."""
 RUN = 16
 """Key blocks that are taken together."""
+HOPPER_ROWS = 256
+"""The same of the kernel for Hopper."""
+HOPPER_RUN = 32
+"""Key blocks that one of its programs takes: many, since it reads its queries first, but enough programs for a card."""
+HOPPER_STAGES = 4
+"""Key blocks that are in shared memory at a time."""
 SCRATCH_BYTES = 1 << 26
 """Memory for the statistics of the query blocks that are under way."""
 WAITING_BYTES = 1 << 28
@@ -50,7 +57,8 @@ def sampled_plan(
         mass = tile_mass(q, k, grid, part, first_block=grid.first_block + first, scale=scale)
         choose[(len(part), pairs)](
             mass, bits, counts, len(part), mass.shape[-1], first, rows, words, grid.first_block, wanted, least,
-            2**31 - 1 if most is None else most, N=width, UNIT_BITS=UNIT_BITS,
+            2**31 - 1 if most is None else most, N=width, UNIT_BITS=UNIT_BITS, BUDGET=least > 0 or most is not None,
+            num_warps=max(1, width // 1024),
         )  # fmt: skip
     return _plan(bits, counts, grid, batch, most)
 
@@ -97,12 +105,16 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_bloc
     whole = torch.empty(batch, kv_heads, tiles, group * slots, dtype=torch.float32, device=q.device)
     mass = torch.empty(batch, heads, rows, blocks, dtype=torch.int32, device=q.device)
     block_dim, packed = (max(16, triton.next_power_of_2(x)) for x in (dim, group * slots * together))
-    block_lse[(triton.cdiv(tiles, together), triton.cdiv(blocks, RUN), batch * kv_heads)](
-        q, k, positions, lse, *q.stride()[:3], *k.stride()[:3], grid.offset, grid.k_len, tiles, blocks,
-        first_block, scale * math.log2(math.e),
-        HKV=kv_heads, GROUP=group, P=slots, S=sub, Q=together, M=packed, D=dim, BD=block_dim, SIZE=grid.block_size,
-        RUN=RUN, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=8, num_stages=2,
-    )  # fmt: skip
+    counts = grid.offset, tiles, blocks, first_block
+    if group * slots <= HOPPER_ROWS and hopper_launch.fits(q, q, grid.block_size):
+        _block_lse_on_hopper(q, k, positions, lse, counts, scale * math.log2(math.e), slots, sub)
+    else:
+        block_lse[(triton.cdiv(tiles, together), triton.cdiv(blocks, RUN), batch * kv_heads)](
+            q, k, positions, lse, *q.stride()[:3], *k.stride()[:3], grid.offset, grid.k_len, tiles, blocks,
+            first_block, scale * math.log2(math.e),
+            HKV=kv_heads, GROUP=group, P=slots, S=sub, Q=together, M=packed, D=dim, BD=block_dim, SIZE=grid.block_size,
+            RUN=RUN, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=8, num_stages=2,
+        )  # fmt: skip
     whole_lse[(tiles, batch * kv_heads)](
         lse,
         whole,
@@ -114,11 +126,29 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_bloc
         M=triton.next_power_of_2(group * slots),
         RUN=RUN,
     )
-    masses[(rows, batch * heads)](
+    masses[(rows, batch * kv_heads)](
         positions, lse, whole, mass, tiles, rows, blocks, first_block,
-        HKV=kv_heads, GROUP=group, P=slots, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
+        GROUP=group, G=triton.next_power_of_2(group), P=slots, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
     )  # fmt: skip
     return mass
+
+
+def _block_lse_on_hopper(
+    q: Tensor, k: Tensor, at: Tensor, lse: Tensor, counts: tuple[int, int, int, int], scale: float, slots: int, sub: int
+) -> None:
+    """`block_lse` for blocks of 128; counts: queries start at this key, tiles, key blocks, block of the first tile."""
+    from whimbrel.sparse.kernels import hopper
+
+    before, tiles, blocks, first_block = counts
+    batch, k_len, kv_heads, dim = k.shape
+    group = q.shape[2] // kv_heads
+    together = HOPPER_ROWS // (group * slots)
+    groups, runs = triton.cdiv(tiles, together), triton.cdiv(blocks, HOPPER_RUN)
+    keys, k_row, k_col = hopper_launch.matrix(k.flatten(0, 1), hopper_launch.BLOCK)
+    hopper.block_lse[(batch * kv_heads * groups * runs,)](
+        q, keys, at, lse, *q.stride()[:3], before, k_len, k_row, k_col, tiles, blocks, first_block, groups, runs, scale,
+        HKV=kv_heads, GROUP=group, P=slots, S=sub, Q=together, D=dim, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)

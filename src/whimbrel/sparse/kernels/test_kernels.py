@@ -93,7 +93,7 @@ def test_choice_is_that_of_the_slow_path(coverage, least, most):
     wanted = 2**31 - 1 if coverage >= 1 else int(coverage * UNIT)
     choose[(rows, 1)](
         whole, bits, counts, rows, blocks, 0, rows, 2, grid.first_block, wanted, least, most or 2**31 - 1,
-        N=64, UNIT_BITS=launch.UNIT_BITS,
+        N=64, UNIT_BITS=launch.UNIT_BITS, BUDGET=least > 0 or most is not None,
     )  # fmt: skip
     got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
     assert torch.equal(got, want[0])
@@ -177,8 +177,8 @@ from whimbrel.sparse.kernels import choose, estimate
 
 types = dict.fromkeys("at mass bits counts chosen indices".split(), "*i32") | {"q": "*bf16", "k": "*bf16"}
 types |= {"offsets": "*i64", "counts": "*i64", "scale": "fp32"} | dict.fromkeys("lse whole".split(), "*fp32")
-flags = dict(HKV=8, GROUP=4, P=16, S=1, Q=2, M=128, MP=64, D=128, BD=128, SIZE=128, RUN=16, PRECISION="tf32")
-flags |= dict(N=1024, UNIT=2**30, UNIT_BITS=30, PACKED=True)
+flags = dict(HKV=8, GROUP=4, G=4, P=16, S=1, Q=2, M=128, MP=64, D=128, BD=128, SIZE=128, RUN=16, PRECISION="tf32")
+flags |= dict(BUDGET=True, N=1024, UNIT=2**30, UNIT_BITS=30, PACKED=True)
 for function in (estimate.block_lse, estimate.whole_lse, estimate.masses, choose.choose, choose.compact):
     constants = {n: v for n, v in flags.items() if n in function.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in function.arg_names}

@@ -6,7 +6,7 @@ and what they kept. `benchmarks/README.md` says what the lines hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
@@ -28,6 +28,8 @@ from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.heads import Heads, mixed, structured
 
 COVERAGES = (0.9, 0.95)
+THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
+"""Of FlashPrefill V1; the first is its authors' for Llama."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
 AUDITED_ROWS = 256
 """Queries on which recall and error are measured. They are drawn at random: evenly spaced ones could be those that a
@@ -82,7 +84,8 @@ class Problem(NamedTuple):
         if self.kind == "structured":
             made = structured(self.length, tokens=self.length, dim=dim, dtype=dtype)
         else:
-            made = mixed(self.length, tokens=self.length, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
+            sizes = {"tokens": self.length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+            made = mixed(self.length, **sizes, dtype=dtype, device=self.device)
         return Heads(*(x.to(self.device) for x in made))
 
 
@@ -101,6 +104,8 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
         for length in lengths:
             problem = Problem(kind, length, device)
             found.append(_dense(problem))
+            if problem.on_gpu:
+                found += [case for threshold in THRESHOLDS for case in _thresholded(problem, threshold)]
             for share in COVERAGES:
                 found += _sparse(problem, share)
     return found
@@ -125,16 +130,15 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     for name, selector in problem.selectors(share).items():
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
-    theirs: Mapping[str, Callable[..., Tensor]] = {
-        "flexprefill-official": partial(rivals.flexprefill_official, coverage=share),
-        "flashprefill-v1": rivals.flashprefill_v1,
-    }
+    official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
-    extra = {name: Rival(partial(_call, problem, f), partial(_remark, problem, f)) for name, f in theirs.items()}
-    extra["flex-attention"] = Rival(on_plan, partial(_check_plan, on_plan))
+    extra = {
+        "flexprefill-official": _rival(problem, official),
+        "flex-attention": Rival(on_plan, partial(_check_plan, on_plan)),
+    }
     figures = {name: partial(_kept, problem, selector) for name, selector in problem.selectors(share).items()}
     if problem.on_gpu:
-        figures |= {name: partial(_error, problem, function) for name, function in theirs.items()}
+        figures["flexprefill-official"] = partial(_error, problem, official)
     else:
         extra = {}
     case = partial(Case, name="prefill", params=params)
@@ -143,6 +147,20 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
         case(impls=chosen, check=lambda: None, metric="time_select"),
         case(figures=figures, check=lambda: None, rounds=1),
     ]
+
+
+def _thresholded(problem: Problem, threshold: float) -> list[Case]:
+    """FlashPrefill promises no coverage: what it costs and errs by threshold, to be compared at equal error."""
+    function = partial(rivals.flashprefill_v1, threshold=threshold)
+    case = partial(Case, name="prefill", params=problem.params | {"threshold": threshold}, check=lambda: None)
+    return [
+        case(rivals={"flashprefill-v1": _rival(problem, function)}, metric="time"),
+        case(figures={"flashprefill-v1": partial(_error, problem, function)}, rounds=1),
+    ]
+
+
+def _rival(problem: Problem, function: Callable[..., Tensor]) -> Rival:
+    return Rival(partial(_call, problem, function), partial(_remark, problem, function))
 
 
 def _call(problem: Problem, function: Callable[..., object]) -> Callable[[], object]:

@@ -1,0 +1,121 @@
+"""Launching the kernel written for Hopper: which calls it takes, and the order in which rows of a plan are taken."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HAS_GLUON = find_spec("triton.experimental.gluon") is not None
+BLOCK = 128
+STAGES = 2
+"""Key blocks that are in shared memory at a time; with two tiles of queries they take 192 of 227 KB."""
+Sequences = tuple[tuple[int, int], ...]
+"""Queries and keys of each sequence."""
+
+
+def fits(q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether the kernel takes a call: Hopper, bf16 or fp16, heads of 64 or 128 elements, blocks of 128."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and block_size == BLOCK
+        and q.shape[-1] in (64, 128)
+        and v.shape[-1] in (64, 128)
+        and _is_hopper(q.device)
+    )
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return _HAS_GLUON and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def attend_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    starts: Tensor,
+    stops: Tensor,
+    indices: Tensor,
+    scale: float,
+) -> None:
+    """Fill y and lse, as `attend_triton` describes them; `scale` holds log2(e)."""
+    from whimbrel.attend.kernels.hopper import forward
+
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    jobs = _jobs(sequences, heads, group, q.device)
+    programs = min(len(jobs), _multiprocessors(q.device))
+    matrices = [matrix(x, rows) for x, rows in ((q, BLOCK // 2), (k, BLOCK), (v, BLOCK), (y, BLOCK // 2))]
+    apart = [step for _, *steps in matrices[:3] for step in steps]
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    forward[(programs,)](
+        *(matrix for matrix, *_ in matrices),
+        y,
+        lse,
+        jobs,
+        starts,
+        stops,
+        indices,
+        taken,
+        len(jobs),
+        programs,
+        *apart,
+        scale,
+        H=heads,
+        GROUP=group,
+        D=q.shape[2],
+        V=v.shape[2],
+        STAGES=STAGES,
+        num_warps=4,
+    )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.lru_cache(maxsize=64)
+def _jobs(sequences: Sequences, heads: int, group: int, device: torch.device) -> Tensor:
+    """The kernel's table. All layers of a model ask for the same, and a copy to a GPU is a wait.
+
+    Heads that share keys come together, and of them the last query blocks first: what runs at a time reads the same
+    keys, and what is left at the end is short, whatever the plan holds.
+    """
+    parts = []
+    row = query = key = 0
+    for q_len, k_len in sequences:
+        before = k_len - q_len
+        own = torch.arange(-(-k_len // BLOCK) - 1, before // BLOCK - 1, -1)
+        h = torch.arange(heads).view(-1, 1, group)
+        h, own = (x.flatten() for x in torch.broadcast_tensors(h, own[:, None]))
+        t = own * BLOCK - before
+        number = row + h * (len(own) // heads) + own - before // BLOCK
+        same = torch.full_like(t, key)
+        parts.append(torch.stack([number, t, q_len - t, query + t, same, own, h, torch.zeros_like(t)], 1))
+        row, query, key = row + len(own), query + q_len, key + k_len
+    return torch.cat(parts).int().to(device)
+
+
+def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
+    """A descriptor of blocks of `rows` tokens of one head of x [tokens, heads, D], and how many rows and columns its
+    heads lie apart. Heads that are neither side by side nor whole rows apart are copied."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    tokens, heads, dim = x.shape
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    beside = x.stride(1) == dim or heads == 1
+    if not aligned or (not beside and x.stride(1) % x.stride(0)):
+        x, beside = x.clone(memory_format=torch.contiguous_format), True
+    row, column = (0, dim) if beside else (x.stride(1) // x.stride(0), 0)
+    size = (tokens, heads * dim) if beside else ((heads - 1) * row + tokens, dim)
+    flat = x.as_strided(size, (x.stride(0), 1))
+    return TensorDescriptor.from_tensor(flat, [rows, dim], gl.NVMMASharedLayout(128, 16, 2)), row, column
