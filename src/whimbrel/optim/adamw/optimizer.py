@@ -50,7 +50,10 @@ def adamw_step(
     torch._foreach_mul_(updates, list((lr * bias_correction(torch.stack(steps), betas)).unbind()))
     torch._foreach_sub_(params, updates)
     if weight_decay:
-        decay(params, [torch.as_tensor(lr * weight_decay, device=params[0].device)] * len(params))
+        share = lr * weight_decay
+        if not isinstance(share, Tensor):  # filled there, since a copy to the device would be waited for
+            share = torch.full((), share, device=params[0].device)
+        decay(params, [share] * len(params))
 
 
 def decay(params: list[Tensor], shares: list[Tensor]) -> None:
