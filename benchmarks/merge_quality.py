@@ -13,6 +13,8 @@ on the held-out text of eval.validation_tokens.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +29,7 @@ from whimbrel.config import Config, load_config, to_toml, with_overrides
 from whimbrel.data import TokenShards
 from whimbrel.errors import TrainingError
 from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb
-from whimbrel.evals.forecast import evaluate_average
-from whimbrel.merge import load_average
+from whimbrel.merge import OnlineAverage, load_average
 from whimbrel.merge.config import DecayConfig, EMAConfig, SMAConfig, WMAConfig
 from whimbrel.model import build_model
 from whimbrel.training import loop
@@ -110,15 +111,32 @@ def anneal(study: Study) -> None:
         branch = study.train(f"annealed-{end}", annealed(config, from_step=start), step_dir(constant, start))
         study.line("annealed", study.judge(branch / step_dir("", end).name), step=end, raw=raw)
         for stride in STRIDES:
-            for count in COUNTS:
-                oldest = end - (count - 1) * stride * every
-                if oldest < config.schedule.warmup_steps or oldest < every:
-                    continue
-                paths = [step_dir(constant, step) for step in range(oldest, end + 1, stride * every)]
-                for name, method in METHODS.items():
-                    score = evaluate_average(study.model, paths, method, study.evaluate)
-                    interval = stride * every * config.batch_tokens
-                    study.line(name, score, step=end, raw=raw, count=count, interval_tokens=interval)
+            first = max(config.schedule.warmup_steps, every)
+            paths = [step_dir(constant, step) for step in range(end, first - 1, -stride * every)][: max(COUNTS)][::-1]
+            interval = stride * every * config.batch_tokens
+            for (name, count), score in _averages(study, paths):
+                study.line(name, score, step=end, raw=raw, count=count, interval_tokens=interval)
+
+
+def _averages(study: Study, paths: list[Path]) -> Iterator[tuple[tuple[str, int], BpbResult]]:
+    """Name and count of an average, and its evaluation, for the averages that end at the last of `paths`.
+
+    Each checkpoint is read once, for all averages that it is in; their sums lie where the model does.
+    """
+    averages = {
+        (name, count): OnlineAverage(study.model, count=count, method=method, device="same")
+        for count in COUNTS
+        if count <= len(paths)
+        for name, method in METHODS.items()
+    }
+    for place, path in enumerate(paths):
+        load_weights(path, study.model)
+        for (_, count), average in averages.items():
+            if place >= len(paths) - count:
+                average.update(place)
+    for key, average in averages.items():
+        with average.swapped():
+            yield key, study.evaluate(study.model)
 
 
 def start(study: Study) -> None:
@@ -168,14 +186,18 @@ def spike(study: Study) -> None:
     settings: dict[str, Any] = {} if args.rate is None else {"optim.lr": args.rate}
     burst = None if args.rate is not None else 2 * config.steps // 3
     calm = with_overrides(config, settings)
+    constant = None
     if burst is not None:
-        study.line("undisturbed", study.judge(list_checkpoints(study.train("constant", calm))[-1]), step=config.steps)
+        constant = study.train("constant", calm)
+        study.line("undisturbed", study.judge(list_checkpoints(constant)[-1]), step=config.steps)
     ways: dict[str, dict[str, Any]] = {"none": {"spikes.action": "log"}, "skip": {"spikes.action": "skip"}}
     restart = {"spikes.action": "restart", "spikes.max_skips": 0}
     ways |= {policy: restart | {"spikes.optimizer": policy} for policy in POLICIES}
     for policy, way in ways.items():
         own = with_overrides(calm, way)
         name = f"spike-{policy}" if args.rate is None else f"rate-{args.rate:g}-{policy}"
+        if constant is not None and burst is not None:
+            _begin_as(constant, study.folder / name, burst)
         try:
             with _burst(burst, args.burst_steps, args.burst_factor), warnings.catch_warnings():
                 warnings.simplefilter("default")
@@ -185,6 +207,15 @@ def spike(study: Study) -> None:
             continue
         restarts = len(list(run.glob("before-restart-*")))
         study.line(name, study.judge(list_checkpoints(run)[-1]), step=config.steps, restarts=restarts)
+
+
+def _begin_as(constant: Path, folder: Path, before: int) -> None:
+    """Give a new run the checkpoints of `constant` up to the step `before`, until which the two are the same run."""
+    if folder.exists():
+        return
+    for path in list_checkpoints(constant):
+        if int(path.name[5:]) <= before:
+            shutil.copytree(path, folder / path.name, copy_function=os.link)
 
 
 @contextmanager
