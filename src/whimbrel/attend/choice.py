@@ -13,6 +13,10 @@ from torch import Tensor
 PROVEN_ON: tuple[tuple[int, int], ...] = ()
 """CUDA capabilities on which the kernel was compared with fp64 and found the fastest; "auto" takes it there alone."""
 
+SPARSE_FROM: dict[tuple[int, int], int] = {}
+"""CUDA capability -> keys from which on selecting blocks and attending to them took less time than dense attention,
+where the selection keeps 95 % of the attention of heads of mixed sharpness."""
+
 MOST_DIM = 256
 """Most elements of a head, of keys and of values, that the kernel takes."""
 
@@ -57,6 +61,20 @@ def auto(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> str:
         return "triton"
     _say(f"attend: impl='auto' runs 'blocks' and not 'triton': {why}")
     return "blocks"
+
+
+def sparse_from(device: torch.device) -> int:
+    """Keys below which dense attention was measured to take less time on this device; 0 where nothing was measured.
+
+    Says once what it found (logger `whimbrel.attend`, level INFO).
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    found = 0 if capability is None else SPARSE_FROM.get(capability, 0)
+    if found:
+        _say(f"attend: below {found} keys dense attention is the faster one on this device, as measured")
+    else:
+        _say(f"attend: on {device.type} nothing says below which length dense attention is the faster one")
+    return found
 
 
 def needs_grad(*tensors: Tensor) -> bool:

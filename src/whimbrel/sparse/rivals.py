@@ -12,13 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whimbrel.attend.plan import Grid, Plan
 from whimbrel.errors import UnsupportedError
 
 
 def flexprefill_official(q: Tensor, k: Tensor, v: Tensor, *, coverage: float) -> Tensor:
     """The authors' FlexPrefill, with tau and budget of their experiments, which are not their code's defaults."""
-    module = _load("flex_prefill.ops.flex_prefill_attention", "github.com/ByteDance-Seed/FlexPrefill")
-    return module.flex_prefill_attention(q, k, v, gamma=coverage, tau=0.1, min_budget=1024)
+    return _flexprefill().flex_prefill_attention(q, k, v, gamma=coverage, tau=0.1, min_budget=1024)
+
+
+def flexprefill_plan(q: Tensor, k: Tensor, v: Tensor, *, coverage: float) -> Plan:
+    """The blocks that it attends to in `flexprefill_official`, which costs as much again."""
+    grid = Grid(128, q.shape[1], k.shape[1])
+    chosen = _flexprefill().get_active_blocks(q, k, v, 128, coverage, 8, 1 << 24, 0.1, False)
+    mask = torch.zeros(1, q.shape[2], grid.query_blocks * grid.key_blocks, dtype=torch.bool, device=q.device)
+    for head, places in enumerate(chosen[0]):
+        mask[0, head, places.long()] = True
+    mask = mask.unflatten(-1, (grid.query_blocks, grid.key_blocks))
+    return Plan.from_mask(mask, block_size=128, q_len=grid.q_len, k_len=grid.k_len)
+
+
+def _flexprefill() -> Any:
+    return _load("flex_prefill.ops.flex_prefill_attention", "github.com/ByteDance-Seed/FlexPrefill")
 
 
 def flashprefill_v1(q: Tensor, k: Tensor, v: Tensor, *, threshold: float = 0.18) -> Tensor:

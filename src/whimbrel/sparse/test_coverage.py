@@ -74,3 +74,12 @@ def test_apply_selector():
     assert torch.equal(out.density, out.plan.density())
     with pytest.raises(ConfigError, match="v has shape"):
         apply_selector(q, k, v[:, 1:], WindowConfig().build())
+
+
+def test_short_calls_can_stay_dense():
+    q, k, v = gaussian(8, tokens=300, q_len=200, heads=2, dim=16)
+    selector = WindowConfig(window_tokens=16, block_size=16).build()
+    whole = apply_selector(q, k, v, selector, dense_below=301)
+    assert_close("y", causal_attention(q, k, v), whole.y, 1e-6)
+    assert (whole.density == 1).all()
+    assert apply_selector(q, k, v, selector, dense_below=300).density.max() < 0.9

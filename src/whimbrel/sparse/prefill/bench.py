@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.attend.op import attend
+from whimbrel.attend.plan import Plan
 from whimbrel.attend.rivals import DENSE, dense_attention
 from whimbrel.attend.shapes import default_scale
 from whimbrel.bench.case import Case, Figures, Rival
@@ -28,6 +29,9 @@ from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.heads import Heads, mixed, structured
 
 COVERAGES = (0.9, 0.95)
+JUDGED = (0.7, 0.8, 0.98)
+"""Coverages that are not timed, for a curve of recall against density."""
+CURVE_LENGTH = 32_768
 THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
@@ -106,7 +110,7 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
             found.append(_dense(problem))
             if problem.on_gpu:
                 found += [case for threshold in THRESHOLDS for case in _thresholded(problem, threshold)]
-            for share in COVERAGES:
+            for share in COVERAGES + (JUDGED if length == CURVE_LENGTH else ()):
                 found += _sparse(problem, share)
     return found
 
@@ -138,10 +142,12 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     }
     figures = {name: partial(_kept, problem, selector) for name, selector in problem.selectors(share).items()}
     if problem.on_gpu:
-        figures["flexprefill-official"] = partial(_error, problem, official)
+        figures["flexprefill-official"] = partial(_kept_by_theirs, problem, share)
     else:
         extra = {}
     case = partial(Case, name="prefill", params=params)
+    if share not in COVERAGES:
+        return [case(figures=figures, check=lambda: None, rounds=1)]
     return [
         case(impls=whole, check=partial(_check, problem, share), rivals=extra, metric="time"),
         case(impls=chosen, check=lambda: None, metric="time_select"),
@@ -196,14 +202,25 @@ def _kept(problem: Problem, selector: Selector) -> Figures:
     """What a selector keeps, over all heads and audited queries, and the error that this makes."""
     q, k, v = problem.inputs()
     out = apply_selector(q, k, v, selector, impl=problem.impl)
+    return _recall(problem, out.plan, out.y)
+
+
+def _kept_by_theirs(problem: Problem, share: float) -> Figures:
+    tensors = problem.inputs()
+    y = rivals.flexprefill_official(*tensors, coverage=share)
+    return _recall(problem, rivals.flexprefill_plan(*tensors, coverage=share), y)
+
+
+def _recall(problem: Problem, plan: Plan, y: Tensor) -> Figures:
+    q, k, _ = problem.inputs()
     rows = _audited(problem)
-    recall = achieved(q, k, out.plan, rows=rows).double()
+    recall = achieved(q, k, plan, rows=rows).double()
     return {
-        "density": (float(out.density.mean()), "share"),
+        "density": (plan.mean_density(), "share"),
         "recall_mean": (float(recall.mean()), "share"),
         "recall_p5": (float(recall.quantile(0.05)), "share"),
         "recall_min": (float(recall.min()), "share"),
-        "output_error": (rms_ratio(_truth(problem), out.y[:, rows]), "ratio"),
+        "output_error": (rms_ratio(_truth(problem), y[:, rows]), "ratio"),
     }
 
 

@@ -58,6 +58,7 @@ def test_truth_and_audit():
 def test_rivals_are_called_with_their_papers_numbers(monkeypatch):
     theirs = ModuleType("theirs")
     theirs.flex_prefill_attention = lambda q, k, v, **settings: settings
+    theirs.get_active_blocks = lambda *given: [[torch.tensor([0, 2, 3]), torch.tensor([0, 3])]]
     theirs.flash_prefill = lambda q, k, v, out, *settings: out.fill_(sum(settings))
     for name in ("flex_prefill.ops.flex_prefill_attention", "ops.flashprefill_native_forward"):
         monkeypatch.setitem(sys.modules, name, theirs)
@@ -65,6 +66,10 @@ def test_rivals_are_called_with_their_papers_numbers(monkeypatch):
             monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     q = torch.zeros(1, 4, 2, 8)
     assert rivals.flexprefill_official(q, q, q, coverage=0.9) == {"gamma": 0.9, "tau": 0.1, "min_budget": 1024}
+    q = torch.zeros(1, 200, 2, 8)
+    chosen = rivals.flexprefill_plan(q, q, q, coverage=0.9).to_mask()[0]
+    assert chosen.tolist() == [[[True, False], [True, True]], [[True, False], [False, True]]]
+    q = torch.zeros(1, 4, 2, 8)
     assert torch.equal(rivals.flashprefill_v1(q, q, q), torch.full_like(q, 128 + 2 + 4 + 0.18 + 2))
 
 
