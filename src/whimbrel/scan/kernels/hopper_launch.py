@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import ALIGNMENT, Matrix, launch
 from whimbrel.scan.kernels.segments import Segments, segments
 from whimbrel.scan.kernels.stretches import carry
 
@@ -68,14 +69,14 @@ def carried_shape(delta: bool, stretches: int, parts: int, value_heads: int, key
     return (*shape, key_dim, key_dim) if delta else shape
 
 
-def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Any]:
-    """Descriptors of [rows, columns] blocks: of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Matrix]:
+    """Blocks of [rows, columns] of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
+    return [Matrix(x, x.shape[-1] * (x.shape[2] if x.dim() == 4 else 1), rows, columns) for x in tensors]
 
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    flat = (x.view(-1, x.shape[2] * x.shape[3]) if x.dim() == 4 else x.view(-1, x.shape[-1]) for x in tensors)
-    return [TensorDescriptor.from_tensor(x, [rows, columns], layout) for x in flat]
+
+def _aligned(*tensors: Tensor) -> list[Tensor]:
+    """Copies of those that lie where the copy engine cannot read, as a part of a larger tensor may."""
+    return [x.clone() if x.data_ptr() % ALIGNMENT else x for x in tensors]
 
 
 def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int, int]:
@@ -109,6 +110,7 @@ def forward(
     from whimbrel.scan.kernels.hopper_forward import forward_stream, forward_streams
 
     table, sequences, splits = _cut(q, v, cu_seqlens)
+    q, k, v = _aligned(q, k, v)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
     stretches = sequences * splits
@@ -120,8 +122,10 @@ def forward(
     if splits > 1:
         begins, finals, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
 
-    def launch(kernel: Any, given: Any, starts: Tensor | None, out: Tensor, columns: int, **constants: Any) -> None:
-        kernel[(stretches * value_heads * (columns // 64),)](
+    def stream(kernel: Any, given: Any, starts: Tensor | None, out: Tensor, columns: int, **constants: Any) -> None:
+        launch(
+            kernel,
+            stretches * value_heads * (columns // 64),
             queries,
             keys,
             given,
@@ -155,20 +159,20 @@ def forward(
         )
 
     if flags.TWO and splits == 1:
-        launch(forward_streams, values, begins, finals, value_dim, SAVE=save)
+        stream(forward_streams, values, begins, finals, value_dim, SAVE=save)
         return
     for first in (True, False) if flags.TWO else (False,):
         given = values if first or not flags.TWO else left
         if splits > 1 and begins is not None:
-            stream = 0 if first else 1
+            i = 0 if first else 1
             part = {"FIRST": first, "SAVE": False, "MASK": False}
             if flags.DELTA:
-                launch(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
-            launch(forward_stream, given, None, local, value_dim, ONLY=1, **part)
-            begin = None if start is None else start[stream]
-            carry(local[stream], carried[stream], begin, splits, back=False, out=begins[stream])
+                stream(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
+            stream(forward_stream, given, None, local, value_dim, ONLY=1, **part)
+            begin = None if start is None else start[i]
+            carry(local[i], carried[i], begin, splits, back=False, out=begins[i])
         whole = {"FIRST": first, "SAVE": save, "MASK": save and splits > 1, "ONLY": 0}
-        launch(forward_stream, given, begins, finals, value_dim, **whole)
+        stream(forward_stream, given, begins, finals, value_dim, **whole)
     if splits > 1:
         streams = slice(0 if flags.TWO else 1, 2)
         ends[streams] = finals[streams].unflatten(1, (sequences, splits))[:, :, -1]
@@ -202,6 +206,7 @@ def backward(
     from whimbrel.scan.kernels.hopper_backward import backward_stream, reach
 
     table, sequences, splits = _cut(q, v, cu_seqlens)
+    q, k, v, dy = _aligned(q, k, v, dy)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
     tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), sequences * splits
@@ -218,7 +223,9 @@ def backward(
     for first in (False, True) if flags.TWO else (False,):
         if splits > 1 and finals is not None:
             stream = 0 if first else 1
-            reach[(stretches * value_heads * (value_dim // 64),)](
+            launch(
+                reach,
+                stretches * value_heads * (value_dim // 64),
                 *small,
                 solved,
                 gates,
@@ -242,7 +249,9 @@ def backward(
             )
             end = None if dends is None else dends[stream]
             carry(local[stream], carried[stream], end, splits, back=True, out=finals[stream])
-        backward_stream[(stretches * value_heads,)](
+        launch(
+            backward_stream,
+            stretches * value_heads,
             queries,
             keys,
             values if first or not flags.TWO else left,

@@ -17,6 +17,7 @@ from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
 from whimbrel.scan.kernels import prepare as _prepare
+from whimbrel.scan.kernels.quick import launch
 from whimbrel.scan.kernels.segments import count_chunks, segments
 
 CHUNK = 32
@@ -94,7 +95,9 @@ def _scan_forward(
         ends.zero_() if start is None else ends.copy_(start)
         return y, ends, gates, tiles, saved, inside, residual, carried
     inverses = 2 if flags.DELTA and flags.TWO else 1
-    _prepare.prepare[(chunks * value_heads * inverses,)](
+    launch(
+        _prepare.prepare,
+        chunks * value_heads * inverses,
         k,
         log_decay,
         second_rate if first_rate is None else first_rate,
@@ -122,7 +125,9 @@ def _scan_forward(
         )  # fmt: skip
         return y, ends, gates, tiles, saved, inside, residual, carried
     block = _block(value_dim, COLUMNS)
-    _forward.forward[(sequences * value_heads * triton.cdiv(value_dim, block),)](
+    launch(
+        _forward.forward,
+        sequences * value_heads * triton.cdiv(value_dim, block),
         q,
         k,
         v,
@@ -257,7 +262,9 @@ def _scan_backward(
         dr = torch.empty_like(v) if two else dv
         pulled = torch.empty_like(saved)
         block = _block(value_dim, COLUMNS)
-        _backward.backward_states[(sequences * value_heads * triton.cdiv(value_dim, block),)](
+        launch(
+            _backward.backward_states,
+            sequences * value_heads * triton.cdiv(value_dim, block),
             q,
             k,
             dy,
@@ -284,7 +291,9 @@ def _scan_backward(
             num_stages=1,
             **common,
         )
-        _backward.backward_tokens[(chunks * value_heads,)](
+        launch(
+            _backward.backward_tokens,
+            chunks * value_heads,
             q,
             k,
             v,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import launch
+
 _ROWS = ["q", "k", "v", "log_decay", "beta", "gamma", "y"]
 _STRIDES = ["q_row", "k_row", "v_row", "log_decay_row", "beta_row", "gamma_row"]
 
@@ -140,32 +142,33 @@ def _launch(
         "CLIP": clip is not None,
     }
     gamma = beta if gamma is None else gamma
-    with torch.cuda.device_of(q):
-        _step[(batch * heads * blocks,)](
-            q,
-            k,
-            v,
-            log_decay,
-            beta,
-            gamma,
-            new_base if base is None else base,
-            new_residual if residual is None else residual,
-            y,
-            new_base,
-            new_residual,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            log_decay.stride(0),
-            beta.stride(0),
-            gamma.stride(0),
-            heads,
-            heads // q.shape[2],
-            scale,
-            0.0 if clip is None else clip,
-            **sizes,
-            **flags,
-        )
+    launch(
+        _step,
+        batch * heads * blocks,
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        gamma,
+        new_base if base is None else base,
+        new_residual if residual is None else residual,
+        y,
+        new_base,
+        new_residual,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        log_decay.stride(0),
+        beta.stride(0),
+        gamma.stride(0),
+        heads,
+        heads // q.shape[2],
+        scale,
+        0.0 if clip is None else clip,
+        **sizes,
+        **flags,
+    )
     # The dispatcher does not do this for an operator that is registered by hand.
     torch.autograd.graph.increment_version([x for x in (new_base, new_residual) if x is not None])
 

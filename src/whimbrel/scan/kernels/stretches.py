@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import launch
+
 COLUMNS = 16
 ROWS = 32
 """Columns of the state that a program carries, and rows of it in one product."""
@@ -76,7 +78,9 @@ def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, b
     start state to the end; given [N, HV, K, V] fp32: the first stretch's start (back: the last one's cotangent).
     """
     stretches, value_heads, key_dim, value_dim = local.shape
-    hand_over[(stretches // parts * value_heads * triton.cdiv(value_dim, COLUMNS),)](
+    launch(
+        hand_over,
+        stretches // parts * value_heads * triton.cdiv(value_dim, COLUMNS),
         out,
         local,
         carried,

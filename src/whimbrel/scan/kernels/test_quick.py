@@ -1,0 +1,157 @@
+"""Launching what has been seen: the same results, from other tensors, alignments and sizes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from whimbrel.mixers.rdn.op import rdn  # noqa: E402
+from whimbrel.scan.kernels import quick  # noqa: E402
+from whimbrel.testing.recurrence import RECURRENCES, Shape, make_inputs  # noqa: E402
+
+
+class Kernel:
+    """Stands for a JITFunction: compiles at each ordinary call, and notes what reaches its launcher."""
+
+    def __init__(self) -> None:
+        self.params = [SimpleNamespace(is_constexpr=name.isupper()) for name in ("a", "b", "n", "scale", "SIZE")]
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.compiled += 1
+            return SimpleNamespace(
+                run=lambda *given: self.launched.append(given), function=7, packed_metadata=("m",), **constants
+            )
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 3)
+    monkeypatch.setattr(quick, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(quick, "JITFunction", Kernel)
+    monkeypatch.setattr(quick, "_ready", {})
+    return Kernel()
+
+
+def tensors(dtype=torch.float32, offset=0):
+    return torch.zeros(64, dtype=dtype)[offset:], torch.zeros(64)
+
+
+def test_what_was_seen_goes_to_the_launcher(kernel):
+    for _ in range(3):
+        a, b = tensors()
+        quick.launch(kernel, 5, a, b, 40, 0.5, SIZE=8)
+    assert kernel.compiled == 1
+    assert kernel.launched[1] == (5, 1, 1, 3, 7, ("m",), None, None, None, a.data_ptr(), b.data_ptr(), 40, 0.5, None)
+
+
+def test_what_compiles_to_another_kernel_is_compiled(kernel):
+    calls = [((40, 0.5), 8), ((40, 0.5), 16), ((1, 0.5), 8), ((48, 0.5), 8), ((2**31, 0.5), 8)]
+    for number, (rest, size) in enumerate(calls, start=1):
+        for _ in range(2):
+            quick.launch(kernel, 5, *tensors(), *rest, SIZE=size)
+        assert (kernel.compiled, len(kernel.launched)) == (number, number)
+    quick.launch(kernel, 5, *tensors(torch.float16), 40, 0.5, SIZE=8)
+    assert kernel.compiled == len(calls) + 1
+
+
+def test_an_address_off_alignment_goes_tritons_way(kernel):
+    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    for _ in range(2):
+        quick.launch(kernel, 5, *tensors(offset=1), 40, 0.5, SIZE=8)
+    assert (kernel.compiled, len(kernel.launched)) == (3, 0)
+
+
+def test_whoever_watches_launches_sees_them(kernel, monkeypatch):
+    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook=None)
+    monkeypatch.setattr(quick, "knobs", SimpleNamespace(runtime=hooks))
+    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    assert (kernel.compiled, kernel.launched) == (2, [])
+
+
+def test_a_launcher_of_another_build_keeps_its_descriptors(kernel):
+    matrix = quick.Matrix(torch.zeros(64, 64), 64, 64, 64)
+    compiled = SimpleNamespace(run=SimpleNamespace(launch=print), function=7, packed_metadata=())
+    assert quick._get_ready(kernel, compiled, (matrix,)) is None
+
+
+def test_descriptors_are_encoded_once_for_an_address(kernel, monkeypatch):
+    encoded = []
+
+    def launcher(*given):
+        pass
+
+    def known(launcher=launcher):
+        tensordesc_indices, tensordesc_meta = {0}, [{"swizzle": 3}]
+
+        def inner(*given):
+            return launcher, tensordesc_indices, tensordesc_meta
+
+        return inner
+
+    run = SimpleNamespace(launch=known())
+    ready = quick._get_ready(kernel, SimpleNamespace(run=run, function=7, packed_metadata=()), (_matrix(),))
+    assert ready.run.launch is launcher
+    assert run.launch is not launcher
+    monkeypatch.setattr(quick, "_descriptors", {})
+    monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda x, layout: encoded.append((x, layout)) or [len(encoded)])
+    held = torch.zeros(128, 64)
+    parts = [_matrix(held), _matrix(held), _matrix(held[:64]), _matrix(held[64:]), _matrix(held.view(-1, 128))]
+    assert [quick._descriptor(x, 0, ready) for x in parts] == [[1], [1], [2], [3], [4]]
+    assert encoded[0][1] == {"swizzle": 3}
+
+
+def _matrix(x=None):
+    x = torch.zeros(64, 64) if x is None else x
+    return quick.Matrix(x, x.shape[-1], 64, 64)
+
+
+@triton.jit
+def _add(a, b, n, scale, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(b + at, tl.load(a + at, mask=at < n) * scale + n, mask=at < n)
+
+
+@pytest.mark.gpu
+def test_launches_on_a_device_and_in_a_graph():
+    quick._ready.clear()
+    for offset in (0, 1, 4, 0):
+        for n in (1, 32, 61, 61):
+            a, b = torch.randn(64 + offset, device="cuda")[offset:], torch.zeros(64, device="cuda")
+            quick.launch(_add, 8, a, b, n, 0.5, SIZE=8)
+            assert torch.equal(b[:n], a[:n] * 0.5 + n)
+            assert not b[n:].any()
+    assert quick._ready
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quick.launch(_add, 8, a, b, 61, 2.0, SIZE=8)
+    a.normal_()
+    graph.replay()
+    assert torch.equal(b[:61], a[:61] * 2 + 61)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", [130, 2100])
+def test_inputs_off_alignment_and_changing_addresses(time):
+    """Equal bits from inputs anywhere, with descriptors of earlier calls about."""
+    inputs = make_inputs(RECURRENCES["rdn"], Shape(1, time, 1, 2, 64, 64), seed=3, dtype=torch.bfloat16)
+    results = []
+    for offset in (0, 1, 8, 0):
+        held = [torch.empty(x.numel() + offset, dtype=x.dtype, device="cuda") for x in inputs.tensors]
+        moved = [h[offset:].view(x.shape).copy_(x).requires_grad_() for h, x in zip(held, inputs.tensors)]
+        y = rdn(*moved, impl="triton").y
+        results.append([y, *torch.autograd.grad(y, moved, torch.ones_like(y))])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.equal(a, b)
