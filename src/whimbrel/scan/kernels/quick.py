@@ -119,7 +119,8 @@ def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:
 
 def _watched() -> bool:
     """Whether somebody wants to hear of every launch, such as a profiler of kernels."""
-    return any(getattr(hook, "calls", hook) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _descriptor(matrix: Matrix, number: int, ready: _Ready) -> list[Any]:

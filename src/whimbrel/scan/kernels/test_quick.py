@@ -155,3 +155,13 @@ def test_inputs_off_alignment_and_changing_addresses(time):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
+    inputs = make_inputs(RECURRENCES["rdn"], Shape(1, 700, 1, 2, 64, 64), seed=3, dtype=torch.bfloat16)
+    for _ in range(2):
+        first, second = (rdn(*(x.to(f"cuda:{i}") for x in inputs.tensors), impl="triton").y for i in range(2))
+        assert torch.equal(first.cpu(), second.cpu())
