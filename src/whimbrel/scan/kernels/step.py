@@ -141,7 +141,9 @@ def _launch(
         "DECAYED": decayed,
         "CLIP": clip is not None,
     }
+    # What a single state leaves unused must be some tensor all the same.
     gamma = beta if gamma is None else gamma
+    second = new_base if new_residual is None else new_residual
     launch(
         _step,
         batch * heads * blocks,
@@ -152,10 +154,10 @@ def _launch(
         beta,
         gamma,
         new_base if base is None else base,
-        new_residual if residual is None else residual,
+        second if residual is None else residual,
         y,
         new_base,
-        new_residual,
+        second,
         q.stride(0),
         k.stride(0),
         v.stride(0),
