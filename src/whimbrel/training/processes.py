@@ -79,12 +79,27 @@ def joined(config: Config) -> Iterator[Processes]:
         return
     already = dist.is_initialized()
     if not already:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if not already:
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Make the group of all processes, by the environment that torchrun has set.
+
+    torchrun keeps one store for all attempts of a job, and in it the addresses of processes that are dead by the time
+    it starts them again: on one machine each attempt reads and writes under its own name. Machines count attempts
+    apart, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (docs/howto/many-gpus.md).
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
 
 
 def shard(model: Decoder, processes: Processes) -> None:

@@ -1,0 +1,175 @@
+"""One machine with several cards: tokens a second of 1 and of N processes, and what a killed worker costs.
+
+    python benchmarks/cards.py --recipe rdn-360m --processes 2
+
+Trains the same configuration, with the same batch, in one process and in N under torchrun. The first stretch of the
+second run gives its throughput; then a worker is killed with SIGKILL at a random moment, torchrun starts all of them
+again, and the run goes on to its last step. Lines go to benchmarks/results/cards.jsonl: `throughput`; `loss_gap`, the
+largest difference between the two runs' losses over the steps of the shorter one; `steps_lost` by the kill, which
+the distance of checkpoints bounds; `seconds_to_go_on`, from the kill to the first new step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import run as torchrun
+
+from whimbrel.bench.results import RESULTS, record
+from whimbrel.config import Config, load_config, to_toml
+from whimbrel.training.metrics import read_metrics
+
+WARM_STEPS = 2
+"""Steps at the start whose time does not count: kernels are compiled, memory is allocated."""
+
+
+def write_text(folder: Path, *, documents: int, words: int) -> Path:
+    """Text of words that follow Zipf's law, so that the loss has something to fall towards."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    known = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 7))) for _ in range(3000)]
+    odds = [1 / (rank + 1) for rank in range(len(known))]
+    for number in range(documents):
+        (folder / f"{number:03d}.txt").write_text(" ".join(draw.choices(known, odds, k=words)) + f" {number}.\n")
+    return folder
+
+
+def settings(args: argparse.Namespace, corpus: Path, steps: int) -> Config:
+    overrides: dict[str, Any] = {
+        "device": args.device,
+        "steps": steps,
+        "log_every": 1,
+        "batch_tokens": args.batch_tokens,
+        "micro_batch_tokens": args.micro_batch_tokens,
+        "data.seq_len": args.seq_len,
+        "data.corpus": str(corpus),
+        "data.recall_fraction": 0.0,
+        "checkpoint.every_steps": args.every,
+        "checkpoint.keep": 2,
+        "eval.checkpoint_tokens": 0,
+        "schedule.warmup_steps": 4,
+    }
+    return load_config(args.recipe, overrides)
+
+
+def start(config: Config, run_dir: Path, processes: int) -> subprocess.Popen[bytes]:
+    """`whimbrel train` in that many processes."""
+    file = run_dir.with_suffix(".toml")
+    file.write_text(to_toml(config))
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=3"]
+        # Workers that wait for a dead one in NCCL hear no SIGTERM; older releases give them 30 seconds.
+        if "--shutdown-timeout" in Path(torchrun.__file__).read_text():
+            command += ["--shutdown-timeout=3"]
+        command += ["-m"]
+    command += ["whimbrel", "train", str(file), "--run-dir", str(run_dir)]
+    return subprocess.Popen(command, stdout=sys.stderr)
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in read_metrics(run_dir) if "loss" in line}
+
+
+def wait(process: subprocess.Popen[bytes]) -> None:
+    if process.wait() != 0:
+        sys.exit(f"a run ended with status {process.returncode}; see its messages above")
+
+
+def workers(agent: int) -> list[int]:
+    """Processes that torchrun has started and that train."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == agent and b"train" in command:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="rdn-360m")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--micro-batch-tokens", type=int, default=32_768)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8, help="steps in one process")
+    parser.add_argument("--every", type=int, default=8, help="steps between checkpoints")
+    parser.add_argument("--total", type=int, default=18, help="steps of the run in which a worker is killed")
+    parser.add_argument("--kill-after", type=int, default=12, help="step after which a worker is killed")
+    parser.add_argument("--words", type=int, default=12_000, help="words of each of 100 documents")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    import torch
+
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    draw = random.Random(args.seed)
+    names = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len")
+    params = {name: getattr(args, name) for name in names}
+
+    def write(processes: int, metric: str, values: float | list[float], unit: str, **more: Any) -> None:
+        impl = f"{processes} process{'es' if processes > 1 else ''}"
+        line = record("cards", impl, {**params, **more}, metric, values, unit, device=device, out=args.out)
+        print(
+            f"{impl:12} {metric:17} {line['value']:12,.4g} {unit}  ({line['q25']:,.4g} to {line['q75']:,.4g})",
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        corpus = write_text(root / "text", documents=100, words=args.words)
+        wait(start(settings(args, corpus, args.steps), root / "one", 1))
+        one = losses(root / "one")
+        write(1, "throughput", rates(one), "tokens/s")
+
+        process = start(settings(args, corpus, args.total), root / "many", args.processes)
+        while max(losses(root / "many"), default=0) < args.kill_after:
+            if process.poll() is not None:
+                wait(process)
+                sys.exit(f"the run ended before step {args.kill_after}")
+            time.sleep(0.05)
+        before = losses(root / "many")
+        step_seconds = statistics.median(args.batch_tokens / rate for rate in rates(before))
+        time.sleep(draw.uniform(0, step_seconds))
+        before = losses(root / "many")
+        killed = draw.choice(workers(process.pid))
+        os.kill(killed, signal.SIGKILL)
+        moment = time.time()
+        write(args.processes, "throughput", rates(before), "tokens/s")
+        shared = [step for step in one if step in before]
+        gap = max(abs(one[step]["loss"] - before[step]["loss"]) for step in shared)
+        write(args.processes, "loss_gap", gap, "nats", steps=len(shared), last_loss=round(one[shared[-1]]["loss"], 4))
+        wait(process)
+        after = losses(root / "many")
+        new = min((step for step, line in after.items() if line["time"] > moment), default=args.total + 1)
+        write(args.processes, "steps_lost", max(before) - (new - 1), "steps", every=args.every)
+        write(args.processes, "seconds_to_go_on", after[new]["time"] - moment, "s")
+        again = [abs(after[step]["loss"] - before[step]["loss"]) for step in before if step >= new]
+        if again:
+            write(args.processes, "repeat_gap", max(again), "nats", steps=len(again))
+        if sorted(after) != list(range(1, args.total + 1)):
+            sys.exit(f"steps are missing after the restart: {sorted(after)}")
+
+
+def rates(lines: dict[int, dict[str, Any]]) -> list[float]:
+    return [line["tokens_per_second"] for step, line in lines.items() if step > WARM_STEPS]
+
+
+if __name__ == "__main__":
+    main()
