@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ LENGTH_FIGURES = (
     ("peak_bytes", "peak KiB a token, forward and backward, above the inputs", 1 / 1024),
 )
 """Metric, title of the axis, factor on ms or bytes a token."""
+PREFILL = ("row_local", "row_local-4", "flex_prefill", "flexprefill-official", "flashprefill-v1", "sdpa-cudnn")
+"""What is drawn of sparse prefill, on the input `mixed` at this coverage, or with this threshold of FlashPrefill's."""
+COVERAGE, THRESHOLD = 0.95, 0.18
 
 
 class Group(NamedTuple):
@@ -55,7 +58,11 @@ def main() -> int:
     parser.add_argument("--methods", type=Path, default=methods, help="folder of the figures against length")
     given = parser.parse_args()
     try:
-        for path in (*draw_all(given.results, given.out), *draw_lengths(given.results, given.methods)):
+        for path in (
+            *draw_all(given.results, given.out),
+            *draw_lengths(given.results, given.methods),
+            *draw_prefill(given.results, given.methods),
+        ):
             print(path)
     except WhimbrelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -126,7 +133,8 @@ def draw_lengths(results: Path, out: Path) -> list[Path]:
                 curves[name] = (colour, [(time, factor * value) for time, value in points])
         if "RDN" in curves or "RLA" in curves:
             target = out / f"residual-linear-attention-{'time' if metric == 'time' else 'memory'}.svg"
-            atomic_write_text(target, _draw_curves(curves, title, log=metric == "time").file())
+            drawn = _draw_curves(curves, title, "tokens of a sequence", log=metric == "time")
+            atomic_write_text(target, drawn.file())
             written.append(target)
     return written
 
@@ -145,21 +153,65 @@ def against_length(path: Path, impl: str, metric: str) -> list[tuple[int, float]
     return sorted(found.items())
 
 
-def _draw_curves(curves: dict[str, tuple[int, list[tuple[int, float]]]], title: str, *, log: bool) -> Svg:
-    svg = Svg(WIDTH, 400, label=f"{title}, against the length of a sequence")
+def draw_prefill(results: Path, out: Path) -> list[Path]:
+    """Time against length and recall against density, as `sparse-prefill-*.svg`; none without lines of a GPU."""
+    path = results / "prefill.jsonl"
+    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
+    lines = [x for x in lines if x["device"] == lines[-1]["device"] and x["params"]["input"] == "mixed"]
+    times, kept = {}, {}
+    for colour, impl in enumerate(PREFILL):
+        own = [x for x in lines if x["impl"] == impl]
+        points = [(int(x["params"]["N"]), x["value"]) for x in own if x["metric"] == "time" and _at_setting(x)]
+        if len(points) > 1:
+            times[impl] = (colour, sorted(points))
+        density, recall = ({_problem(x): x["value"] for x in own if x["metric"] == m} for m in ("density", "recall_p5"))
+        lengths = [int(x["params"]["N"]) for x in own if x["metric"] == "density"]
+        longest = max(lengths, key=lengths.count, default=0)  # the length at which most coverages were judged
+        points = [(100 * density[at], 100 * recall[at]) for at in density if at in recall and at[0] == longest]
+        if len(points) > 1:
+            kept[impl] = (colour, sorted(points))
+    written = []
+    for curves, name, title, along in (
+        (times, "time", f"ms of attention, selection included, coverage {COVERAGE}", "tokens of a sequence"),
+        (kept, "recall", "% of attention kept, 5th percentile of queries", "% of causal pairs attended to"),
+    ):
+        if curves:
+            written.append(out / f"sparse-prefill-{name}.svg")
+            atomic_write_text(written[-1], _draw_curves(curves, title, along, log=name == "time").file())
+    return written
+
+
+def _at_setting(line: ResultLine) -> bool:
+    params = line["params"]
+    return params.get("coverage", COVERAGE) == COVERAGE and params.get("threshold", THRESHOLD) == THRESHOLD
+
+
+def _problem(line: ResultLine) -> tuple[int, float]:
+    return int(line["params"]["N"]), float(line["params"].get("coverage", 0))
+
+
+def _draw_curves(
+    curves: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], title: str, along: str, *, log: bool
+) -> Svg:
+    svg = Svg(WIDTH, 400, label=f"{title}, against {along}")
     used = legend(svg, [(name, colour) for name, (colour, _) in curves.items()], x=0, y=14, right=WIDTH, marks=True)
     box = Box(64, used + 36, WIDTH - 8, 352)
-    lengths = sorted({time for _, points in curves.values() for time, _ in points})
-    x = scale([float(time) for time in lengths], start=box.left, end=box.right, log=True, pad=0.03)
+    places = sorted({float(place) for _, points in curves.values() for place, _ in points})
+    tokens = "tokens" in along
+    x = scale(places, start=box.left, end=box.right, log=tokens, pad=0.03)
     values = [value for _, points in curves.values() for _, value in points]
     y = scale(values, start=box.bottom, end=box.top, log=log, include=() if log else (0.0,))
     y_axis(svg, box, y, title=f"{title} (logarithmic)" if log else title, text=significant)
-    x_axis(svg, box, x, title="tokens of a sequence", ticks=[float(time) for time in lengths], text=power_count)
+    if tokens:
+        x_axis(svg, box, x, title=along, ticks=places, text=lambda place: power_count(int(place)))
+    else:
+        x_axis(svg, box, x, title=along, text=significant)
     for name, (colour, points) in curves.items():
-        svg.curve([(x(time), y(value)) for time, value in points], f"line s{colour}")
-        for time, value in points:
-            tip = f"{name}, {power_count(time)}: {significant(value)}"
-            svg.dot(x(time), y(value), f"f{colour} gap", radius=4.5, shape=colour, tip=tip)
+        svg.curve([(x(place), y(value)) for place, value in points], f"line s{colour}")
+        for place, value in points:
+            where = power_count(int(place)) if tokens else significant(place)
+            tip = f"{name}, {where}: {significant(value)}"
+            svg.dot(x(place), y(value), f"f{colour} gap", radius=4.5, shape=colour, tip=tip)
     return svg
 
 

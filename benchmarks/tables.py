@@ -1,4 +1,4 @@
-"""Write the result tables of the README and of the page of residual linear attention: python benchmarks/tables.py
+"""Write the result tables of the README and of the pages of methods: python benchmarks/tables.py
 
 Run it after benchmarks/plots.py: the page shows the figures that lie beside it.
 """
@@ -17,6 +17,7 @@ from whimbrel.report.numbers import power_count, significant, size
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PREFILL_PAGE = ROOT / "docs" / "methods" / "sparse-prefill.md"
 METHOD = ROOT / "docs" / "methods" / "residual-linear-attention.md"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
@@ -53,6 +54,19 @@ STEPS = (
     Column("GDN by fla", "rdn", "fla-gdn"),
     Column("RDN in PyTorch", "rdn", "chunked"),
 )
+PREFILL = {
+    "row_local": "row_local",
+    "row_local-4": "row_local, 4 samples",
+    "flex_prefill": "flex_prefill",
+    "sdpa-cudnn": "dense, cuDNN",
+    "sdpa-flash": "dense, flash",
+    "flex-attention": "FlexAttention, blocks given",
+    "flexprefill-official": "FlexPrefill, its authors' code",
+    "flashprefill-v1": "FlashPrefill V1",
+}
+"""Implementation -> title of a column."""
+COVERAGE, THRESHOLD = 0.95, 0.18
+"""What the tables of sparse prefill show; the threshold is FlashPrefill's."""
 MODELS = ("rdn", "rdn hybrid", "gdn", "gdn, fla", "gdn, flash-qla", "softmax")
 
 
@@ -61,6 +75,7 @@ def tables(results: Path = RESULTS) -> str:
     return "\n".join(
         [
             *_kernels(results, "fwd_bwd", "Forward and backward", FEW, ("time", "ms"), links="benchmarks/results"),
+            *prefill(results, links="benchmarks/results"),
             *_quality("quality-optimizers", "Optimizers", "optimizer", results),
             "",
             *_quality("quality-mixers", "Mixers", "blocks", results),
@@ -224,6 +239,88 @@ def _averaging_row(line: Any) -> str:
     return f"| {line['impl']} | {line['value']:.3f} | {params['difference_nats']:+.3f} ({low:+.3f} to {high:+.3f}) |"
 
 
+def prefill(results: Path, *, links: str) -> list[str]:
+    """Times of sparse prefill by length, and what was kept; nothing where no GPU has been measured."""
+    path = results / "prefill.jsonl"
+    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
+    lines = [
+        x
+        for x in lines
+        if x["device"] == lines[-1]["device"]
+        and x["params"]["input"] == "mixed"
+        and x["params"].get("coverage", COVERAGE) == COVERAGE
+        and x["params"].get("threshold", THRESHOLD) == THRESHOLD
+    ]
+    found = {(x["impl"], int(x["params"]["N"]), x["metric"]): x["value"] for x in lines}
+    if not any(impl == "row_local" for impl, _, _ in found):
+        return []
+    lengths = sorted({length for _, length, metric in found if metric == "time"})
+    about = lines[0]["params"]
+    source = f"{lines[0]['device']}; [lines]({links}/prefill.jsonl)"
+    heads = f"{about['H']} heads on {about['G']} key heads of {about['D']}, bf16"
+    timed = [impl for impl in PREFILL if any((impl, length, "time") in found for length in lengths)]
+    rows = [
+        f"**Sparse prefill**, ms, selection included, {heads}, coverage {COVERAGE}, input `mixed` ({source}):",
+        "",
+        f"| tokens | {' | '.join(PREFILL[impl] for impl in timed)} |",
+        f"|---|{'---|' * len(timed)}",
+    ]
+    for length in lengths:
+        cells = [found.get((impl, length, "time")) for impl in timed]
+        texts = ["" if cell is None else significant(cell) for cell in cells]
+        rows.append(f"| {power_count(length)} | {' | '.join(texts)} |")
+    kept = [impl for impl in PREFILL if any((impl, length, "output_error") in found for length in lengths)]
+    rows += [
+        "",
+        "Causal pairs read, attention kept by the 5th percentile of queries, and RMS error of the output:",
+        "",
+        f"| tokens | {' | '.join(PREFILL[impl] for impl in kept)} |",
+        f"|---|{'---|' * len(kept)}",
+    ]
+    for length in lengths:
+        texts = []
+        for impl in kept:
+            density, recall, error = (found.get((impl, length, x)) for x in ("density", "recall_p5", "output_error"))
+            shown = [] if density is None or recall is None else [f"{density:.0%}", f"{recall:.1%}"]
+            texts.append(", ".join([*shown, *([] if error is None else [f"{error:.3f}"])]))
+        if any(texts):
+            rows.append(f"| {power_count(length)} | {' | '.join(texts)} |")
+    return [*rows, ""]
+
+
+def given_blocks(results: Path, *, links: str) -> list[str]:
+    """Times of attention over blocks that are given, by length and density."""
+    lines = _on_gpu(results, "attend", "time")
+    impls = {"triton": "here", "flex-attention": "FlexAttention"}
+    impls |= {"sdpa-cudnn": "dense, cuDNN", "sdpa-flash": "dense, flash"}
+    found = {(x["impl"], int(x["params"]["T"]), float(x["params"]["density"])): x["value"] for x in lines}
+    if not found:
+        return []
+    rows = [
+        f"**Attention over given blocks**, ms, and TFLOP/s on the pairs in them ({lines[0]['device']}; "
+        f"[lines]({links}/attend.jsonl)):",
+        "",
+        f"| tokens, density | {' | '.join(impls.values())} | rate here |",
+        f"|---|{'---|' * (len(impls) + 1)}",
+    ]
+    for length, density in sorted({(length, density) for _, length, density in found}):
+        cells = [found.get((impl, length, density)) for impl in impls]
+        texts = ["" if cell is None else significant(cell) for cell in cells]
+        rate = "" if cells[0] is None else f"{4 * 128 * 32 * density * length * (length + 1) / 2 / cells[0] / 1e9:.0f}"
+        rows.append(f"| {power_count(length)}, {density:.0%} | {' | '.join(texts)} | {rate} |")
+    return [*rows, ""]
+
+
+def prefill_page(results: Path = RESULTS, page: Path = PREFILL_PAGE) -> str:
+    """The Markdown between the two marks of the page of sparse prefill."""
+    shown = (("time", "Time against length"), ("recall", "Attention kept against pairs read"))
+    names = [(f"sparse-prefill-{kind}.svg", text) for kind, text in shown]
+    figures = [part for name, text in names if (page.parent / name).exists() for part in (f"![{text}]({name})", "")]
+    to = "../../benchmarks/results"
+    found = [*figures, *prefill(results, links=to), *given_blocks(results, links=to)]
+    return "\n".join(found or ["No GPU has been measured yet.", ""]).rstrip("\n")
+
+
 def insert(page: str, text: str) -> str:
     """`page` with what stands between the marks replaced."""
     before, rest = page.split(BEGIN)
@@ -231,7 +328,7 @@ def insert(page: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    for page, text in ((ROOT / "README.md", tables()), (METHOD, method_tables())):
+    for page, text in ((ROOT / "README.md", tables()), (METHOD, method_tables()), (PREFILL_PAGE, prefill_page())):
         page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 

@@ -147,6 +147,61 @@ def test_the_method_page_shows_the_recorded_lines(tables):
     assert page == tables.insert(page, tables.method_tables())
 
 
+@pytest.fixture
+def prefill_lines(tmp_path, monkeypatch):
+    """Lines of sparse prefill as a GPU would leave them, those of a processor and another input beside them."""
+    results = tmp_path / "results"
+
+    def write(impl, length, metric, value, **more):
+        params = {"N": length, "input": "mixed", "H": 32, "G": 8, "D": 128, "batch": 1} | more
+        record("prefill", impl, params, metric, value, "ms", out=results)
+
+    write("row_local", 8192, "time", 77.0, coverage=0.95)
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+    for length in (8192, 32_768):
+        write("sdpa-cudnn", length, "time", length / 1024)
+        write("row_local", length, "time", length / 4096, coverage=0.95)
+        write("row_local", length, "time", 66.0, coverage=0.9)
+        write("row_local", length, "time", 55.0, coverage=0.95, input="structured")
+        write("flashprefill-v1", length, "time", 9.0, threshold=0.18)
+        write("flashprefill-v1", length, "output_error", 0.125, threshold=0.18)
+    for share in (0.9, 0.95):
+        write("row_local", 32_768, "density", share / 2, coverage=share)
+        write("row_local", 32_768, "recall_p5", share, coverage=share)
+        write("row_local", 32_768, "output_error", 1 - share, coverage=share)
+    return results
+
+
+def test_figures_of_sparse_prefill(plots, prefill_lines, tmp_path):
+    drawn = plots.draw_prefill(prefill_lines, tmp_path / "docs")
+    assert [x.name for x in drawn] == ["sparse-prefill-time.svg", "sparse-prefill-recall.svg"]
+    time, recall = (x.read_text(encoding="utf-8") for x in drawn)
+    assert "<title>row_local, 32K: 8</title>" in time
+    assert "<title>sdpa-cudnn, 8K: 8</title>" in time
+    assert "<title>row_local, 45: 90</title>" in recall
+    assert "sdpa" not in recall
+    assert ": 66<" not in time
+    assert plots.draw_prefill(tmp_path, tmp_path / "none") == []
+
+
+def test_tables_of_sparse_prefill(tables, prefill_lines, tmp_path):
+    text = "\n".join(tables.prefill(prefill_lines, links="there"))
+    assert "| tokens | row_local | dense, cuDNN | FlashPrefill V1 |" in text
+    assert "| 32K | 8 | 32 | 9 |" in text
+    assert "| 32K | 48%, 95.0%, 0.050 | 0.125 |" in text
+    assert "A GPU; [lines](there/prefill.jsonl)" in text
+    assert tables.prefill(tmp_path, links="there") == []
+    line = {"T": 8192, "H": 32, "Hkv": 8, "D": 128, "density": 0.5}
+    record("attend", "triton", line, "time", 1.0, "ms", out=prefill_lines)
+    assert "| 8K, 50% | 1 |  |  |  | 275 |" in "\n".join(tables.given_blocks(prefill_lines, links="there"))
+
+
+def test_the_page_of_sparse_prefill_shows_the_recorded_lines(tables):
+    """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
+    page = tables.PREFILL_PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.prefill_page())
+
+
 def test_run_fails_with_one_line_on_an_unknown_case():
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "rnd", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

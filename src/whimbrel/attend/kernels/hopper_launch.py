@@ -107,7 +107,6 @@ def _jobs(sequences: Sequences, heads: int, group: int, device: torch.device) ->
 def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
     """A descriptor of blocks of `rows` tokens of one head of x [tokens, heads, D], and how many rows and columns its
     heads lie apart. Heads that are neither side by side nor whole rows apart are copied."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     tokens, heads, dim = x.shape
@@ -118,4 +117,12 @@ def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
     row, column = (0, dim) if beside else (x.stride(1) // x.stride(0), 0)
     size = (tokens, heads * dim) if beside else ((heads - 1) * row + tokens, dim)
     flat = x.as_strided(size, (x.stride(0), 1))
-    return TensorDescriptor.from_tensor(flat, [rows, dim], gl.NVMMASharedLayout(128, 16, 2)), row, column
+    return TensorDescriptor.from_tensor(flat, [rows, dim], _layout()), row, column
+
+
+@functools.cache
+def _layout() -> Any:
+    """Rows of 128 bytes as the matrix units want them. Making it takes as long as a launch."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 16, 2)

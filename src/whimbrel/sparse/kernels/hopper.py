@@ -1,7 +1,7 @@
 """The first step of `estimate` on Hopper, in Gluon: blocks of 128 keys, heads of 64 or 128 elements.
 
-One warp brings keys in through the copy engine for 256 sampled queries, which two warpgroups share out. A warpgroup
-takes exponentials of 64 of its queries while it, or the other one, multiplies.
+One warp brings keys in through the copy engine for 256 sampled queries, which four warpgroups share out: there are as many
+cycles of exponentials as of products, so some have to multiply while the others do not.
 """
 
 from __future__ import annotations
@@ -31,25 +31,6 @@ def bring(k, k_s, full, free, row, column, start, stop, D: gl.constexpr, STAGES:
 
 
 @gluon.jit
-def multiply(queries, keys, ACC: gl.constexpr):
-    """64 queries by 128 keys, started but not waited for."""
-    none = gl.zeros([64, 128], gl.float32, ACC)
-    return warpgroup_mma(queries, keys.permute((1, 0)), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def add_up(scores, j, pos, least, scale, n, out, ok):
-    """Store log2 of the sum of exp2 over the keys of block j that the queries see."""
-    # Masked before it is scaled, so that blocks with and without a mask round alike.
-    if j * 128 + 127 > least:
-        # The first key stays, so that nothing is NaN where a query sees none; what sees none is not stored.
-        scores = gl.where(((j * 128 + n)[None, :] <= pos[:, None]) | (n == 0)[None, :], scores, float("-inf"))
-    top = gl.max(scores, 1) * scale
-    sums = top + gl.log2(gl.sum(gl.exp2(scores * scale - top[:, None]), 1))
-    gl.store(out, sums, mask=ok)
-
-
-@gluon.jit
 def estimate(
     q,
     at,
@@ -75,56 +56,50 @@ def estimate(
     Q: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    HALF: gl.constexpr,
+    PART: gl.constexpr,
 ):
-    """Half of the queries of a program."""
+    """64 of the 256 queries of a program: log2 of the sum of exp2 over the keys of each block that they see."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     MP: gl.constexpr = GROUP * P
+    queries = q_s.index(PART)
+    r = gl.arange(0, 64, gl.SliceLayout(1, L)) + PART * 64
     d = gl.arange(0, D, gl.SliceLayout(0, L))
-    for part in gl.static_range(2):
-        r = gl.arange(0, 64, gl.SliceLayout(1, L)) + (HALF * 128 + part * 64)
-        tile = group * Q + r // MP
-        used = (r < Q * MP) & (tile < tiles)
-        pos = gl.load(at + gl.minimum(tile, tiles - 1) * P + r % P)
-        place = (pos - before).to(gl.int64) * q_time + r // P % GROUP * q_head
-        x = gl.load(q + place[:, None] + d[None, :], mask=(used & (pos >= 0))[:, None], other=0.0)
-        q_s.index(HALF * 2 + part).store(x)
+    tile = group * Q + r // MP
+    used = (r < Q * MP) & (tile < tiles)
+    pos = gl.load(at + gl.minimum(tile, tiles - 1) * P + r % P)
+    place = (pos - before).to(gl.int64) * q_time + r // P % GROUP * q_head
+    queries.store(gl.load(q + place[:, None] + d[None, :], mask=(used & (pos >= 0))[:, None], other=0.0))
     fence_async_shared()
     barrier()
 
     n = gl.arange(0, 128, gl.SliceLayout(0, ACC))
-    # Of each of the two tiles of queries: where they stand, their block, the first of them, and where results go.
-    r0 = gl.arange(0, 64, ROW) + HALF * 128
-    r1 = r0 + 64
-    tile0 = group * Q + r0 // MP
-    tile1 = group * Q + r1 // MP
-    used0 = (r0 < Q * MP) & (tile0 < tiles)
-    used1 = (r1 < Q * MP) & (tile1 < tiles)
-    tile0 = gl.minimum(tile0, tiles - 1)
-    tile1 = gl.minimum(tile1, tiles - 1)
-    pos0 = gl.load(at + tile0 * P + r0 % P)
-    pos1 = gl.load(at + tile1 * P + r1 % P)
-    own0 = first + tile0 // S
-    own1 = first + tile1 // S
-    least0 = gl.min(own0, 0) * 128
-    least1 = gl.min(own1, 0) * 128
-    out0 = lse + (pair * tiles + tile0) * blocks * MP + r0 % MP
-    out1 = lse + (pair * tiles + tile1) * blocks * MP + r1 % MP
-
+    r = gl.arange(0, 64, ROW) + PART * 64
+    tile = group * Q + r // MP
+    used = (r < Q * MP) & (tile < tiles)
+    tile = gl.minimum(tile, tiles - 1)
+    pos = gl.load(at + tile * P + r % P)
+    own = first + tile // S
+    least = gl.min(own, 0)
+    own = gl.where(used, own, -1)
+    out = lse + (pair * tiles + tile) * blocks * MP + r % MP
     for j in range(start, stop):
         i = j - start
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        left = multiply(q_s.index(HALF * 2), k_s.index(stage), ACC)
-        right = multiply(q_s.index(HALF * 2 + 1), k_s.index(stage), ACC)
-        scores = warpgroup_mma_wait(1, deps=(left,))
-        add_up(scores, j, pos0, least0, scale, n, out0 + j * MP, used0 & (j <= own0))
-        scores = warpgroup_mma_wait(0, deps=(right,))
+        none = gl.zeros([64, 128], gl.float32, ACC)
+        scores = warpgroup_mma(queries, k_s.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
         barrier()
         mbarrier.arrive(free.index(stage))
-        add_up(scores, j, pos1, least1, scale, n, out1 + j * MP, used1 & (j <= own1))
+        # Masked before it is scaled, so that blocks with and without a mask round alike.
+        if j >= least:
+            # The first key stays, so that nothing is NaN where a query sees none; what sees none is not stored.
+            scores = gl.where(((j * 128 + n)[None, :] <= pos[:, None]) | (n == 0)[None, :], scores, float("-inf"))
+        top = gl.max(scores, 1) * scale
+        sums = top + gl.log2(gl.sum(gl.exp2(scores * scale - top[:, None]), 1))
+        gl.store(out + j * MP, sums, mask=j <= own)
 
 
 COUNTS = ["before", "tiles", "blocks", "first", "groups", "runs", "k_batch", "k_row", "k_col"]
@@ -174,7 +149,7 @@ def block_lse(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(free.index(i), count=4)
     barrier()
     if start < stop:
         query = q + b * q_batch + (hkv * GROUP).to(gl.int64) * q_head
@@ -195,8 +170,22 @@ def block_lse(
                         first, start, stop, scale, GROUP, P, S, Q, D, STAGES, gl.constexpr(1),
                     ),
                 ),
+                (
+                    estimate,
+                    (
+                        query, at, lse, k_s, q_s, full, free, q_time, q_head, before, pair, group, tiles, blocks,
+                        first, start, stop, scale, GROUP, P, S, Q, D, STAGES, gl.constexpr(2),
+                    ),
+                ),
+                (
+                    estimate,
+                    (
+                        query, at, lse, k_s, q_s, full, free, q_time, q_head, before, pair, group, tiles, blocks,
+                        first, start, stop, scale, GROUP, P, S, Q, D, STAGES, gl.constexpr(3),
+                    ),
+                ),
                 (bring, (k, k_s, full, free, row, hkv * k_col, start, stop, D, STAGES)),
             ],
-            [4, 1],
-            [232, 24],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
         )  # fmt: skip
