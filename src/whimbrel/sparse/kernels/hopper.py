@@ -1,7 +1,7 @@
 """The first step of `estimate` on Hopper, in Gluon: blocks of 128 keys, heads of 64 or 128 elements.
 
-One warp brings keys in through the copy engine for 256 sampled queries, which four warpgroups share out: there are as many
-cycles of exponentials as of products, so some have to multiply while the others do not.
+One warp brings keys in through the copy engine for 256 sampled queries, which four warpgroups share out: exponentials
+take as many cycles as products, so some have to multiply while the others do not.
 """
 
 from __future__ import annotations
