@@ -34,6 +34,11 @@ class Matrix(NamedTuple):
     columns: int
     """Of a block."""
 
+    def key(self) -> tuple[Any, ...]:
+        """All that a descriptor says."""
+        data, width, rows, columns = self
+        return data.data_ptr(), data.numel(), data.dtype, width, rows, columns
+
     def descriptor(self) -> Any:
         """The same as Triton wants it."""
         from triton.experimental.gluon import language as gl
@@ -81,18 +86,29 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | Matrix | int | float
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     current = driver.active.get_current_device()
     kinds: list[Any] = [id(kernel), current]
+    flat: list[Any] = []
+    unknown: list[tuple[int, int]] = []
     addresses = 0
-    for x in arguments:
+    for number, x in enumerate(arguments):
         kind = type(x)
         if kind is int:
             kinds.append((x == 1, x % ALIGNMENT == 0, x.bit_length() > 31))
+            flat.append(x)
         elif kind is float:
             kinds.append(float)
+            flat.append(x)
         elif kind is Matrix:
             kinds.append((x.data.dtype, x.rows, x.columns))
+            known = _descriptors.get(x.key())
+            if known is None:
+                unknown.append((len(flat), number))
+            else:
+                flat += known
         else:
+            address = x.data_ptr()
             kinds.append(x.dtype)
-            addresses |= x.data_ptr()
+            flat.append(address)
+            addresses |= address
     key = (*kinds, *constants.items())
     ready = None if addresses % ALIGNMENT or _watched() else _ready.get(key)
     if ready is None:
@@ -100,15 +116,8 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: d
         if not addresses % ALIGNMENT and (ready := _get_ready(kernel, compiled, arguments)) is not None:
             _ready[key] = ready
         return
-    flat: list[Any] = []
-    for number, x in enumerate(arguments):
-        kind = type(x)
-        if kind is int or kind is float:
-            flat.append(x)
-        elif kind is Matrix:
-            flat += _descriptor(x, number, ready)
-        else:
-            flat.append(x.data_ptr())
+    for place, number in reversed(unknown):
+        flat[place:place] = _encode(arguments[number], ready.layouts[number])
     stream = driver.active.get_current_stream(current)
     ready.run(programs, 1, 1, stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
 
@@ -123,16 +132,13 @@ def _watched() -> bool:
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
-def _descriptor(matrix: Matrix, number: int, ready: _Ready) -> list[Any]:
-    data, width, rows, columns = matrix
-    key = (data.data_ptr(), data.numel(), data.dtype, width, rows, columns)
-    found = _descriptors.get(key)
-    if found is None:
-        from triton.backends.nvidia.driver import make_tensordesc_arg
+def _encode(matrix: Matrix, layout: Any) -> list[Any]:
+    """What Triton's launcher makes of a descriptor, kept from now on."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        if len(_descriptors) >= MOST:
-            _descriptors.clear()
-        found = _descriptors[key] = make_tensordesc_arg(matrix.descriptor(), ready.layouts[number])
+    if len(_descriptors) >= MOST:
+        _descriptors.clear()
+    found = _descriptors[matrix.key()] = make_tensordesc_arg(matrix.descriptor(), layout)
     return found
 
 

@@ -84,9 +84,7 @@ def test_a_launcher_of_another_build_keeps_its_descriptors(kernel):
     assert quick._get_ready(kernel, compiled, (matrix,)) is None
 
 
-def test_descriptors_are_encoded_once_for_an_address(kernel, monkeypatch):
-    encoded = []
-
+def test_the_launcher_below_takes_descriptors_encoded(kernel):
     def launcher(*given):
         pass
 
@@ -102,14 +100,27 @@ def test_descriptors_are_encoded_once_for_an_address(kernel, monkeypatch):
     ready = quick._get_ready(kernel, SimpleNamespace(run=run, function=7, packed_metadata=()), (_matrix(),))
     assert ready.run.launch is launcher
     assert run.launch is not launcher
+    assert ready.layouts == {0: {"swizzle": 3}}
+
+
+def test_a_descriptor_is_encoded_once_for_an_address_and_a_shape(kernel, monkeypatch):
+    launched = []
     monkeypatch.setattr(quick, "_descriptors", {})
+    made = quick._descriptors
+    monkeypatch.setattr(quick, "_encode", lambda x, layout: made.setdefault(x.key(), [layout, len(made)]))
+    layouts = {0: "first", 1: "second"}
+    ready = quick._Ready(lambda *given: launched.append(given[9:]), 7, (), (None,), layouts, kernel)
+    monkeypatch.setattr(quick, "_get_ready", lambda *_: ready)
     monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
-    driver = pytest.importorskip("triton.backends.nvidia.driver")
-    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda x, layout: encoded.append((x, layout)) or [len(encoded)])
     held = torch.zeros(128, 64)
-    parts = [_matrix(held), _matrix(held), _matrix(held[:64]), _matrix(held[64:]), _matrix(held.view(-1, 128))]
-    assert [quick._descriptor(x, 0, ready) for x in parts] == [[1], [1], [2], [3], [4]]
-    assert encoded[0][1] == {"swizzle": 3}
+    for x in (held, held, held[:64], held[64:], held.view(-1, 128)):
+        quick.launch(kernel, 1, _matrix(x), _matrix(held), 40, SIZE=8)
+    assert launched == [
+        ("second", 0, "second", 0, 40, None),
+        ("first", 1, "second", 0, 40, None),
+        ("first", 2, "second", 0, 40, None),
+        ("first", 3, "second", 0, 40, None),
+    ]
 
 
 def _matrix(x=None):
