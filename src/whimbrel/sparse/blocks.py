@@ -95,14 +95,35 @@ def top_p(mass: Tensor, coverage: float, *, allowed: Tensor, forced: Tensor) -> 
     The entry that crosses the threshold is kept. `coverage` 1 keeps everything allowed, whatever rounding
     does to sums. Entries of equal mass are taken in order. All masks broadcast against `mass`.
     """
-    allowed = allowed.expand_as(mass)
+    return cover_rows(mass.unsqueeze(-2), coverage, 1.0, allowed=allowed, forced=forced)
+
+
+def per_million(share: float) -> int:
+    """A share as a whole number, so that every device counts alike."""
+    return round(share * 1_000_000)
+
+
+def rows_needed(rows: int, row_share: float) -> int:
+    """How many of `rows` queries are at least the share `row_share` of them; one at least."""
+    return max(1, -(-per_million(row_share) * rows // 1_000_000))
+
+
+def cover_rows(mass: Tensor, coverage: float, row_share: float, *, allowed: Tensor, forced: Tensor) -> Tensor:
+    """bool [..., n]: entries in order of their mean mass, the forced ones first, as few as it takes until at least
+    `row_share` of the rows of mass [..., R, n] keep `coverage`, each by itself.
+
+    The entry that crosses the threshold is kept. `coverage` 1 keeps everything allowed. The masks broadcast against
+    [..., n].
+    """
+    mean = mass.mean(-2)
+    allowed = allowed.expand_as(mean)
     if coverage >= 1:
         return allowed
-    order = _ranking(mass, allowed, forced)
-    sorted_mass = (mass * allowed).gather(-1, order).double()
+    order = _ranking(mean, allowed, forced)
+    sorted_mass = (mass * allowed.unsqueeze(-2)).gather(-1, order.unsqueeze(-2).expand_as(mass)).double()
     before = sorted_mass.cumsum(-1) - sorted_mass
-    keep = torch.zeros_like(allowed).scatter(-1, order, before < coverage)
-    return (keep | forced) & allowed
+    lacking = (before >= coverage).sum(-2) < rows_needed(mass.shape[-2], row_share)
+    return (torch.zeros_like(allowed).scatter(-1, order, lacking) | forced) & allowed
 
 
 def within_budget(

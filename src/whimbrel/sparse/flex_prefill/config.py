@@ -21,6 +21,9 @@ class FlexPrefillConfig(SelectorConfig):
 
     coverage: float = 0.95
     """Share of the attention mass to keep, above 0 and up to 1; gamma of the paper."""
+    row_share: float = 0.95
+    """Share of the probe's queries that must keep the coverage, each by itself; above 0 and up to 1. `official` asks it
+    of none."""
     mode: Literal["corrected", "official"] = "corrected"
     """`corrected`: what the paper states; `official`: what the authors' code selects, with its defects, to
     compare."""
@@ -38,6 +41,7 @@ class FlexPrefillConfig(SelectorConfig):
 
     def __post_init__(self) -> None:
         require(0 < self.coverage <= 1, "flex_prefill.coverage", self.coverage, "a share above 0 and up to 1")
+        require(0 < self.row_share <= 1, "flex_prefill.row_share", self.row_share, "a share above 0 and up to 1")
         modes = ("corrected", "official")
         require(self.mode in modes, "flex_prefill.mode", self.mode, " or ".join(map(repr, modes)))
         require(self.tau >= 0, "flex_prefill.tau", self.tau, "0 (no query-aware head) or a positive divergence")
@@ -51,7 +55,7 @@ class FlexPrefillConfig(SelectorConfig):
         """The selector (q, k, *, scale) -> Plan."""
         from whimbrel.sparse.flex_prefill import corrected, official
 
-        select = {"corrected": corrected.select, "official": official.select}[self.mode]
+        select = official.select if self.mode == "official" else partial(corrected.select, row_share=self.row_share)
         return partial(
             select,
             coverage=self.coverage,

@@ -16,6 +16,7 @@ def flex_prefill(
     v: Tensor,
     *,
     coverage: float = 0.95,
+    row_share: float = 0.95,
     mode: Literal["corrected", "official"] = "corrected",
     tau: float = 0.1,
     min_budget: int = 1024,
@@ -30,7 +31,7 @@ def flex_prefill(
         q: [B, Tq, H, D], the last Tq positions of the prompt; `mode="official"` needs Tq == Tk.
         k: [B, Tk, Hkv, D] with H a multiple of Hkv.
         v: [B, Tk, Hkv, Dv].
-        coverage, mode, tau, min_budget, max_budget, block_size: see FlexPrefillConfig; budgets are tokens.
+        coverage, row_share, mode, tau, min_budget, max_budget, block_size: see FlexPrefillConfig; budgets are tokens.
         scale: factor on q . k; 1 / sqrt(D) by default. The official selection ignores it, its attention does
             not.
         impl: see `whimbrel.attend.attend`.
@@ -44,6 +45,7 @@ def flex_prefill(
     """
     config = FlexPrefillConfig(
         coverage=coverage,
+        row_share=row_share,
         mode=mode,
         tau=tau,
         min_budget=min_budget,

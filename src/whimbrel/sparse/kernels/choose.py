@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PER_MILLION: tl.constexpr = tl.constexpr(1_000_000)
+
 
 @triton.jit
-def enough(mass, count, wanted, least, most, BUDGET: tl.constexpr):
-    """Whether blocks of this mass and count will do."""
-    done = mass >= wanted
+def enough(covered, needed, count, least, most, BUDGET: tl.constexpr):
+    """Whether so many covered queries and so many blocks will do."""
+    done = covered >= needed
     if BUDGET:
         done = (done & (count >= least)) | (count >= most)
     return done
@@ -24,40 +26,67 @@ def number(chosen, BUDGET: tl.constexpr):
 
 
 @triton.jit
-def choose(mass, bits, counts, rows, blocks, first_row, all_rows, words, first_block, wanted, least, most,
+def load_shares(shares, at, tile, n, p, step, wanted):
+    """int32 [N, P]: masses of the sampled queries of a tile, at int32 [P], in the wanted blocks; 0 elsewhere."""
+    found = tl.load(at + p) >= 0
+    return tl.load(shares + tile + n[:, None] * step + p[None, :], mask=wanted[:, None] & found[None, :], other=0)
+
+
+@triton.jit
+def choose(at, mass, shares, bits, counts, tiles, rows, blocks, first_row, all_rows, words, first_block, wanted,
+           row_share, least, most, HKV: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
            N: tl.constexpr, UNIT_BITS: tl.constexpr, BUDGET: tl.constexpr):  # fmt: skip
     """bits int32 [B * H, all_rows, words] and counts int64 [B * H, all_rows] of rows from first_row on.
 
-    mass int32 [B * H, rows, blocks]. The first block, a row's own and the one before it are kept; then the largest,
-    equal ones in their order, until their mass is at least `wanted` and, if BUDGET, their number `least`, or that is
-    `most`.
+    mass int32 [B * H, rows, blocks]; shares int32 [B * HKV, tiles, blocks, GROUP, P] and at int32 [tiles, P] as for
+    `masses`. The first block, a row's own and the one before it are kept; then those of the largest mass, equal ones in
+    their order, until of the row's sampled queries `row_share` in a million hold at least `wanted` each and, if BUDGET,
+    the blocks are `least`, or they are `most`.
     """
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = pair // (HKV * GROUP), pair % (HKV * GROUP)
     own = first_block + first_row + row
     n = tl.arange(0, N)
+    p = tl.arange(0, P)
     allowed = n <= own
     forced = allowed & ((n == 0) | (n >= own - 1))
     free = allowed & (n > 0) & (n < own - 1)
     x = tl.load(mass + (pair * rows + row) * blocks + n, mask=allowed & (n < blocks), other=0)
-    kept_mass = tl.sum(tl.where(forced, x, 0))
+    step = GROUP * P
+    tile = ((b * HKV + h // GROUP) * tiles + row * S) * blocks * step + h % GROUP * P
+    next_tile = tl.full([], step, tl.int64) * blocks
+    at += row * S * P
+    samples = tl.full([], 0, tl.int32)
+    for s in range(S):
+        samples += tl.sum((tl.load(at + s * P + p) >= 0).to(tl.int32))
+    needed = tl.maximum((samples * row_share + (PER_MILLION - 1)) // PER_MILLION, 1)
     kept = tl.sum(forced.to(tl.int32))
+    first = load_shares(shares, at, tile, n, p, step, allowed)
     # The largest threshold whose entries are enough; 0, if none is.
     threshold = 0
     for i in range(UNIT_BITS + 1):
         higher = threshold | (1 << (UNIT_BITS - i))
         over = free & (x >= higher)
-        over_mass = kept_mass + tl.sum(tl.where(over, x, 0))
-        got = enough(over_mass, kept + number(over, BUDGET), wanted, least, most, BUDGET)
+        inside = forced | over
+        covered = tl.sum((tl.sum(tl.where(inside[:, None], first, 0), 0) >= wanted).to(tl.int32))
+        for s in range(1, S):
+            more = load_shares(shares, at + s * P, tile + s * next_tile, n, p, step, inside)
+            covered += tl.sum((tl.sum(more, 0) >= wanted).to(tl.int32))
+        got = enough(covered, needed, kept + number(over, BUDGET), least, most, BUDGET)
         threshold = tl.where(got, higher, threshold)
     over = free & (x > threshold)
-    level = free & (x == threshold)
-    mass_over = kept_mass + tl.sum(tl.where(over, x, 0))
-    count_over = kept + tl.sum(over.to(tl.int32))
-    earlier = tl.cumsum(level.to(tl.int32), 0) - level.to(tl.int32)
-    # Products of a threshold and a count can exceed 32 bits.
-    before = mass_over.to(tl.int64) + earlier.to(tl.int64) * threshold
-    level = level & (enough(before, count_over + earlier, wanted, least, most, BUDGET) == 0)
-    keep = (forced | over | level).to(tl.int32)
+    level = (free & (x == threshold)).to(tl.int32)
+    inside = forced | over
+    # What the queries hold before each entry that lies at the threshold: such entries are taken in order.
+    covered = tl.zeros([N], tl.int32)
+    for s in range(S):
+        part = load_shares(shares, at + s * P, tile + s * next_tile, n, p, step, inside | (level > 0))
+        tied = tl.where(level[:, None] > 0, part, 0)
+        held = tl.sum(tl.where(inside[:, None], part, 0), 0)[None, :] + tl.cumsum(tied, 0) - tied
+        covered += tl.sum((held >= wanted).to(tl.int32), 1)
+    earlier = kept + tl.sum(over.to(tl.int32)) + tl.cumsum(level, 0) - level
+    level = (level > 0) & (enough(covered, needed, earlier, least, most, BUDGET) == 0)
+    keep = (inside | level).to(tl.int32)
     tl.store(counts + pair * all_rows + first_row + row, tl.sum(keep).to(tl.int64))
     packed = tl.sum(tl.reshape(keep, [N // 32, 32]) << tl.arange(0, 32)[None, :], 1)
     w = tl.arange(0, N // 32)

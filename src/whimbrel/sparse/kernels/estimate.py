@@ -105,8 +105,9 @@ def masses(at, lse, whole, mass, tiles, rows, blocks, first, GROUP: tl.constexpr
            P: tl.constexpr, S: tl.constexpr, RUN: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """mass int32 [B, H, rows, blocks] in units of 1 / UNIT, rounded down: means over the S tiles of each row.
 
-    Whole numbers have sums that no order of summation changes. Blocks behind a row's own get 0. G is GROUP or the next
-    power of two.
+    `lse` becomes the mass for each sampled query, int32 in the same units in the same place. Whole numbers have sums
+    that no order of summation changes. Blocks behind a row's own get 0 in `mass` and are not touched in `lse`. G is
+    GROUP or the next power of two.
     """
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r = tl.arange(0, G * P)
@@ -126,7 +127,9 @@ def masses(at, lse, whole, mass, tiles, rows, blocks, first, GROUP: tl.constexpr
                 some = (j + c[:, None] <= own) & ok[None, :]
                 where = ((first_tile + s) * blocks + j + c[:, None]) * (GROUP * P) + r[None, :]
                 x = tl.load(lse + where, mask=some, other=float("-inf"))
-                found += tl.sum(tl.reshape(tl.exp2(x - whole_s[None, :]), [RUN, G, P]), 2)
+                alone = tl.exp2(x - whole_s[None, :])
+                found += tl.sum(tl.reshape(alone, [RUN, G, P]), 2)
+                tl.store(lse + where, (alone * UNIT).to(tl.int32).to(tl.float32, bitcast=True), mask=some)
         share = found / count.to(tl.float32) * UNIT
         out = ((pair * GROUP + g[None, :]) * rows + row) * blocks + j + c[:, None]
         tl.store(mass + out, share.to(tl.int32), mask=(j + c[:, None] < blocks) & (g[None, :] < GROUP))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whimbrel.attend.kernels import hopper_launch
 from whimbrel.attend.plan import Grid, Plan
+from whimbrel.sparse.blocks import per_million
 from whimbrel.sparse.kernels.choose import choose, compact
 from whimbrel.sparse.kernels.estimate import block_lse, masses, whole_lse
 
@@ -36,7 +37,16 @@ every causal block is cheaper."""
 
 
 def sampled_plan(
-    q: Tensor, k: Tensor, grid: Grid, *, probe_rows: int, coverage: float, least: int, most: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    grid: Grid,
+    *,
+    probe_rows: int,
+    coverage: float,
+    row_share: float,
+    least: int,
+    most: int | None,
+    scale: float,
 ) -> Plan:
     """The plan for q [B, Tq, H, D] and k [B, Tk, Hkv, D] from the exact masses of sampled queries.
 
@@ -54,11 +64,13 @@ def sampled_plan(
     step = max(1, SCRATCH_BYTES // (4 * pairs * blocks * positions.shape[1]))
     for first in range(0, rows, step):
         part = positions[first : first + step]
-        mass = tile_mass(q, k, grid, part, first_block=grid.first_block + first, scale=scale)
+        mass, shares = tile_shares(q, k, grid, part, first_block=grid.first_block + first, scale=scale)
+        tiles, slots = shares.shape[2], min(part.shape[1], MOST_SLOTS)
         choose[(len(part), pairs)](
-            mass, bits, counts, len(part), mass.shape[-1], first, rows, words, grid.first_block, wanted, least,
-            2**31 - 1 if most is None else most, N=width, UNIT_BITS=UNIT_BITS, BUDGET=least > 0 or most is not None,
-            num_warps=max(1, width // 1024),
+            part, mass, shares, bits, counts, tiles, len(part), mass.shape[-1], first, rows, words, grid.first_block,
+            wanted, per_million(row_share), least, 2**31 - 1 if most is None else most,
+            HKV=k.shape[2], GROUP=heads // k.shape[2], P=slots, S=part.shape[1] // slots, N=width, UNIT_BITS=UNIT_BITS,
+            BUDGET=least > 0 or most is not None, num_warps=max(1, min(16, width * slots // 2048)),
         )  # fmt: skip
     return _plan(bits, counts, grid, batch, most)
 
@@ -86,8 +98,15 @@ def _plan(chosen: Tensor, counts: Tensor, grid: Grid, batch: int, most: int | No
 
 
 def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_block: int, scale: float) -> Tensor:
-    """Mean exact mass of key blocks for the queries at `positions`, in units of 2^-UNIT_BITS: int32
-    [B, H, rows, first_block + rows].
+    """The first of `tile_shares`."""
+    return tile_shares(q, k, grid, positions, first_block=first_block, scale=scale)[0]
+
+
+def tile_shares(
+    q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact mass of key blocks for the queries at `positions`, in units of 2^-UNIT_BITS: the mean, int32
+    [B, H, rows, first_block + rows], and each query's, int32 as `estimate.masses` leaves it.
 
     positions int32 [rows, slots], absolute, -1 for none, slots a power of two or a multiple of MOST_SLOTS; row i lies
     in block first_block + i.
@@ -130,7 +149,7 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, positions: Tensor, *, first_bloc
         positions, lse, whole, mass, tiles, rows, blocks, first_block,
         GROUP=group, G=triton.next_power_of_2(group), P=slots, S=sub, RUN=4 * RUN, UNIT=2**UNIT_BITS,
     )  # fmt: skip
-    return mass
+    return mass, lse.view(torch.int32)
 
 
 def _block_lse_on_hopper(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from whimbrel.attend.kernels.test_kernel import PoisonedTorch
 from whimbrel.attend.test_plan import random_mask
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.sparse import RowLocalConfig
-from whimbrel.sparse.blocks import always_kept, block_mass, heads_first, top_p, within_budget
+from whimbrel.sparse.blocks import always_kept, block_mass, cover_rows, heads_first, per_million, within_budget
 from whimbrel.sparse.row_local.select import _sample
 from whimbrel.testing.heads import gaussian, mixed, structured
 
@@ -69,36 +70,48 @@ def test_masses_are_exact(probe, dtype, rows, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("coverage", "least", "most"), [(0.3, 0, None), (0.9, 0, None), (0.5, 9, None), (0.99, 0, 6), (1.0, 0, None)]
+    ("coverage", "row_share", "least", "most"),
+    [(0.3, 0.95, 0, None), (0.9, 0.5, 0, None), (0.5, 0.7, 9, None), (0.99, 1.0, 0, 6), (1.0, 0.5, 0, None)],
 )
-def test_choice_is_that_of_the_slow_path(coverage, least, most):
-    grid = Grid(16, 16 * 12, 16 * 40)
-    mass = torch.rand(1, 1, grid.query_blocks, grid.key_blocks, generator=torch.Generator().manual_seed(2)).pow(6)
-    causal, forced = grid.causal(), always_kept(grid, mass.device)
-    mass = (mass * causal).double()
-    whole = (mass / mass.sum(-1, keepdim=True) * UNIT).int()
-    whole[..., ::3] = whole[..., ::3] // (1 << 22) << 22  # many equal ones
-    exact = whole.double() / UNIT
-    want = within_budget(
-        top_p(exact, coverage, allowed=causal, forced=forced),
-        exact,
-        allowed=causal,
-        forced=forced,
-        least=least,
-        most=most,
+@pytest.mark.parametrize("tiles_of_a_row", [1, 2])
+def test_choice_is_that_of_the_slow_path(coverage, row_share, least, most, tiles_of_a_row):
+    """Made-up masses of 8 queries of two heads, many of them equal and some queries missing."""
+    grid, heads, slots = Grid(16, 16 * 3, 16 * 40), 2, 4
+    rows, blocks, tiles = grid.query_blocks, grid.key_blocks, tiles_of_a_row * grid.query_blocks
+    g = torch.Generator().manual_seed(2)
+    causal, forced = grid.causal(), always_kept(grid, torch.device("cpu"))
+    alone = torch.rand(heads, rows, tiles_of_a_row * slots, blocks, generator=g).pow(6).double() * causal[:, None]
+    alone = (alone / alone.sum(-1, keepdim=True) * UNIT).int()
+    alone[..., ::3] = 1 << 20
+    at = torch.zeros(rows, tiles_of_a_row * slots, dtype=torch.int32)
+    at[1, 2:] = -1
+    alone[:, 1, 2:] = 0
+    mass = alone.double().sum(2) / (at >= 0).sum(1)[:, None]
+    want = torch.stack(
+        [
+            cover_rows(
+                alone[:, i, at[i] >= 0].double() / UNIT, coverage, row_share, allowed=causal[i], forced=forced[i]
+            )
+            for i in range(rows)
+        ],
+        1,
     )
-    rows, blocks = grid.query_blocks, grid.key_blocks
-    bits = torch.full((1, rows, 2), -1, dtype=torch.int32)
-    counts = torch.full((1, rows), -1)
-    wanted = 2**31 - 1 if coverage >= 1 else int(coverage * UNIT)
-    choose[(rows, 1)](
-        whole, bits, counts, rows, blocks, 0, rows, 2, grid.first_block, wanted, least, most or 2**31 - 1,
-        N=64, UNIT_BITS=launch.UNIT_BITS, BUDGET=least > 0 or most is not None,
+    want = within_budget(want, mass.int().double(), allowed=causal, forced=forced, least=least, most=most)
+    alone[:, 1, 2:] = 2**31 - 1  # nobody writes the masses of queries that are not there
+    shares = alone.unflatten(2, (tiles_of_a_row, slots)).permute(1, 2, 4, 0, 3).contiguous()  # tiles, blocks, group, P
+    bits = torch.full((heads, rows, 2), -1, dtype=torch.int32)
+    counts = torch.full((heads, rows), -1)
+    wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * UNIT)
+    choose[(rows, heads)](
+        at, mass.int(), shares, bits, counts, tiles, rows, blocks, 0, rows, 2, grid.first_block, wanted,
+        per_million(row_share), least, most or 2**31 - 1,
+        HKV=1, GROUP=heads, P=slots, S=tiles_of_a_row, N=64, UNIT_BITS=launch.UNIT_BITS,
+        BUDGET=least > 0 or most is not None,
     )  # fmt: skip
     got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
-    assert torch.equal(got, want[0])
-    assert torch.equal(counts, want[0].sum(-1))
-    assert torch.equal(launch._plan(bits, counts, grid, 1, most).check().to_mask(), want)
+    assert torch.equal(got, want)
+    assert torch.equal(counts, want.sum(-1))
+    assert torch.equal(launch._plan(bits, counts, grid, 1, most).check().to_mask()[0], want)
 
 
 def test_a_mask_becomes_a_plan():
@@ -175,7 +188,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from whimbrel.sparse.kernels import choose, estimate
 
-types = dict.fromkeys("at mass bits counts chosen indices".split(), "*i32") | {"q": "*bf16", "k": "*bf16"}
+types = dict.fromkeys("at mass shares bits counts chosen indices".split(), "*i32") | {"q": "*bf16", "k": "*bf16"}
 types |= {"offsets": "*i64", "counts": "*i64", "scale": "fp32"} | dict.fromkeys("lse whole".split(), "*fp32")
 flags = dict(HKV=8, GROUP=4, G=4, P=16, S=1, Q=2, M=128, MP=64, D=128, BD=128, SIZE=128, RUN=16, PRECISION="tf32")
 flags |= dict(BUDGET=True, N=1024, UNIT=2**30, UNIT_BITS=30, PACKED=True)

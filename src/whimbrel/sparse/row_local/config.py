@@ -20,7 +20,10 @@ class RowLocalConfig(SelectorConfig):
     """Whether a row's choice is the same for every suffix and every cut of the prompt on block borders."""
 
     coverage: float = 0.95
-    """Share of the attention mass, as estimated, that each query block keeps; above 0 and up to 1."""
+    """Share of its attention mass that a query keeps, as estimated; above 0 and up to 1."""
+    row_share: float = 0.95
+    """Share of the looked-at queries of a block that must keep the coverage, each by itself; above 0 and up to 1. Of 16
+    it is all at the default."""
     estimate: Literal["sampled", "mean", "exact"] = "sampled"
     """Block masses come from: `exact` all queries of the block and all their keys; `sampled` some of its
     queries and all their keys; `mean` all its queries and the mean key of each earlier block (cheapest, blind
@@ -41,6 +44,7 @@ class RowLocalConfig(SelectorConfig):
 
     def __post_init__(self) -> None:
         require(0 < self.coverage <= 1, "row_local.coverage", self.coverage, "a share above 0 and up to 1")
+        require(0 < self.row_share <= 1, "row_local.row_share", self.row_share, "a share above 0 and up to 1")
         estimates = ("sampled", "mean", "exact")
         names = f"one of {', '.join(map(repr, estimates))}"
         require(self.estimate in estimates, "row_local.estimate", self.estimate, names)
@@ -71,6 +75,7 @@ class RowLocalConfig(SelectorConfig):
         return partial(
             select,
             coverage=self.coverage,
+            row_share=self.row_share,
             estimate=self.estimate,
             probe_rows=16 if self.probe_rows is None else self.probe_rows,
             min_budget=self.min_budget,

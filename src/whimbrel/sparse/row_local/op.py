@@ -16,6 +16,7 @@ def row_local(
     v: Tensor,
     *,
     coverage: float = 0.95,
+    row_share: float = 0.95,
     estimate: Literal["sampled", "mean", "exact"] = "sampled",
     probe_rows: int | None = None,
     min_budget: int = 0,
@@ -30,8 +31,8 @@ def row_local(
         q: [B, Tq, H, D], the last Tq positions of the prompt.
         k: [B, Tk, Hkv, D] with H a multiple of Hkv.
         v: [B, Tk, Hkv, Dv].
-        coverage, estimate, probe_rows, min_budget, max_budget, block_size: see RowLocalConfig; budgets are
-            tokens.
+        coverage, row_share, estimate, probe_rows, min_budget, max_budget, block_size: see RowLocalConfig; budgets
+            are tokens.
         scale: factor on q . k; 1 / sqrt(D) by default.
         impl: what attends, see `whimbrel.attend.attend`; what chooses is `RowLocalConfig.impl`, here "auto".
 
@@ -43,6 +44,7 @@ def row_local(
     """
     config = RowLocalConfig(
         coverage=coverage,
+        row_share=row_share,
         estimate=estimate,
         probe_rows=probe_rows,
         min_budget=min_budget,

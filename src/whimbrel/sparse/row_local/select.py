@@ -15,10 +15,10 @@ from whimbrel.sparse.blocks import (
     block_mass,
     block_means,
     blocks_of,
+    cover_rows,
     heads_first,
     per_key_head,
     plan_of,
-    top_p,
     within_budget,
 )
 from whimbrel.sparse.kernels import proven, unfit
@@ -29,6 +29,7 @@ def select(
     k: Tensor,
     *,
     coverage: float,
+    row_share: float,
     estimate: str,
     probe_rows: int,
     min_budget: int,
@@ -59,11 +60,13 @@ def select(
         from whimbrel.sparse.kernels.launch import sampled_plan
 
         rows = block_size if estimate == "exact" else probe_rows
-        return sampled_plan(q, k, grid, probe_rows=rows, coverage=coverage, scale=scale, **budget)
+        return sampled_plan(q, k, grid, probe_rows=rows, coverage=coverage, row_share=row_share, scale=scale, **budget)
     query, keys = heads_first(q), heads_first(k)
     means = block_means(keys, block_size)[0]
 
+    causal, forced = grid.causal(q.device), always_kept(grid, q.device)
     mass = query.new_zeros(shape.batch, shape.heads, grid.query_blocks, grid.key_blocks)
+    chosen = torch.zeros_like(mass, dtype=torch.bool)
     for row in range(grid.query_blocks):
         first, stop = grid.query_span(row)
         at = torch.arange(first, stop, device=q.device) + grid.offset
@@ -76,19 +79,14 @@ def select(
             found = _mean_mass(rows, means[:, :, :own], here, at - own * block_size, block_size, scale)
         else:
             # Only keys up to the block's last query take part, so that later ones cannot change a rounding.
-            seen = keys[:, :, : stop + grid.offset]
-            found = block_mass(rows, seen, at, block_size=block_size, scale=scale, first=first + grid.offset)
+            earlier = keys[:, :, : stop + grid.offset]
+            found = block_mass(rows, earlier, at, block_size=block_size, scale=scale, first=first + grid.offset)
         mass[:, :, row, : own + 1] = found.mean(2)
-
-    causal, forced = grid.causal(q.device), always_kept(grid, q.device)
-    chosen = within_budget(
-        top_p(mass, coverage, allowed=causal, forced=forced),
-        mass,
-        allowed=causal,
-        forced=forced,
-        **budget,
-    )
-    return plan_of(chosen, grid)
+        seen = slice(own + 1)
+        chosen[:, :, row, seen] = cover_rows(
+            found, coverage, row_share, allowed=causal[row, seen], forced=forced[row, seen]
+        )
+    return plan_of(within_budget(chosen, mass, allowed=causal, forced=forced, **budget), grid)
 
 
 def _sample(at: Tensor, block_size: int, probe_rows: int) -> Tensor:

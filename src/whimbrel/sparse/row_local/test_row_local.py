@@ -18,9 +18,9 @@ from whimbrel.testing.budget import assert_close
 from whimbrel.testing.heads import STRUCTURED, gaussian, mixed, structured
 
 
-def per_row(q, k, plan):
-    """Mean coverage over the queries of each query block: [B, H, query blocks]."""
-    found = coverage(q, k, plan)
+def covered(q, k, plan, asked):
+    """Share of the queries of each query block that keep the asked coverage: [B, H, query blocks]."""
+    found = (coverage(q, k, plan) >= asked - 1e-5).double()
     spans = [plan.grid.query_span(i) for i in range(plan.grid.query_blocks)]
     return torch.stack([found[..., first:stop].mean(-1) for first, stop in spans], -1)
 
@@ -34,38 +34,57 @@ def test_exact_masses_keep_the_promise_in_every_row(asked, q_len):
         mixed(3, tokens=1000, heads=8, kv_heads=2, dim=64, dtype=torch.float32),
     ):
         plan = RowLocalConfig(coverage=asked, estimate="exact", block_size=32).build()(q[:, -q_len:], k)
-        assert (per_row(q[:, -q_len:], k, plan) >= asked - 1e-5).all()
+        assert (covered(q[:, -q_len:], k, plan, asked) >= 0.95).all()
 
 
 def test_exact_masses_keep_no_block_too_many():
+    """Without the smallest block that is not kept in any case, too few queries would be covered."""
     q, k, _ = structured(4, tokens=1000)
-    plan = RowLocalConfig(coverage=0.9, estimate="exact", block_size=32).build()(q, k)
-    rows = torch.arange(1000)
-    mass = block_mass(heads_first(q), heads_first(k), rows, block_size=32, scale=0.125)
-    mass = torch.stack([m.mean(2) for m in mass.split(32, 2)], 2)
-    chosen = plan.to_mask()
-    free = chosen & ~always_kept(plan.grid, q.device)
-    smallest = mass.masked_fill(~free, torch.inf).amin(-1)
-    with_free = free.any(-1)
-    assert with_free.sum() > 40
-    assert ((mass * chosen).sum(-1) - smallest < 0.9 + 1e-6)[with_free].all()
+    asked = 0.9
+    plan = RowLocalConfig(coverage=asked, estimate="exact", block_size=32).build()(q, k)
+    mass = block_mass(heads_first(q), heads_first(k), torch.arange(1000), block_size=32, scale=0.125)
+    chosen, kept = plan.to_mask(), always_kept(plan.grid, q.device)
+    seen = 0
+    for row in range(plan.grid.query_blocks):
+        first, stop = plan.grid.query_span(row)
+        for head in range(4):
+            free = chosen[0, head, row] & ~kept[row]
+            if free.any():
+                here = mass[0, head, first:stop]
+                smallest = here.mean(0).masked_fill(~free, torch.inf).argmin()
+                without = here[:, chosen[0, head, row]].sum(-1) - here[:, smallest]
+                assert (without >= asked + 1e-6).double().mean() < 0.95
+                seen += 1
+    assert seen > 40
 
 
-def test_sampled_masses_come_near_the_promise():
-    q, k, _ = structured(5, tokens=4096)
-    found = per_row(q, k, RowLocalConfig(coverage=0.95).build()(q, k))[0]
-    assert (found.mean(-1) >= 0.95).all()
-    assert found.quantile(0.05) >= 0.94
-    assert found.min() >= 0.9
+def test_sampled_masses_keep_the_asked_coverage_in_95_of_100_rows():
+    """On heads of the four kinds at 16k tokens, and on heads of mixed sharpness."""
+    for q, k, _ in (
+        structured(5, tokens=16_384),
+        mixed(5, tokens=4096, heads=8, kv_heads=2, dim=64, dtype=torch.float32),
+    ):
+        rows = torch.arange(3, q.shape[1], 13)
+        found = coverage(q, k, RowLocalConfig(coverage=0.95).build()(q, k), rows=rows)[0]
+        assert ((found >= 0.95 - 1e-5).double().mean(-1) >= 0.95).all()
+
+
+def test_fewer_rows_may_be_asked_for():
+    q, k, _ = structured(6, tokens=2048)
+    half = RowLocalConfig(row_share=0.5).build()(q, k)
+    most = RowLocalConfig().build()(q, k)
+    assert half.mean_density() < most.mean_density()
+    found = (coverage(q, k, half) >= 0.95).double().mean(-1)[0]
+    assert ((found > 0.4) & (found < 0.999)).all()
 
 
 def test_mean_keys_keep_the_promise_only_where_blocks_are_smooth():
     q, k, _ = structured(5, tokens=4096)
-    found = per_row(q, k, RowLocalConfig(coverage=0.95, estimate="mean").build()(q, k))[0]
-    worst = dict(zip(STRUCTURED, found.amin(-1).tolist(), strict=True))
-    assert worst["local"] >= 0.95 - 1e-4
-    assert worst["diffuse"] >= 0.95 - 1e-3
-    assert worst["slashes"] < 0.7
+    plan = RowLocalConfig(coverage=0.95, estimate="mean").build()(q, k)
+    worst = dict(zip(STRUCTURED, coverage(q, k, plan)[0].quantile(0.05, -1).tolist(), strict=True))
+    assert worst["local"] >= 0.95 - 1e-3
+    assert worst["diffuse"] >= 0.95 - 2e-3
+    assert worst["scattered"] < 0.8
 
 
 def test_samples_lie_at_fixed_places_of_the_block():
@@ -133,6 +152,7 @@ def test_row_local_attends_over_its_plan():
     [
         ({"coverage": 0.0}, "row_local.coverage = 0.0 is not allowed; use a share above 0 and up to 1"),
         ({"coverage": 1.2}, "row_local.coverage = 1.2 is not allowed; use a share above 0 and up to 1"),
+        ({"row_share": 1.01}, "row_local.row_share = 1.01 is not allowed; use a share above 0 and up to 1"),
         ({"estimate": "max"}, "row_local.estimate = 'max' is not allowed; use one of 'sampled', 'mean', 'exact'"),
         (
             {"estimate": "mean", "probe_rows": 4},
