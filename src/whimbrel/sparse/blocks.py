@@ -89,15 +89,6 @@ def blocks_of(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def top_p(mass: Tensor, coverage: float, *, allowed: Tensor, forced: Tensor) -> Tensor:
-    """The fewest entries along the last axis that hold at least `coverage`, the forced ones among them.
-
-    The entry that crosses the threshold is kept. `coverage` 1 keeps everything allowed, whatever rounding
-    does to sums. Entries of equal mass are taken in order. All masks broadcast against `mass`.
-    """
-    return cover_rows(mass.unsqueeze(-2), coverage, 1.0, allowed=allowed, forced=forced)
-
-
 def per_million(share: float) -> int:
     """A share as a whole number, so that every device counts alike."""
     return round(share * 1_000_000)
@@ -112,8 +103,8 @@ def cover_rows(mass: Tensor, coverage: float, row_share: float, *, allowed: Tens
     """bool [..., n]: entries in order of their mean mass, the forced ones first, as few as it takes until at least
     `row_share` of the rows of mass [..., R, n] keep `coverage`, each by itself.
 
-    The entry that crosses the threshold is kept. `coverage` 1 keeps everything allowed. The masks broadcast against
-    [..., n].
+    The entry that crosses the threshold is kept, and equal ones are taken in order. `coverage` 1 keeps everything
+    allowed, whatever rounding does to sums. The masks broadcast against [..., n].
     """
     mean = mass.mean(-2)
     allowed = allowed.expand_as(mean)

@@ -47,6 +47,11 @@ def test_always_kept_blocks():
     assert kept.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 1, 1]]
 
 
+def top_p(mass, coverage, *, allowed, forced):
+    """For a single query."""
+    return blocks.cover_rows(mass[None], coverage, 1.0, allowed=allowed, forced=forced)
+
+
 def fewest(mass, coverage, forced):
     """Least number of entries, the forced ones among them, that sum to the coverage."""
     free = [i for i in range(len(mass)) if not forced[i]]
@@ -68,7 +73,7 @@ def test_top_p_takes_the_fewest_that_reach_the_coverage(mass, coverage, forced):
     mass = torch.tensor(mass, dtype=torch.float64) + 1e-3
     mass /= mass.sum()
     must = torch.tensor([bool(forced >> i & 1) for i in range(len(mass))])
-    keep = blocks.top_p(mass, coverage, allowed=torch.ones_like(must), forced=must)
+    keep = top_p(mass, coverage, allowed=torch.ones_like(must), forced=must)
     assert (keep | ~must).all()
     assert mass[keep].sum() >= coverage - 1e-12
     # Sums that equal the coverage but for rounding may fall either way.
@@ -79,23 +84,45 @@ def test_top_p_takes_the_fewest_that_reach_the_coverage(mass, coverage, forced):
 def test_top_p_keeps_the_entry_that_crosses():
     mass = torch.tensor([0.5, 0.3, 0.2])
     everything, nothing = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
-    assert blocks.top_p(mass, 0.5, allowed=everything, forced=nothing).tolist() == [True, False, False]
-    assert blocks.top_p(mass, 0.51, allowed=everything, forced=nothing).tolist() == [True, True, False]
-    assert blocks.top_p(mass, 1.0, allowed=everything, forced=nothing).all()
-    assert blocks.top_p(torch.tensor([1.0, 0, 0]), 1.0, allowed=everything, forced=nothing).all()
+    assert top_p(mass, 0.5, allowed=everything, forced=nothing).tolist() == [True, False, False]
+    assert top_p(mass, 0.51, allowed=everything, forced=nothing).tolist() == [True, True, False]
+    assert top_p(mass, 1.0, allowed=everything, forced=nothing).all()
+    assert top_p(torch.tensor([1.0, 0, 0]), 1.0, allowed=everything, forced=nothing).all()
 
 
 def test_top_p_never_takes_what_is_not_allowed():
     mass = torch.tensor([0.1, 0.1, 0.8])
     allowed = torch.tensor([True, True, False])
     for coverage in (0.05, 0.5, 0.99, 1.0):
-        keep = blocks.top_p(mass, coverage, allowed=allowed, forced=torch.tensor([False, False, True]))
+        keep = top_p(mass, coverage, allowed=allowed, forced=torch.tensor([False, False, True]))
         assert not keep[2]
+
+
+@pytest.mark.parametrize("row_share", [0.25, 0.5, 0.75, 1.0])
+def test_so_many_queries_are_covered_and_no_block_is_too_many(row_share):
+    g = torch.Generator().manual_seed(1)
+    mass = torch.rand(3, 8, 20, generator=g).pow(6)
+    mass /= mass.sum(-1, keepdim=True)
+    allowed, forced = torch.arange(20) < 18, torch.arange(20) == 17
+    keep = blocks.cover_rows(mass, 0.8, row_share, allowed=allowed, forced=forced)
+    assert keep[:, 17].all()
+    assert not keep[:, 18:].any()
+    needed = blocks.rows_needed(8, row_share)
+    assert needed == 8 * row_share
+    for one, rows in zip(keep, mass):
+        last = rows.mean(0).masked_fill(~one | forced, torch.inf).argmin()
+        assert ((rows * one).sum(-1) >= 0.8 - 1e-9).sum() >= needed or torch.equal(one, allowed)
+        assert ((rows * one).sum(-1) - rows[:, last] >= 0.8).sum() < needed
+
+
+def test_the_share_of_queries_is_counted_in_whole_ones():
+    assert [blocks.rows_needed(rows, 0.95) for rows in (1, 16, 20, 32, 128)] == [1, 16, 19, 31, 122]
+    assert [blocks.rows_needed(rows, 1.0) for rows in (1, 256)] == [1, 256]
 
 
 def test_ties_are_taken_in_order():
     mass = torch.full((6,), 1 / 6)
-    keep = blocks.top_p(mass, 0.5, allowed=torch.ones(6).bool(), forced=torch.zeros(6).bool())
+    keep = top_p(mass, 0.5, allowed=torch.ones(6).bool(), forced=torch.zeros(6).bool())
     assert keep.tolist() == [True, True, True, False, False, False]
 
 

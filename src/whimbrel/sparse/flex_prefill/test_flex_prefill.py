@@ -11,7 +11,7 @@ import torch
 from whimbrel.attend import Grid
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.sparse import FlexPrefillConfig
-from whimbrel.sparse.blocks import block_mass, heads_first, top_p
+from whimbrel.sparse.blocks import block_mass, cover_rows, heads_first
 from whimbrel.sparse.coverage import coverage
 from whimbrel.sparse.flex_prefill import flex_prefill, official
 from whimbrel.sparse.flex_prefill.corrected import probe_start, slash_mass
@@ -139,7 +139,7 @@ def test_defect_f_the_entry_that_crosses_the_threshold_is_dropped():
     kept = official.cover_globally(rows, 0.9)
     assert (rows * kept).sum() < 0.9 * 2
     allowed = torch.ones(2, 2, dtype=torch.bool).tril()
-    better = top_p(rows, 0.9, allowed=allowed, forced=~torch.ones_like(allowed))
+    better = cover_rows(rows[..., None, :], 0.9, 1.0, allowed=allowed, forced=~torch.ones_like(allowed))
     assert ((rows * better).sum(-1) >= 0.9).all()
     # On a whole head: the only row that must give way for the others' sake is the one asked about.
     q, k, _ = diffuse(8, tokens=TOKENS)

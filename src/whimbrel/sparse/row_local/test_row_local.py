@@ -75,7 +75,8 @@ def test_fewer_rows_may_be_asked_for():
     most = RowLocalConfig().build()(q, k)
     assert half.mean_density() < most.mean_density()
     found = (coverage(q, k, half) >= 0.95).double().mean(-1)[0]
-    assert ((found > 0.4) & (found < 0.999)).all()
+    assert (found > 0.5).all()
+    assert found[list(STRUCTURED).index("slashes")] < 0.9
 
 
 def test_mean_keys_keep_the_promise_only_where_blocks_are_smooth():
