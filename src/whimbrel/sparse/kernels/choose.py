@@ -62,10 +62,14 @@ def choose(at, mass, shares, bits, counts, tiles, rows, blocks, first_row, all_r
     needed = tl.maximum((samples * row_share + (PER_MILLION - 1)) // PER_MILLION, 1)
     kept = tl.sum(forced.to(tl.int32))
     first = load_shares(shares, at, tile, n, p, step, allowed)
-    # The largest threshold whose entries are enough; 0, if none is.
+    # The largest threshold whose entries are enough; 0, if none is. Its highest bit is searched by halves, as few bits
+    # have entries at all; then bit by bit, until one mass is left that it can be.
     threshold = 0
-    for i in range(UNIT_BITS + 1):
-        higher = threshold | (1 << (UNIT_BITS - i))
+    low, high = -1, UNIT_BITS + 1  # bits that are known to be enough, and not
+    bit = (low + high) // 2
+    open = 1
+    while open > 0:
+        higher = threshold | (1 << bit)
         over = free & (x >= higher)
         inside = forced | over
         covered = tl.sum((tl.sum(tl.where(inside[:, None], first, 0), 0) >= wanted).to(tl.int32))
@@ -73,7 +77,24 @@ def choose(at, mass, shares, bits, counts, tiles, rows, blocks, first_row, all_r
             more = load_shares(shares, at + s * P, tile + s * next_tile, n, p, step, inside)
             covered += tl.sum((tl.sum(more, 0) >= wanted).to(tl.int32))
         got = enough(covered, needed, kept + number(over, BUDGET), least, most, BUDGET)
-        threshold = tl.where(got, higher, threshold)
+        if threshold == 0:
+            low = tl.where(got, bit, low)
+            high = tl.where(got, high, bit)
+            found = high - low == 1
+            threshold = tl.where(found & (low >= 0), 1 << tl.maximum(low, 0), 0)
+            bit = tl.where(found, low - 1, (low + high) // 2)
+            open = (bit >= 0).to(tl.int32)
+        else:
+            threshold = tl.where(got, higher, threshold)
+            bit -= 1
+            open = (bit >= 0).to(tl.int32)
+        if threshold > 0:
+            between = free & (x >= threshold) & (x - threshold < (1 << (bit + 1)))
+            least_left = tl.min(tl.where(between, x, 2147483647))
+            most_left = tl.max(tl.where(between, x, 0))
+            if least_left == most_left:
+                threshold = most_left
+                open = 0
     over = free & (x > threshold)
     level = (free & (x == threshold)).to(tl.int32)
     inside = forced | over

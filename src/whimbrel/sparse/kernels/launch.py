@@ -29,8 +29,9 @@ HOPPER_RUN = 32
 """Key blocks that one of its programs takes: many, since it reads its queries first, but enough programs for a card."""
 HOPPER_STAGES = 4
 """Key blocks that are in shared memory at a time."""
-SCRATCH_BYTES = 1 << 26
-"""Memory for the statistics of the query blocks that are under way."""
+LEAST_SCRATCH, MOST_SCRATCH = 1 << 23, 40 << 20
+"""Bytes for the statistics of the query blocks that are under way, between which they are a fifteenth of q's and k's:
+with the plan, less than a twentieth of q, k, v and y together."""
 WAITING_BYTES = 1 << 28
 """From here on a plan's indices are allocated once their number is known, which waits for the device; below, room for
 every causal block is cheaper."""
@@ -61,7 +62,9 @@ def sampled_plan(
     counts = torch.empty(pairs, rows, dtype=torch.int64, device=q.device)
     # Coverage 1 keeps all blocks, whatever rounding does to sums.
     wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * 2**UNIT_BITS)
-    step = max(1, SCRATCH_BYTES // (4 * pairs * blocks * positions.shape[1]))
+    scratch = min(MOST_SCRATCH, max(LEAST_SCRATCH, (q.numel() + k.numel()) * q.element_size() // 15))
+    step = max(1, scratch // (4 * pairs * blocks * positions.shape[1]))
+    step -= step % 16 if step > 16 else 0  # programs take up to 16 query blocks
     for first in range(0, rows, step):
         part = positions[first : first + step]
         mass, shares = tile_shares(q, k, grid, part, first_block=grid.first_block + first, scale=scale)

@@ -125,7 +125,7 @@ def test_a_mask_becomes_a_plan():
 @pytest.mark.parametrize("waiting", [0, 1 << 28])
 def test_plans_are_those_of_the_slow_path(waiting, monkeypatch):
     monkeypatch.setattr(launch, "WAITING_BYTES", waiting)
-    monkeypatch.setattr(launch, "SCRATCH_BYTES", 4 * 4 * 7 * 16 * 3)  # three query blocks at a time
+    monkeypatch.setattr(launch, "MOST_SCRATCH", 4 * 4 * 7 * 16 * 3)  # three query blocks at a time
     q, k, _ = structured(3, tokens=200)
     settings = {"coverage": 0.9, "block_size": 32, "probe_rows": 4, "max_budget": 96}
     slow, fast = (RowLocalConfig(impl=impl, **settings).build()(q, k) for impl in ("torch", "triton"))
