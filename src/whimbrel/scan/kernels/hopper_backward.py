@@ -133,6 +133,7 @@ def backward_stream(
     RISE: gl.constexpr = BEFORE if FIRST and not GATED else UNTIL
     READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
     STREAM: gl.constexpr = 0 if FIRST else 1
+    APART: gl.constexpr = WEIGHTED or (FIRST and not GATED)  # the queries' pairs count in a sum of their own too
     SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
@@ -187,7 +188,9 @@ def backward_stream(
         gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
         gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
     )
-    own_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    row_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    asked_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
+    found_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
     seen_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
     wrote_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
     read_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
@@ -314,7 +317,8 @@ def backward_stream(
                 if CLIP:
                     left = x_s.index(o).load(LV).to(gl.float32) - seen
                     dseen = gl.where(gl.abs(left) <= clip, dseen, 0.0)
-                keep_sum(seen_s, seen * dseen, V)
+                if not DECAYED:
+                    keep_sum(seen_s, seen * dseen, V)
         pull = warpgroup_mma_wait(1, deps=(pull,))
         if DELTA or not FIRST:
             pull = pull * table[RATE].index(phase).load(RV)[:, None]
@@ -340,12 +344,10 @@ def backward_stream(
         key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
         # Asked for here, to be there by the end of the chunk; earlier, and they would take registers that are wanting.
         until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
-        given = x_s.index(o).load(LV)
         if HAS_TILE:
             pull = warpgroup_mma_wait(2, deps=(pull,))
             if FIRST and not DELTA:
                 pull = pull * table[RATE].index(phase).load(RV)[:, None]
-        keep_sum(own_s, given.to(gl.float32) * pull, V)
         if FIRST:
             dx_s.index(o).store((pull - dseen).to(dtype))
         else:
@@ -363,6 +365,8 @@ def backward_stream(
             one_s.index(o).store(drop.to(dtype))
         dp = warpgroup_mma_wait(1, deps=(dp,))
         pairs = dp * score
+        if APART:
+            keep_sum(asked_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
         dp = dp * fade * table[RATE].index(phase).load(COL)[None, :]
         if WEIGHTED:
             bare_s.index(o).store((dp * scale).to(dtype))
@@ -385,15 +389,14 @@ def backward_stream(
                     tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
             z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
             keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+            found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
-        key = warpgroup_mma(p_s.index(o).permute((1, 0)), q_s.index(o), key, is_async=True)
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
         pair = state_s.index(o).load(LV).to(gl.float32) * pull_s.index(o).load(LV).to(gl.float32)
         pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
         if HAS_TILE:
-            key = warpgroup_mma(one_s.index(o), state_s.index(o).permute((1, 0)), key, is_async=True)
             ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
-            z, keys = warpgroup_mma_wait(4, deps=(z, keys))
+            z, keys = warpgroup_mma_wait(3, deps=(z, keys))
             row_c = gl.arange(0, 64, RC)
             col = gl.arange(0, 64, COL)
             rise: gl.constexpr = BEFORE if FIRST else UNTIL
@@ -407,16 +410,22 @@ def backward_stream(
             z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
             pairs += z * keys
             z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
-            query, key, ds = warpgroup_mma_wait(0, deps=(query, key, ds))
+            found = warpgroup_mma_wait(2, deps=(found,))
+            keep_sum(found_s, found * k_s.index(o).load(LK).to(gl.float32), K)
+            key += found
+            query, ds = warpgroup_mma_wait(0, deps=(query, ds))
         else:
-            query, key = warpgroup_mma_wait(0, deps=(query, key))
+            query = warpgroup_mma_wait(0, deps=(query,))
+        keep_sum(row_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
         query = query * (table[READS].index(phase).load(RK) * scale)[:, None]
+        keep_sum(read_s, query * q_s.index(o).load(LK).to(gl.float32), K)
         below_s.index(0).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
         tma.store_wait(0)
         publish()
 
         o = opaque(0)
         query = warpgroup_mma(bare_s.index(o), k_s.index(o), query, is_async=True)
+        key = warpgroup_mma(p_s.index(o).permute((1, 0)), q_s.index(o), key, is_async=True)
         if HAS_TILE:
             key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
             key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
@@ -431,20 +440,17 @@ def backward_stream(
             tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
             tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
             tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
-        asked = q_s.index(o).load(LK)
         if HAS_TILE:
-            query = warpgroup_mma_wait(2, deps=(query,))
+            query = warpgroup_mma_wait(3, deps=(query,))
         else:
-            query = warpgroup_mma_wait(0, deps=(query,))
-        keep_sum(read_s, query * asked.to(gl.float32), K)
+            query = warpgroup_mma_wait(1, deps=(query,))
         if WEIGHTED:
             query = query * table[RATE].index(phase).load(RK)[:, None]
         if FIRST:
             mbarrier.wait(shares, phase)
             query += dq_s.index(o).load(LK).to(gl.float32)
         dq_s.index(o).store(query.to(dtype))
-        if HAS_TILE:
-            key = warpgroup_mma_wait(0, deps=(key,))
+        key = warpgroup_mma_wait(0, deps=(key,))
         if FIRST:
             key += dk_s.index(o).load(LK).to(gl.float32)
         dk_s.index(o).store(key.to(dtype))
@@ -458,32 +464,34 @@ def backward_stream(
             mbarrier.expect(outer, 256 * K)
             tma.async_copy_global_to_shared(k, [prior, key_col], outer, k_s.index(o))
             tma.async_copy_global_to_shared(q, [prior, key_col], outer, q_s.index(o))
-        # Sums of everything from the token on; of the predictions at the key, from the next token on.
+        # A decay scales what crosses its token: what later tokens read of the past, what earlier ones leave for the end
+        # of the chunk. Pairs on one side fall out exactly, as their rows and columns are sums of the same numbers.
         t = gl.arange(0, 64, LAST)
         read = whole_sum(read_s, LAST)
         wrote = whole_sum(wrote_s, LAST)
         rates = table[RATE].index(phase).load(LAST)
-        own = read
-        if WEIGHTED:
-            own = own * rates
-        own -= whole_sum(own_s, LAST)
-        each = wrote * rates + whole_sum(pair_s, LAST) * whole
-        if FIRST:
-            seen_sum = whole_sum(seen_s, LAST)
-            own += seen_sum
-        dgate = gl.associative_scan(own, 0, add, reverse=True) + gl.sum(each, axis=0)
+        leaves = wrote * rates
         lines = below_s._reinterpret(gl.float32, [4, 64], ROWS)
-        for b in gl.static_range(4):
-            wrote += lines.index(b).load(LAST)
+        below = lines.index(0).load(LAST) + lines.index(1).load(LAST)
+        below += lines.index(2).load(LAST) + lines.index(3).load(LAST)
+        wrote += below
+        reads = whole_sum(row_s, LAST) - below * rates
+        if HAS_TILE:
+            reads += whole_sum(found_s, LAST)
         if WEIGHTED:
-            wrote += read
+            reads += read * rates
+            wrote += read + whole_sum(asked_s, LAST) * scale
+        else:
+            reads += read
+        dgate = gl.associative_scan(reads, 0, add, reverse=True) + gl.sum(whole_sum(pair_s, LAST), axis=0) * whole
+        dgate += gl.associative_scan(leaves, 0, add) - leaves
         place = (first + t).to(gl.int64) * HV + hv
         held = t < rows
         if FIRST:
             if not DECAYED:
-                dgate -= seen_sum
+                dgate -= whole_sum(seen_s, LAST)
             if not GATED:
-                dgate -= read
+                dgate -= read + whole_sum(asked_s, LAST) * table[WEIGHT].index(phase).load(LAST)
             dgate += earlier
         gl.store(dlog + place, dgate, mask=held)
         gl.store(drate + place, wrote, mask=held)
