@@ -114,11 +114,11 @@ class Plan:
             )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, k_len: int) -> Plan:
+    def from_mask(cls, mask: Tensor, *, block_size: int, q_len: int, k_len: int, is_part: bool = False) -> Plan:
         """The plan of a mask, bool [batch, heads, query blocks, key blocks], on the mask's device.
 
         Raises ConfigError for a mask that does not fit the grid, selects a block that lies wholly in the
-        future, or leaves out a diagonal block.
+        future, or leaves out a diagonal block, as a part may.
         """
         grid = Grid(block_size, q_len, k_len)
         want = (grid.query_blocks, grid.key_blocks)
@@ -130,8 +130,8 @@ class Plan:
         counts = mask.sum(-1).flatten()
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         indices = mask.nonzero()[:, -1].int()
-        plan = cls(offsets, indices, block_size, q_len, k_len, num_heads=mask.shape[1], batch=mask.shape[0])
-        return plan.check()
+        sizes = {"num_heads": mask.shape[1], "batch": mask.shape[0], "is_part": is_part}
+        return cls(offsets, indices, block_size, q_len, k_len, **sizes).check()
 
     @classmethod
     def dense(

@@ -16,10 +16,12 @@ KINDS: dict[str, str] = {
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "Audit": "whimbrel.sparse.coverage:Audit",
         "DenseConfig": "whimbrel.sparse.dense.config:DenseConfig",
         "FlexPrefillConfig": "whimbrel.sparse.flex_prefill.config:FlexPrefillConfig",
         "Out": "whimbrel.sparse.apply:Out",
         "RowLocalConfig": "whimbrel.sparse.row_local.config:RowLocalConfig",
+        "Target": "whimbrel.sparse.apply:Target",
         "Selector": "whimbrel.sparse.apply:Selector",
         "WindowConfig": "whimbrel.sparse.window.config:WindowConfig",
         "apply_selector": "whimbrel.sparse.apply:apply_selector",

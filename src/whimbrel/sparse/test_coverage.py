@@ -7,14 +7,15 @@ import re
 import pytest
 import torch
 
-from whimbrel.attend import Plan
+from whimbrel.attend import Plan, attend
 from whimbrel.attend.reference import token_mask
 from whimbrel.attend.test_attend import random_plan
 from whimbrel.errors import ConfigError
-from whimbrel.sparse import WindowConfig, apply_selector
-from whimbrel.sparse.coverage import coverage
+from whimbrel.sparse import RowLocalConfig, Target, WindowConfig, apply_selector
+from whimbrel.sparse.blocks import always_kept
+from whimbrel.sparse.coverage import bounds, coverage, lacking
 from whimbrel.testing.budget import assert_close
-from whimbrel.testing.heads import gaussian
+from whimbrel.testing.heads import STRUCTURED, gaussian, structured
 from whimbrel.testing.selectors import causal_attention
 
 
@@ -83,3 +84,67 @@ def test_short_calls_can_stay_dense():
     assert_close("y", causal_attention(q, k, v), whole.y, 1e-6)
     assert (whole.density == 1).all()
     assert apply_selector(q, k, v, selector, dense_below=300).density.max() < 0.9
+
+
+@pytest.mark.parametrize("q_len", [203, 70])
+@pytest.mark.parametrize("factor", [0.2, 3.0])
+def test_bounds_hold_on_both_sides(q_len, factor):
+    q, k, v = gaussian(6, tokens=203, q_len=q_len, batch=2, heads=4, kv_heads=2, dim=8, dtype=torch.float64)
+    q = q * factor
+    plan = random_plan(q, k)
+    lse = attend(q, k, v, plan).lse.double()
+    exact = coverage(q, k, plan)
+    low, high = bounds(q, k, plan, lse)
+    assert (low <= exact + 1e-6).all()
+    assert (high >= exact - 1e-6).all()
+    assert ((exact < 0.9) & (low > 0.3 * exact)).any(), "the bounds say something"
+    rows = torch.arange(0, q_len, 7)
+    for whole, some in zip((low, high), bounds(q, k, plan, lse, rows=rows)):
+        assert_close("rows", whole[..., rows], some, 1e-9)
+
+
+def test_bounds_meet_where_the_keys_of_a_block_are_equal():
+    q, k, v = gaussian(7, tokens=256, dim=16, dtype=torch.float64)
+    k = k[:, ::16].repeat_interleave(16, 1)
+    plan = random_plan(q, k)
+    low, high = bounds(q, k, plan, attend(q, k, v, plan).lse.double())
+    assert_close("low", coverage(q, k, plan), low, 1e-5)
+    assert_close("high", coverage(q, k, plan), high, 1e-5)
+
+
+def test_a_repaired_plan_keeps_what_was_asked():
+    q, k, v = structured(8, tokens=1000)
+    narrow = WindowConfig(window_tokens=64, sink_tokens=32, block_size=32).build()
+    out = apply_selector(q, k, v, narrow, repair=Target(0.9, audit_rows=32), audit_rows=1000)
+    before = narrow(q, k)
+    assert (out.plan.to_mask() | ~before.to_mask()).all()
+    for head, share in enumerate(((coverage(q, k, before) >= 0.9).double().mean(-1))[0]):
+        assert share < 0.5, f"{list(STRUCTURED)[head]} needs no repair, so it shows none"
+    assert ((out.audit.achieved >= 0.9 - 1e-5).double().mean(-1) >= 0.95).all()
+    assert 0.5 < out.repaired <= 1
+    assert_close("y", attend(q, k, v, out.plan, impl="reference").y, out.y, 1e-5)
+    assert out.audit.summary()["p5"] >= 0.9 - 1e-5
+    assert (out.audit.certified <= out.audit.achieved + 1e-5).all()
+
+
+def test_what_needs_no_repair_gets_none():
+    q, k, v = structured(9, tokens=700)
+    exact = RowLocalConfig(estimate="exact", block_size=32)
+    out = apply_selector(q, k, v, exact.build(), repair=Target(0.5))
+    assert (out.repaired, out.audit) == (0.0, None)
+    assert lacking(q, k, out.plan, coverage=0.5) is None
+    assert torch.equal(out.plan.to_mask(), exact.build()(q, k).to_mask())
+
+
+def test_a_repair_is_the_same_in_chunks():
+    q, k, v = structured(10, tokens=640)
+    narrow = WindowConfig(window_tokens=32, sink_tokens=32, block_size=32).build()
+    target = Target(0.9, audit_rows=8)
+    whole = apply_selector(q, k, v, narrow, repair=target)
+    assert not always_kept(whole.plan.grid, q.device).equal(whole.plan.to_mask()[0, 0])
+    for start in range(0, 640, 128):
+        stop = start + 128
+        part = apply_selector(q[:, start:stop], k[:, :stop], v[:, :stop], narrow, repair=target)
+        rows = slice(start // 32, stop // 32)
+        assert torch.equal(part.plan.to_mask(), whole.plan.to_mask()[:, :, rows, : stop // 32])
+        assert_close("y", whole.y[:, start:stop], part.y, 1e-5)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from whimbrel.sparse.apply import Out, apply_selector
+from whimbrel.sparse.apply import Out, Target, apply_selector
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 
 
@@ -24,6 +24,8 @@ def flex_prefill(
     block_size: int = 128,
     scale: float | None = None,
     impl: str = "auto",
+    audit_rows: int = 0,
+    repair: bool = False,
 ) -> Out:
     """Causal attention over the blocks that FlexPrefill selects (arXiv 2502.20766).
 
@@ -35,9 +37,11 @@ def flex_prefill(
         scale: factor on q . k; 1 / sqrt(D) by default. The official selection ignores it, its attention does
             not.
         impl: see `whimbrel.attend.attend`.
+        audit_rows: queries whose coverage is measured, see `apply_selector`.
+        repair: whether query blocks in which audited queries miss `coverage` attend to more blocks in a second pass.
 
     Returns:
-        Out(y [B, Tq, H, Dv], plan, density [B, H]).
+        Out(y [B, Tq, H, Dv], plan, audit, repaired), with density [B, H].
 
     Raises:
         ConfigError: a setting or a shape is not allowed.
@@ -52,4 +56,5 @@ def flex_prefill(
         max_budget=max_budget,
         block_size=block_size,
     )
-    return apply_selector(q, k, v, config.build(), scale=scale, impl=impl)
+    target = Target(coverage, row_share) if repair else None
+    return apply_selector(q, k, v, config.build(), scale=scale, impl=impl, audit_rows=audit_rows, repair=target)
