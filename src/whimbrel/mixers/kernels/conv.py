@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import launch
+
 _TILE = 1024
 """Elements of RUNS rows: 8 for each thread, in 16-bit types one load of 16 bytes."""
 _AHEAD = 2
@@ -185,11 +187,11 @@ def forward(
     """y [B, T, C]; arguments as in `ops.short_conv`."""
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     sizes, runs, tiles = _sizes(x, weight, table, rows, head)
-    with torch.cuda.device_of(x):
-        _forward[(tiles * sizes["BLOCKS"],)](
-            x, weight.contiguous(), *_state(state), table, y, runs, x.shape[1], eps,
-            **sizes, STATE=state is not None, AHEAD=_AHEAD,
-        )  # fmt: skip
+    launch(
+        _forward, tiles * sizes["BLOCKS"],
+        x, weight.contiguous(), *_state(state), table, y, runs, x.shape[1], eps,
+        **sizes, STATE=state is not None, AHEAD=_AHEAD,
+    )  # fmt: skip
     return y
 
 
@@ -210,11 +212,11 @@ def backward(
     dstate = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     # Each program leaves its share of the weight's gradient; added here, their order is always the same.
     dtaps = x.new_empty(tiles, sizes["SIZE"], sizes["CHANNELS"], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward[(tiles * sizes["BLOCKS"],)](
-            dy, x, weight.contiguous(), *_state(state), table, dx, dstate, dtaps, runs, x.shape[1], eps,
-            **sizes, STATE=state is not None, AHEAD=_AHEAD,
-        )  # fmt: skip
+    launch(
+        _backward, tiles * sizes["BLOCKS"],
+        dy, x, weight.contiguous(), *_state(state), table, dx, dstate, dtaps, runs, x.shape[1], eps,
+        **sizes, STATE=state is not None, AHEAD=_AHEAD,
+    )  # fmt: skip
     return dx, dtaps.sum(0).t().unsqueeze(1).to(weight.dtype, memory_format=torch.contiguous_format), dstate
 
 

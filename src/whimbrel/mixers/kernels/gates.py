@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import launch
+
 _TILE = 1024
 """Elements of one gate in a program."""
 
@@ -82,8 +84,7 @@ def forward(x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
     """[gates, B, T, heads] in fp32; arguments as in `ops.gates`."""
     sizes, tokens = _sizes(x, a_log)
     y = x.new_empty(sizes["GATES"], *x.shape[:-1], sizes["HEADS"], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(tokens, sizes["ROWS"]),)](x.contiguous(), a_log, dt_bias, y, tokens, **sizes)
+    launch(_forward, triton.cdiv(tokens, sizes["ROWS"]), x.contiguous(), a_log, dt_bias, y, tokens, **sizes)
     return y
 
 
@@ -95,8 +96,7 @@ def backward(dy: Tensor, x: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Ten
     dx = torch.empty_like(x)
     # Each program leaves its share of the sums; added here, their order is always the same.
     shares = x.new_empty(programs, 2, sizes["HEADS"], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward[(programs,)](dy.contiguous(), x, a_log, dt_bias, dx, shares, tokens, **sizes)
+    launch(_backward, programs, dy.contiguous(), x, a_log, dt_bias, dx, shares, tokens, **sizes)
     d_a_log, d_dt_bias = shares.sum(0).unbind(0)
     return dx, d_a_log.to(a_log.dtype, copy=True), d_dt_bias.to(dt_bias.dtype, copy=True)
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.scan.kernels.quick import launch
+
 _TILE = 1024
 """Elements of a tile: 8 for each thread, in 16-bit types one load of 16 bytes."""
 _STEPS = 16
@@ -72,9 +74,8 @@ def forward(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The normed and gated rows; arguments as in `ops.gated_norm`."""
     sizes, rows = _sizes(y)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(y):
-        grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward[grid](y.contiguous(), gate.contiguous(), weight, out, rows, eps, **sizes)
+    programs = triton.cdiv(rows, sizes["ROWS"])
+    launch(_forward, programs, y.contiguous(), gate.contiguous(), weight, out, rows, eps, **sizes)
     return out
 
 
@@ -86,10 +87,10 @@ def backward(dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) 
     programs = triton.cdiv(rows, sizes["ROWS"] * _STEPS)
     # Each program leaves its share of the weight's gradient; added here, their order is always the same.
     shares = y.new_empty(programs, sizes["WIDTH"], dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        _backward[(programs,)](
-            dout.contiguous(), y, gate, weight, dy, dgate, shares, rows, eps, **sizes, STEPS=_STEPS
-        )  # fmt: skip
+    launch(
+        _backward, programs,
+        dout.contiguous(), y, gate, weight, dy, dgate, shares, rows, eps, **sizes, STEPS=_STEPS
+    )  # fmt: skip
     return dy, dgate, shares.sum(0).to(weight.dtype)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whimbrel.scan.kernels.operators import differentiate, operator
+
 RUN = 32
 """Tokens that a program of the convolution walks along: more means fewer programs that read fewer tokens twice."""
 
 
-@torch.library.custom_op("whimbrel::short_conv", mutates_args=())
-def short_conv(
+def _short_conv(
     x: Tensor, weight: Tensor, state: Tensor | None, table: Tensor | None, rows: int, head: int, eps: float
 ) -> Tensor:
     """silu of the causal depthwise convolution of x [B, T, C] with weight [C, 1, size], computed in fp32.
@@ -31,7 +32,6 @@ def short_conv(
     return conv.forward(x, weight, state, table, rows, head, eps)
 
 
-@torch.library.custom_op("whimbrel::short_conv_backward", mutates_args=())
 def _short_conv_backward(
     dy: Tensor,
     x: Tensor,
@@ -47,13 +47,11 @@ def _short_conv_backward(
     return conv.backward(dy, x, weight, state, table, rows, head, eps)
 
 
-@short_conv.register_fake
-def _(x, weight, state, table, rows, head, eps):
+def _fake_short_conv(x, weight, state, table, rows, head, eps):
     return _like(x)
 
 
-@_short_conv_backward.register_fake
-def _(dy, x, weight, state, table, rows, head, eps):
+def _fake_short_conv_backward(dy, x, weight, state, table, rows, head, eps):
     return _like(x), _like(weight), x.new_empty(0) if state is None else _like(state)
 
 
@@ -64,15 +62,16 @@ def _keep_short_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_short_conv(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, state, table = ctx.saved_tensors
-    dx, dweight, dstate = _short_conv_backward(dy, x, weight, state, table, ctx.rows, ctx.head, ctx.eps)
+    dx, dweight, dstate = short_conv_backward(dy, x, weight, state, table, ctx.rows, ctx.head, ctx.eps)
     return dx, dweight, None if state is None else dstate, None, None, None, None
 
 
-short_conv.register_autograd(_differentiate_short_conv, setup_context=_keep_short_conv)
+short_conv = operator("short_conv", _short_conv, _fake_short_conv)
+short_conv_backward = operator("short_conv_backward", _short_conv_backward, _fake_short_conv_backward)
+differentiate(short_conv, _keep_short_conv, _differentiate_short_conv)
 
 
-@torch.library.custom_op("whimbrel::gates", mutates_args=())
-def gates(x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+def _gates(x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
     """Gates from their projection x [B, T, gates * heads], fp32 [gates, B, T, heads].
 
     The first is the log of the decay, -exp(a_log) softplus(x + dt_bias) with a_log and dt_bias [heads]; the others are
@@ -83,32 +82,31 @@ def gates(x: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
     return kernels.forward(x, a_log, dt_bias)
 
 
-@torch.library.custom_op("whimbrel::gates_backward", mutates_args=())
 def _gates_backward(dy: Tensor, x: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from whimbrel.mixers.kernels import gates as kernels
 
     return kernels.backward(dy, x, a_log, dt_bias)
 
 
-@gates.register_fake
-def _(x, a_log, dt_bias):
+def _fake_gates(x, a_log, dt_bias):
     heads = a_log.shape[0]
     return x.new_empty(x.shape[-1] // heads, *x.shape[:-1], heads, dtype=torch.float32)
 
 
-@_gates_backward.register_fake
-def _(dy, x, a_log, dt_bias):
+def _fake_gates_backward(dy, x, a_log, dt_bias):
     return _like(x), _like(a_log), _like(dt_bias)
 
 
-gates.register_autograd(
-    lambda ctx, dy: _gates_backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+gates = operator("gates", _gates, _fake_gates)
+gates_backward = operator("gates_backward", _gates_backward, _fake_gates_backward)
+differentiate(
+    gates,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, dy: gates_backward(dy, *ctx.saved_tensors),
 )
 
 
-@torch.library.custom_op("whimbrel::gated_norm", mutates_args=())
-def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * y / sqrt(mean y^2 + eps) * silu(gate) over the last dim, computed in fp32.
 
     y [..., V], gate of as many elements in the same order, weight [V] -> shape and dtype of y, contiguous.
@@ -119,7 +117,6 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.forward(y, gate, weight, eps)
 
 
-@torch.library.custom_op("whimbrel::gated_norm_backward", mutates_args=())
 def _gated_norm_backward(
     dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,13 +125,11 @@ def _gated_norm_backward(
     return norm.backward(dout, y, gate, weight, eps)
 
 
-@gated_norm.register_fake
-def _(y, gate, weight, eps):
+def _fake_gated_norm(y, gate, weight, eps):
     return _like(y)
 
 
-@_gated_norm_backward.register_fake
-def _(dout, y, gate, weight, eps):
+def _fake_gated_norm_backward(dout, y, gate, weight, eps):
     return _like(y), _like(gate), _like(weight)
 
 
@@ -144,10 +139,12 @@ def _keep_gated_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_gated_norm(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps), None
+    return *gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps), None
 
 
-gated_norm.register_autograd(_differentiate_gated_norm, setup_context=_keep_gated_norm)
+gated_norm = operator("gated_norm", _gated_norm, _fake_gated_norm)
+gated_norm_backward = operator("gated_norm_backward", _gated_norm_backward, _fake_gated_norm_backward)
+differentiate(gated_norm, _keep_gated_norm, _differentiate_gated_norm)
 
 
 def cut(edges: Tensor, time: int, rows: int) -> Tensor:

@@ -17,6 +17,7 @@ from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
 from whimbrel.scan.kernels import prepare as _prepare
+from whimbrel.scan.kernels.operators import differentiate, operator
 from whimbrel.scan.kernels.quick import launch
 from whimbrel.scan.kernels.segments import count_chunks, segments
 
@@ -359,71 +360,43 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *rates, states
 
 
-# By hand, as in `step.py`: what torch.library.custom_op adds to each call costs more than a kernel does.
-_library = torch.library.Library("whimbrel", "FRAGMENT")
+scan_forward = operator("scan_forward", _scan_forward, _fake_forward)
+scan_backward = operator("scan_backward", _scan_backward, _fake_backward)
 
 
-def _operator(name: str, function: Any, fake: Any) -> Any:
-    """An operator of PyTorch from a function that makes new tensors, its schema read from the annotations."""
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, function, device)
-    torch.library.register_fake(f"whimbrel::{name}", fake, lib=_library)
-    return getattr(torch.ops.whimbrel, name).default
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, *options, _ = inputs
+    _, _, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, first_rate, second_rate, start)]
+    ctx.save_for_backward(q, k, v, cu_seqlens, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
-scan_forward = _operator("scan_forward", _scan_forward, _fake_forward)
-scan_backward = _operator("scan_backward", _scan_backward, _fake_backward)
+def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_seqlens, gates, tiles, saved, inside, residual, carried = ctx.saved_tensors
+    delta, gated, decayed, clip, scale = ctx.options
+    log_type, first_type, second_type, start_type = ctx.dtypes
+    dy = torch.zeros_like(v) if dy is None else dy.contiguous()
+    dends = None if dends is None else dends.contiguous()
+    dq, dk, dv, dlog, dfirst, dsecond, dstart = scan_backward(
+        dy, dends, q, k, v, gates, tiles, saved, inside, residual, carried, cu_seqlens,
+        delta, first_type is not None, gated, decayed, clip, scale,
+    )  # fmt: skip
+    return (
+        dq,
+        dk,
+        dv,
+        dlog.to(log_type),
+        None if first_type is None else dfirst.to(first_type),
+        dsecond.to(second_type),
+        None if start_type is None else dstart,
+        *(None,) * 7,
+    )
 
 
-class _Recurrence(torch.autograd.Function):
-    """The gradient of `scan_forward`: PyTorch's own way of registering one adds to each call what a kernel takes."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, *options, _ = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            output = scan_forward(*inputs)
-        _, _, *kept = output
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, first_rate, second_rate, start)]
-        ctx.save_for_backward(q, k, v, cu_seqlens, *kept)
-        ctx.mark_non_differentiable(*kept)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
-        dy, dends, *_ = grad_outputs
-        q, k, v, cu_seqlens, gates, tiles, saved, inside, residual, carried = ctx.saved_tensors
-        delta, gated, decayed, clip, scale = ctx.options
-        log_type, first_type, second_type, start_type = ctx.dtypes
-        dy = torch.zeros_like(v) if dy is None else dy.contiguous()
-        dends = None if dends is None else dends.contiguous()
-        dq, dk, dv, dlog, dfirst, dsecond, dstart = scan_backward(
-            dy, dends, q, k, v, gates, tiles, saved, inside, residual, carried, cu_seqlens,
-            delta, first_type is not None, gated, decayed, clip, scale,
-        )  # fmt: skip
-        return (
-            dq,
-            dk,
-            dv,
-            dlog.to(log_type),
-            None if first_type is None else dfirst.to(first_type),
-            dsecond.to(second_type),
-            None if start_type is None else dstart,
-            *(None,) * 7,
-        )
-
-
-def _with_gradient(*inputs: Any) -> tuple[Tensor, ...]:
-    if inputs[-1]:  # what the backward needs is kept
-        return _Recurrence.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return scan_forward(*inputs)
-
-
-_library.impl("scan_forward", _with_gradient, "Autograd")
+differentiate(scan_forward, _keep, _pull)
 
 
 def recurrence(

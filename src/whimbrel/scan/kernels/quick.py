@@ -66,7 +66,7 @@ _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
 
 
-def launch(kernel: Any, programs: int, *arguments: Tensor | Matrix | int | float, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *arguments: Tensor | Matrix | int | float | None, **constants: Any) -> None:
     """kernel[(programs,)](*arguments, **constants), on the device of the first argument.
 
     arguments: all that is not a constant, in the order of the kernel's parameters, with a Matrix for a descriptor.
@@ -104,6 +104,9 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: d
                 unknown.append((len(flat), number))
             else:
                 flat += known
+        elif x is None:
+            kinds.append(None)
+            flat.append(None)
         else:
             address = x.data_ptr()
             kinds.append(x.dtype)

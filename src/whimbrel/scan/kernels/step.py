@@ -141,9 +141,7 @@ def _launch(
         "DECAYED": decayed,
         "CLIP": clip is not None,
     }
-    # What a single state leaves unused must be some tensor all the same.
     gamma = beta if gamma is None else gamma
-    second = new_base if new_residual is None else new_residual
     launch(
         _step,
         batch * heads * blocks,
@@ -154,10 +152,10 @@ def _launch(
         beta,
         gamma,
         new_base if base is None else base,
-        second if residual is None else residual,
+        new_residual if residual is None else residual,
         y,
         new_base,
-        second,
+        new_residual,
         q.stride(0),
         k.stride(0),
         v.stride(0),

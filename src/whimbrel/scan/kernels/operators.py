@@ -1,0 +1,59 @@
+"""Operators of PyTorch from plain functions, registered by hand.
+
+The decorators of PyTorch do the same, and go through the operator's schema again for every call: together some hundreds
+of microseconds for a forward and a backward, which is longer than most kernels here run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+_library = library.Library("whimbrel", "FRAGMENT")
+
+
+def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """whimbrel::NAME from a function that returns new tensors, its schema read from the annotations.
+
+    fake: the same from tensors without data to tensors without data, which is what torch.compile sees.
+    """
+    _library.define(name + library.infer_schema(function, mutates_args=()))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, function, device)
+    library.register_fake(f"whimbrel::{name}", fake, lib=_library)
+    return getattr(torch.ops.whimbrel, name).default
+
+
+def differentiate(
+    op: Any,
+    keep: Callable[[Any, tuple[Any, ...], Any], None],
+    pull: Callable[..., Any],
+) -> None:
+    """Give `op` a gradient, once.
+
+    keep: called as keep(ctx, inputs, output) after the forward, to save what `pull` needs.
+    pull: called as pull(ctx, *cotangents of the outputs); returns one of each input, None where there is none.
+    """
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = _below(op, inputs)
+            keep(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(pull)
+
+    def run(*inputs: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return Gradient.apply(*inputs) if wanted else _below(op, inputs)
+
+    _library.impl(op.name().partition("::")[2], run, "Autograd")
+
+
+def _below(op: Any, inputs: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
