@@ -110,7 +110,7 @@ def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     tokens, heads, dim = x.shape
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) > 0 and x.stride(0) * x.element_size() % 16 == 0
     beside = x.stride(1) == dim or heads == 1
     if not aligned or (not beside and x.stride(1) % x.stride(0)):
         x, beside = x.clone(memory_format=torch.contiguous_format), True
