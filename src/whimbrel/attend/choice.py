@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-PROVEN_ON: tuple[tuple[int, int], ...] = ()
+PROVEN_ON: tuple[tuple[int, int], ...] = ((9, 0),)
 """CUDA capabilities on which the kernel was compared with fp64 and found the fastest; "auto" takes it there alone."""
 
 SPARSE_FROM: dict[tuple[int, int], int] = {}
