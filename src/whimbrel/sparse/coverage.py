@@ -35,12 +35,12 @@ class Audit(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """Least, 5th percentile and mean of `achieved` over heads and queries, and the mean of `certified`."""
-        found = self.achieved.double().flatten()
+        found = self.achieved.detach().double().flatten()
         return {
             "min": float(found.min()),
             "p5": float(found.quantile(0.05)),
             "mean": float(found.mean()),
-            "certified": float(self.certified.double().mean()),
+            "certified": float(self.certified.detach().double().mean()),
         }
 
 

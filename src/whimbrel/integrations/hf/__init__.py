@@ -24,7 +24,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "WhimbrelConfig": "whimbrel.integrations.hf.config:WhimbrelConfig",
         "WhimbrelForCausalLM": "whimbrel.integrations.hf.model:WhimbrelForCausalLM",
         "WhimbrelModel": "whimbrel.integrations.hf.model:WhimbrelModel",
+        "SparsePrefill": "whimbrel.integrations.hf.prefill:SparsePrefill",
         "convert_checkpoint": "whimbrel.integrations.hf.convert:convert_checkpoint",
+        "enable_sparse_prefill": "whimbrel.integrations.hf.prefill:enable_sparse_prefill",
         "prefill_report": "whimbrel.integrations.hf.attention:prefill_report",
     },
 )

@@ -1,7 +1,9 @@
 """Sparse prefill in any transformers model, chosen by name: `attn_implementation="whimbrel_sparse"`.
 
-The selector's settings are read from `config.prefill`, a table with `kind` that is saved with the model (the name of an
-attention function is not). A call that is not the prefill of whole prompts runs dense, and the reason is counted.
+The selector's settings are read from `config.prefill`, a table with `kind`, and those of the calls from
+`config.prefill_options`, a table of `Options`; both are saved with the model (the name of an attention function is
+not). `whimbrel.integrations.hf.enable_sparse_prefill` writes them. A call that is not the prefill of whole prompts runs
+dense, and the reason is counted.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,27 +22,74 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from whimbrel.errors import UnsupportedError
+from whimbrel.attend.choice import sparse_from
+from whimbrel.config import SelectorConfig, require
+from whimbrel.errors import ConfigError, UnsupportedError, nearest
 from whimbrel.integrations.hf.config import selector_of
-from whimbrel.sparse.apply import Out, Selector, apply_selector
+from whimbrel.sparse.apply import Out, Target, apply_selector
+from whimbrel.sparse.coverage import Audit
+from whimbrel.sparse.dense.config import DenseConfig
 
 NAME = "whimbrel_sparse"
 _CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """How calls are prefilled, whatever the selector."""
+
+    min_length: int | None = None
+    """Keys below which a call runs dense; None is the length measured for the device (`attend.choice.sparse_from`)."""
+    repair: bool = False
+    """Whether query blocks that miss the selector's coverage get a second pass over more keys."""
+    audit_rows: int = 0
+    """Queries of each call whose coverage is measured."""
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """Index of a layer -> the table of its own selector; kind "dense" leaves it alone."""
+
+    def __post_init__(self) -> None:
+        lengths = "None, or 0 or more keys"
+        require(self.min_length is None or self.min_length >= 0, "min_length", self.min_length, lengths)
+        require(self.audit_rows >= 0, "audit_rows", self.audit_rows, "0 or more queries")
+
+
 class LayerPrefill(NamedTuple):
-    """What one layer did since the model was loaded."""
+    """What one layer did since the model was loaded, or its record was cleared."""
 
     calls: dict[str, int]
     """"sparse", or why a call ran dense -> how many there were."""
     density: float
     """Causal query-key pairs that the sparse calls attended to, as a share of all; nan without any."""
+    coverage: dict[str, float] | None = None
+    """`Audit.summary` over the audited queries of the sparse calls; None without an audit."""
+    repaired: float = 0.0
+    """Share of the query blocks that were repaired, mean over the sparse calls."""
 
 
 class _Record:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.densities: list[Tensor] = []
+        self.outs: list[_Kept] = []
+
+    def summary(self) -> LayerPrefill:
+        if not self.outs:
+            return LayerPrefill(dict(self.calls), float("nan"))
+        density = float(torch.stack([kept.density for kept in self.outs]).mean())
+        repaired = sum(kept.repaired for kept in self.outs) / len(self.outs)
+        audits = [kept.audit for kept in self.outs if kept.audit is not None]
+        coverage = None
+        if audits:
+            parts = ([x.flatten() for x in (audit.rows, audit.achieved, audit.certified)] for audit in audits)
+            coverage = Audit(*(torch.cat(some) for some in zip(*parts))).summary()
+        return LayerPrefill(dict(self.calls), density, coverage, repaired)
+
+
+class _Kept(NamedTuple):
+    """What is remembered of a call."""
+
+    density: Tensor
+    audit: Audit | None
+    repaired: float
 
 
 def register() -> None:
@@ -54,9 +104,14 @@ def prefill_report(model: nn.Module) -> dict[str, LayerPrefill]:
     for name, module in model.named_modules():
         record = getattr(module, "_whimbrel_prefill", None)
         if record is not None:
-            density = float(torch.stack(record.densities).mean()) if record.densities else float("nan")
-            report[name] = LayerPrefill(dict(record.calls), density)
+            report[name] = record.summary()
     return report
+
+
+def clear_report(model: nn.Module) -> None:
+    """Forget what the layers did."""
+    for module in model.modules():
+        module.__dict__.pop("_whimbrel_prefill", None)
 
 
 def sparse_attention_mask(
@@ -120,14 +175,15 @@ def sparse_attention_forward(
         raise UnsupportedError(f"attn_implementation = '{NAME}' does not serve continuous batching; use 'sdpa' for it")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     record = module.__dict__.setdefault("_whimbrel_prefill", _Record())
+    settings, table = _settings(module)
     reason = _why_dense(module, query, key, attention_mask, causal=causal, dropout=dropout, options=kwargs)
+    reason = reason or _why_not_worth_it(key, settings, table)
     record.calls[reason or "sparse"] += 1
     if reason is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        y, densities = _prefill(
-            q, k, v, attention_mask, partial(apply_selector, selector=_selector(module), scale=scaling)
-        )
-        record.densities += densities
+        run = partial(apply_selector, **_how(settings, table), scale=scaling)
+        y, kept = _prefill(q, k, v, attention_mask, run)
+        record.outs += kept
         return y, None
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = _causal_over(attention_mask, query.shape[2])
@@ -171,16 +227,16 @@ def _begins(real: Tensor) -> Tensor:
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, run: Callable[[Tensor, Tensor, Tensor], Out]
-) -> tuple[Tensor, list[Tensor]]:
-    """The output [B, Tq, H, D], zero at padding, and densities; rows of unequal padding go one by one."""
+) -> tuple[Tensor, list[_Kept]]:
+    """The output [B, Tq, H, D], zero at padding, and what is remembered; rows of unequal padding go one by one."""
     if real is None:
         out = run(q, k, v)
-        return out.y, [out.density.mean().cpu()]
+        return out.y, [_kept(out)]
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     starts = _begins(real).int().argmax(1)
     spans = torch.stack((starts, starts + real.sum(1)), 1).tolist()
     same = all(span == spans[0] for span in spans)
-    y, densities = q.new_zeros(*q.shape[:3], v.shape[3]), []
+    y, kept = q.new_zeros(*q.shape[:3], v.shape[3]), []
     for row in [0] if same else range(batch):
         rows = slice(None) if same else slice(row, row + 1)
         start, stop = spans[row]
@@ -189,8 +245,12 @@ def _prefill(
         if asked.start < asked.stop:
             out = run(q[rows, asked], k[rows, start:stop], v[rows, start:stop])
             y[rows, asked] = out.y
-            densities.append(out.density.mean().cpu())
-    return y, densities
+            kept.append(_kept(out))
+    return y, kept
+
+
+def _kept(out: Out) -> _Kept:
+    return _Kept(out.density.mean(), out.audit, out.repaired)
 
 
 def _causal_over(real: Tensor, queries: int) -> Tensor:
@@ -201,11 +261,45 @@ def _causal_over(real: Tensor, queries: int) -> Tensor:
     return real[:, None, None] & (keys <= rows)
 
 
-def _selector(module: nn.Module) -> Selector:
-    table = getattr(getattr(module, "config", None), "prefill", None)
-    return _build(json.dumps(table, sort_keys=True))
+def _settings(module: nn.Module) -> tuple[Options, str]:
+    """The options of a layer's calls, and the table of its selector as JSON."""
+    config = getattr(module, "config", None)
+    options = _options(json.dumps(getattr(config, "prefill_options", None) or {}, sort_keys=True))
+    own = options.layers.get(str(getattr(module, "layer_idx", None)))
+    table = own if own is not None else getattr(config, "prefill", None)
+    return options, json.dumps(table, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=32)
-def _build(table: str) -> Callable:
-    return selector_of(json.loads(table)).build()
+def _options(table: str) -> Options:
+    given = json.loads(table)
+    names = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"prefill_options.{name} is not known{nearest(name, names)}; use {', '.join(names)}")
+    return Options(**given)
+
+
+@functools.lru_cache(maxsize=32)
+def _config(table: str) -> SelectorConfig:
+    return selector_of(json.loads(table))
+
+
+@functools.lru_cache(maxsize=64)
+def _how(options: Options, table: str) -> dict[str, Any]:
+    """Arguments of `apply_selector`."""
+    config = _config(table)
+    target = None
+    if options.repair:
+        target = Target(
+            getattr(config, "coverage", Target().coverage), getattr(config, "row_share", Target().row_share)
+        )
+    return {"selector": config.build(), "audit_rows": options.audit_rows, "repair": target}
+
+
+def _why_not_worth_it(key: Tensor, options: Options, table: str) -> str | None:
+    """Why a prefill that could be sparse shall not be."""
+    if isinstance(_config(table), DenseConfig):
+        return "dense by setting"
+    least = sparse_from(key.device) if options.min_length is None else options.min_length
+    return f"fewer than {least} keys" if key.shape[2] < least else None
