@@ -73,6 +73,8 @@ def test_howto_pages_run(page: Path, users_folder: Path, capsys) -> None:
     text = page.read_text(encoding="utf-8")
     if "whimbrel.integrations.hf" in text:
         pytest.importorskip("transformers")
+    if "whimbrel.integrations.titan" in text:
+        pytest.importorskip("torchtitan")
     if "--lm-eval" in text:
         pytest.importorskip("lm_eval")
     names: dict[str, object] = {}

@@ -42,8 +42,9 @@ PUBLIC = {
     ],
     "whimbrel.evals": ["DENSE", "Method", "evaluate_bpb", "evaluate_grid", "make_task", "run_evals"],
     "whimbrel.integrations.lm_eval": ["documents", "evaluate_folder"],
+    "whimbrel.integrations.titan": ["TitanTrainer", "WhimbrelOptimizers", "trainer_config"],
 }
-EXTRAS = {"whimbrel.integrations.hf": "transformers", "whimbrel.integrations.lm_eval": "lm_eval"}
+EXTRAS = {"whimbrel.integrations.hf": "transformers", "whimbrel.integrations.lm_eval": "lm_eval", "whimbrel.integrations.titan": "torchtitan"}
 
 
 @pytest.mark.parametrize("module", PUBLIC)
