@@ -44,7 +44,11 @@ PUBLIC = {
     "whimbrel.integrations.lm_eval": ["documents", "evaluate_folder"],
     "whimbrel.integrations.titan": ["TitanTrainer", "WhimbrelOptimizers", "trainer_config"],
 }
-EXTRAS = {"whimbrel.integrations.hf": "transformers", "whimbrel.integrations.lm_eval": "lm_eval", "whimbrel.integrations.titan": "torchtitan"}
+EXTRAS = {
+    "whimbrel.integrations.hf": "transformers",
+    "whimbrel.integrations.lm_eval": "lm_eval",
+    "whimbrel.integrations.titan": "torchtitan",
+}
 
 
 @pytest.mark.parametrize("module", PUBLIC)
