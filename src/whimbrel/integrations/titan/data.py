@@ -21,6 +21,8 @@ class TokenData(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
+        dataset_path: str | None = None
+        """Folder that `whimbrel data` has made."""
         batch_sequences: int = 0
         """Sequences of one optimizer step over all processes: training.global_batch_size."""
         seed: int = 0
@@ -32,7 +34,7 @@ class TokenData(BaseDataLoader):
     ) -> None:
         whole = config.batch_sequences or local_batch_size * dp_world_size
         loader = Loader(
-            TokenShards(Path(config.dataset_path or config.dataset), "train"),
+            TokenShards(Path(config.dataset_path or ""), "train"),
             seq_len=seq_len,
             batch_sequences=whole,
             seed=config.seed,

@@ -184,7 +184,7 @@ def split_projections(model: TitanDecoder, mesh: DeviceMesh) -> None:
             "mlp.up": ColwiseParallel(),
             "mlp.down": RowwiseParallel(),
         }
-        for name, child in block.mixer.named_children():
+        for name, child in block.get_submodule("mixer").named_children():
             if isinstance(child, nn.Linear):
                 into = name != "o_proj"
                 style = (
@@ -211,7 +211,7 @@ def _read_locally(module: nn.Module, mesh: DeviceMesh, names: list[str]) -> None
     parameter whole for a forward or backward, it is on the mesh of `tp` alone.
     """
 
-    def reader(name: str) -> property:
+    def reader(name: str) -> Any:
         def read(self: nn.Module) -> Any:
             value = self._parameters[name]
             return value.to_local() if isinstance(value, DTensor) and value.device_mesh == mesh else value

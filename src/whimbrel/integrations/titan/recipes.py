@@ -45,7 +45,6 @@ def trainer_config(config: Config, **changes: Any) -> TitanTrainer.Config:
         "loss": SummedLoss.Config(),
         "tokenizer": TitanTokenizer.Config(path=str(corpus / "tokenizer.json")),
         "dataloader": TokenData.Config(
-            dataset=config.name,
             dataset_path=str(corpus),
             batch_sequences=whole,
             seed=config.seed,
