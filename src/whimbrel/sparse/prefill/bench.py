@@ -6,12 +6,14 @@ and what they kept. `benchmarks/README.md` says what the lines hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from whimbrel.attend.op import attend
@@ -35,6 +37,9 @@ CURVE_LENGTH = 32_768
 THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
+CAPTURED = Path("runs/smollm2/heads.safetensors")
+"""Where `benchmarks/smollm2.py capture` leaves queries, keys and values of a real model, below the working directory:
+tensors "LENGTH.LAYER.q", "k" and "v". Where it is, its layers are the input `smollm2`."""
 AUDITED_ROWS = 256
 """Queries on which recall and error are measured. They are drawn at random: evenly spaced ones could be those that a
 selector samples too."""
@@ -46,6 +51,8 @@ class Problem(NamedTuple):
     kind: str
     length: int
     device: str
+    layer: int | None = None
+    """Of the model whose heads were captured."""
 
     def inputs(self) -> Heads:
         """q, k and v, the same at each call."""
@@ -55,7 +62,8 @@ class Problem(NamedTuple):
     def params(self) -> dict[str, str | int]:
         """As they stand in result lines; G counts key heads."""
         heads, kv_heads, dim = self._sizes()
-        return {"N": self.length, "input": self.kind, "H": heads, "G": kv_heads, "D": dim, "batch": 1}
+        sizes = {"N": self.length, "input": self.kind, "H": heads, "G": kv_heads, "D": dim, "batch": 1}
+        return sizes if self.layer is None else sizes | {"layer": self.layer}
 
     def selectors(self, share: float) -> dict[str, Selector]:
         """Implementation name -> selector that keeps `share` of the attention."""
@@ -77,15 +85,24 @@ class Problem(NamedTuple):
         return "triton" if self.on_gpu else "blocks"
 
     def _sizes(self) -> tuple[int, int, int]:
+        if self.layer is not None:
+            (_, _, heads, dim), kv_heads = (self._captured("q").shape, self._captured("k").shape[2])
+            return heads, kv_heads, dim
         if self.kind == "structured":
             return 4, 4, 128 if self.on_gpu else 64
         return (32, 8, 128) if self.on_gpu else (4, 2, 64)
+
+    def _captured(self, name: str) -> Tensor:
+        with safe_open(CAPTURED, "pt") as file:
+            return file.get_tensor(f"{self.length}.{self.layer}.{name}")
 
     def make(self) -> Heads:
         """q, k and v, made anew."""
         heads, kv_heads, dim = self._sizes()
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        if self.kind == "structured":
+        if self.layer is not None:
+            made = [self._captured(name).to(dtype) for name in ("q", "k", "v")]
+        elif self.kind == "structured":
             made = structured(self.length, tokens=self.length, dim=dim, dtype=dtype)
         else:
             sizes = {"tokens": self.length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
@@ -98,8 +115,45 @@ def _made(problem: Problem) -> Heads:
     return problem.make()
 
 
+def captured(device: str) -> list[Problem]:
+    """The layers in CAPTURED, shortest prompt first; none where there is no such file."""
+    if not CAPTURED.exists():
+        return []
+    with safe_open(CAPTURED, "pt") as file:
+        found = sorted({tuple(map(int, name.split(".")[:2])) for name in file.keys()})  # noqa: SIM118
+    return [Problem("smollm2", length, device, layer) for length, layer in found]
+
+
+class Kept(NamedTuple):
+    """What a selector keeps of one head."""
+
+    params: dict[str, str | int | float]
+    """As in result lines, with the head."""
+    selector: str
+    density: float
+    recall_min: float
+    recall_p5: float
+    recall_mean: float
+
+
+def coverage_rows(*, device: str, quick: bool = False, share: float = 0.95) -> Iterator[Kept]:
+    """For every input, layer and head: what each selector keeps of the attention when asked for `share`."""
+    length = 16_384 if device == "cuda" else 512 if quick else 4096
+    problems = [Problem(kind, length, device) for kind in ("mixed", "structured")] + captured(device)
+    for problem in problems:
+        q, k, _ = problem.inputs()
+        official = FlexPrefillConfig(coverage=share, mode="official").build()
+        for name, selector in (problem.selectors(share) | {"flex_prefill-official": official}).items():
+            plan = selector(q, k)
+            recall = achieved(q, k, plan, rows=_audited(problem))[0].double()
+            for head, (density, found) in enumerate(zip(plan.density()[0].tolist(), recall)):
+                params = problem.params | {"coverage": share, "head": head}
+                low, mean = float(found.min()), float(found.mean())
+                yield Kept(params, name, density, low, float(found.quantile(0.05)), mean)
+
+
 def cases(*, device: str, quick: bool = False) -> list[Case]:
-    """Dense attention, selectors and rivals on the `mixed` and the `structured` input."""
+    """Dense attention, selectors and rivals on the inputs `mixed`, `structured` and, where there is one, `smollm2`."""
     lengths = (512,) if quick and device != "cuda" else CUDA_LENGTHS[:1] if quick else CUDA_LENGTHS
     if device != "cuda" and not quick:
         lengths = (2048, 4096)
@@ -112,6 +166,10 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
                 found += [case for threshold in THRESHOLDS for case in _thresholded(problem, threshold)]
             for share in COVERAGES + (JUDGED if length == CURVE_LENGTH else ()):
                 found += _sparse(problem, share)
+    for problem in captured(device):
+        found.append(_dense(problem))
+        for share in COVERAGES:
+            found += _sparse(problem, share)
     return found
 
 

@@ -8,12 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
+from whimbrel.bench.results import read_lines
 from whimbrel.bench.runner import run_case
 from whimbrel.errors import UnsupportedError
 from whimbrel.sparse import rivals
 from whimbrel.sparse.dense.config import DenseConfig
+from whimbrel.sparse.prefill import bench
 from whimbrel.sparse.prefill.bench import THRESHOLDS, Problem, _audited, _kept, _truth, cases
 from whimbrel.testing.budget import assert_close
+from whimbrel.testing.heads import gaussian
 from whimbrel.testing.selectors import causal_attention
 
 
@@ -83,3 +86,50 @@ def test_rivals_are_called_with_their_papers_numbers(monkeypatch):
 def test_a_missing_rival_says_where_it_comes_from(call, source):
     with pytest.raises(UnsupportedError, match=f"is not found; put a checkout of github.com/{source}"):
         call(torch.zeros(1, 4, 2, 8))
+
+
+def captured_layers(folder, tokens=300):
+    """A file as benchmarks/smollm2.py leaves it."""
+    from safetensors.torch import save_file
+
+    kept = {}
+    for layer in (3, 12):
+        made = gaussian(layer, tokens=tokens, heads=6, kv_heads=2, dim=16, dtype=torch.bfloat16)
+        kept |= {f"{tokens}.{layer}.{name}": x for name, x in made._asdict().items()}
+    (folder / bench.CAPTURED).parent.mkdir(parents=True)
+    save_file(kept, folder / bench.CAPTURED)
+
+
+def test_captured_layers_are_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.captured("cpu") == []
+    captured_layers(tmp_path)
+    found = [case for case in cases(device="cpu", quick=True) if case.params["input"] == "smollm2"]
+    assert {case.params["layer"] for case in found} == {3, 12}
+    assert found[0].params == {"N": 300, "input": "smollm2", "H": 6, "G": 2, "D": 16, "batch": 1, "layer": 3}
+    assert Problem("smollm2", 300, "cpu", 12).inputs().k.shape == (1, 300, 2, 16)
+
+
+def test_coverage_is_printed_by_layer_and_head(tmp_path, monkeypatch, capsys):
+    from whimbrel import cli
+
+    monkeypatch.chdir(tmp_path)
+    captured_layers(tmp_path)
+    assert cli.main(["bench", "prefill", "--coverage", "--quick", "--device", "cpu", "--out", "lines"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    heads = 4 + 4 + 2 * 6
+    assert len(rows) == heads * 4
+    assert {row[1] for row in rows} == {"mixed", "structured", "smollm2"}
+    assert {tuple(row[2:4]) for row in rows if row[1] == "smollm2"} == {
+        (l, str(h)) for l in ["3", "12"] for h in range(6)
+    }
+    for row in rows:
+        low, p5, mean = map(float, row[-3:])
+        assert low <= p5 <= mean <= 1.001
+        if row[-5] in ("row_local", "flex_prefill"):
+            assert p5 >= 0.945
+    lines = read_lines(tmp_path / "lines" / "prefill.jsonl")
+    assert {line["metric"] for line in lines} == {"density", "recall_min", "recall_p5", "recall_mean"}
+    assert len(lines) == 4 * len(rows)
+    assert cli.main(["bench", "rdn", "--coverage"]) != 0
+    assert "--coverage goes with the case prefill, not 'rdn'; leave it out" in capsys.readouterr().err
