@@ -39,7 +39,7 @@ ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach"
 class Projected(NamedTuple):
     """B gradients of one shape on their way through a step.
 
-    grad [B, m, n], float32, zero where not active; slice_norm [B, n] or [B, m], the norm of each slice;
+    grad [B, m, n], float32, zero where not active (as it is where only a refresh follows); slice_norm [B, n] or [B, m], the norm of each slice;
     active [B], false where the gradient is zero or not finite; basis [B, d, r].
     """
 
@@ -293,10 +293,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         fused = [param for param in params if self._fuses(group, param)]
         refreshed = [param for param in fused if param in due or param in fresh]
         for batch in _batches(refreshed):
-            self._refresh_some(group, batch, self._project(group, batch, offsets), offsets, due, fresh)
+            self._refresh_some(group, batch, self._for_refresh(group, batch, offsets), offsets, due, fresh)
         if fused:
             self._step_fused(group, fused, offsets)
-        for batch in _batches([param for param in params if param not in set(fused)]):
+        taken = set(fused)
+        for batch in _batches([param for param in params if param not in taken]):
             projected = self._project(group, batch, offsets)
             self._refresh_some(group, batch, projected, offsets, due, fresh)
             self._apply(group, batch, projected, offsets)
@@ -342,7 +343,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 eps=group["eps"],
                 decay=group["lr"] * group["weight_decay"],
                 stochastic=group["stochastic_rounding"],
-                usable=self._usable(),
+                found_inf=getattr(self, "found_inf", None),
                 grad_scale=getattr(self, "grad_scale", None),
                 addresses=self._addresses,
                 batch=offsets[batch[0]],
@@ -439,6 +440,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
             side,
         )
 
+    def _for_refresh(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Projected:
+        """What a refresh reads, where the kernels do the step: gradients in their own dtype and at their own scale."""
+        grad = storage.stack([full(param.grad) for param in batch if param.grad is not None])
+        norm = torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float32)
+        active = norm.isfinite() & (norm > 0)
+        usable = self._usable()
+        if usable is not None:
+            active = active & usable
+        return Projected(
+            grad, norm[:, None], active, self._basis(group, batch, offsets), resolve_side(group["side"], grad.shape)
+        )
+
     def _noise(self, group: dict[str, Any], indices: list[int], projected: Projected) -> Tensor | None:
         if group["refresh"] == "exact":
             return None
@@ -465,9 +478,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         side, rank = projected.side, group["rank"]
         if group["refresh"] == "exact":
-            new = lowrank.fit_exact(grad, side, rank)
+            new = lowrank.fit_exact(grad.float(), side, rank)
         elif noise is not None:
-            new = lowrank.fit_first(grad, noise, side, rank)
+            new = lowrank.fit_first(grad.float(), noise, side, rank)
         else:
             half = batch[0].grad is not None and batch[0].grad.dtype == torch.bfloat16
             new = lowrank.fit_warm(grad, old, side, products=torch.bfloat16 if half else torch.float32)
@@ -541,8 +554,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 value = weight.float() - part
                 value = value - shares[i] * value
                 # counted over the whole matrix, so that its sharding does not matter
-                words = counter.words(keys[i], batch[i].numel(), first=counter.WEIGHTS).view(batch[i].shape)
-                weight.copy_(counter.round_to_bfloat16(value, local_part(words, batch[i])))
+                bits = counter.lattice(keys[i], *batch[i].shape, first=counter.WEIGHTS)
+                weight.copy_(counter.round_to_bfloat16(value, local_part(bits, batch[i])))
             return
         torch._foreach_sub_(weights, updates)
         if group["weight_decay"]:
@@ -567,6 +580,7 @@ def _batches(params: list[Tensor]) -> list[list[Tensor]]:
 
 def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool) -> None:
     if weight.dtype == torch.bfloat16 and stochastic:
-        words = counter.words(key, value.numel(), first=counter.WEIGHTS).view(value.shape)
-        value = counter.round_to_bfloat16(value, words)
+        columns = value.shape[-1] if value.ndim else 1
+        bits = counter.lattice(key, value.numel() // columns, columns, first=counter.WEIGHTS).view(value.shape)
+        value = counter.round_to_bfloat16(value, bits)
     weight.copy_(value)

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
-WEIGHTS = 1 << 31
-"""First word for rounding weights; those before it round moments."""
+MEANS, SQUARES, WEIGHTS = 0, 1 << 30, 1 << 31
+"""First rows of `lattice` for rounding the two moments and the weights."""
+COLUMNS = 3 << 30
+"""Index of the word from which the columns of `lattice` are counted."""
+SPREAD = 0x85EBCA6B
+"""Odd multiplier that carries low bits upwards (MurmurHash3)."""
 GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio, which spreads small counts over all words."""
 
@@ -49,6 +53,18 @@ def words(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
     return mix(mix(index ^ keys[..., None]) + keys[..., None] & WORD)
 
 
+def lattice(keys: Tensor, rows: int, columns: int, *, first: int = 0) -> Tensor:
+    """16 random bits for each element of matrices, [..., rows, columns], int64, under each of `keys` [...].
+
+    A row has a word of its own, a column one from an arithmetic sequence, and one product mixes the two: a quarter of
+    the operations of `words`, which are what a kernel that writes weights would otherwise spend most of its time on.
+    """
+    row = words(keys, rows, first=first)[..., :, None]
+    start = words(keys, 1, first=COLUMNS)
+    column = ((start + torch.arange(columns, device=keys.device)) * GOLDEN & WORD)[..., None, :]
+    return (row ^ column).mul_(SPREAD).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+
 def normal(keys: Tensor, count: int) -> Tensor:
     """Standard normal float32 [..., count] (Box and Muller 1958)."""
     drawn = words(keys, 2 * count).unflatten(-1, (2, count)).double()
@@ -57,7 +73,7 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16, up with a chance equal to the part that is cut off; `bits`, words shaped like x, decide.
+    """float32 to bfloat16, up with a chance equal to the part that is cut off; `bits`, 16 or more of x's shape, decide.
 
     The mean over bits is x, so that small updates are not lost on the way to weights of 8 bits. Infinities and NaN
     stay what they are.

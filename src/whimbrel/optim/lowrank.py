@@ -70,10 +70,10 @@ def orthonormal(x: Tensor, *, rounds: int = 2) -> Tensor:
     refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
     """
     rows, columns = x.shape[-2:]
-    filling = counter.mix(torch.arange(rows * columns, device=x.device)).double() / counter.WORD - 0.5
-    y = x.double()
-    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    y = y + filling.view(rows, columns) * (FILL / math.sqrt(rows))
+    y = x.to(torch.float64, copy=True)
+    y.div_(torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    key = torch.zeros((), dtype=torch.int64, device=x.device)
+    y.add_(counter.lattice(key, rows, columns).sub_(1 << 15), alpha=FILL / math.sqrt(rows) / (1 << 16))
     for done in range(rounds):
         gram = y.mT @ y
         if done == 0:

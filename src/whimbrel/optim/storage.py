@@ -31,12 +31,12 @@ class Codes(NamedTuple):
     scale: Tensor
 
 
-def encode_moment(x: Tensor, words: Tensor, *, squared: bool) -> Codes:
-    """A moment [..., r], float32, to codes; `words` (`counter.words`) of its shape decide the rounding."""
+def encode_moment(x: Tensor, bits: Tensor, *, squared: bool) -> Codes:
+    """A moment [..., r], float32, to codes; `bits` (`counter.lattice`) of its shape decide the rounding."""
     blocks = F.pad(x, (0, -x.shape[-1] % MOMENT_BLOCK)).unflatten(-1, (-1, MOMENT_BLOCK))
     scale = blocks.abs().amax(-1)
     share = (blocks.abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).flatten(-2)[..., : x.shape[-1]]
-    chance = (words >> 8).float() * 2.0**-24
+    chance = bits.float() * 2.0**-16
     if squared:
         code = (255 * share.sqrt().sqrt() + chance).floor_().clamp_(max=255)
     else:
@@ -99,12 +99,14 @@ def write_moment(
         store(states, name, values)
         return
     squared = name == "exp_avg_sq"
+    columns = values.shape[-1]
     # the other moment of the same element gets other bits
-    words = counter.words(keys, values[0].numel(), first=values[0].numel() * squared).view(values.shape)
+    first = counter.SQUARES if squared else counter.MEANS
+    bits = counter.lattice(keys, values[0].numel() // columns, columns, first=first).view(values.shape)
     if states[0][name].dtype == torch.bfloat16:
-        store(states, name, counter.round_to_bfloat16(values, words))
+        store(states, name, counter.round_to_bfloat16(values, bits))
         return
-    encoded = encode_moment(values, words, squared=squared)
+    encoded = encode_moment(values, bits, squared=squared)
     for key, new in ((name, encoded.codes), (f"{name}_scale", encoded.scale)):
         if active is not None:
             old = stack([state[key] for state in states])

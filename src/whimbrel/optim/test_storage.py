@@ -22,9 +22,11 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def words(shape, seed=0):
-    count = torch.Size(shape).numel()
-    return counter.words(torch.tensor(counter.base(seed, 3)), count).view(shape)
+def bits(shape, seed=0):
+    columns = shape[-1]
+    return counter.lattice(
+        torch.tensor(counter.base(seed, 3)), torch.Size(shape).numel() // columns, columns
+    ).view(shape)
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -32,7 +34,7 @@ def words(shape, seed=0):
 def test_moments_come_back_to_a_few_parts_in_a_hundred(squared, width):
     x = random(5, width) * torch.logspace(-6, 0, 5)[:, None]
     x = x.square() if squared else x
-    codes = storage.encode_moment(x, words(x.shape), squared=squared)
+    codes = storage.encode_moment(x, bits(x.shape), squared=squared)
     again = storage.decode_moment(codes, squared=squared)
     # every block, however small: each slice has its own scale
     for i in range(5):
@@ -44,14 +46,14 @@ def test_moments_come_back_to_a_few_parts_in_a_hundred(squared, width):
 @pytest.mark.parametrize("squared", [False, True])
 def test_a_slice_of_codes_is_the_codes_of_the_slice(squared):
     x = random(6, 300).abs()
-    w = words(x.shape)
+    w = bits(x.shape)
     whole, part = (storage.encode_moment(x[i], w[i], squared=squared) for i in (slice(None), slice(2, 5)))
     assert torch.equal(whole.codes[2:5], part.codes)
     assert torch.equal(whole.scale[2:5], part.scale)
 
 
 def test_moments_of_zero_stay_zero():
-    zero = storage.encode_moment(torch.zeros(2, 9), words((2, 9)), squared=True)
+    zero = storage.encode_moment(torch.zeros(2, 9), bits((2, 9)), squared=True)
     assert not storage.decode_moment(zero, squared=True).any()
 
 
@@ -73,7 +75,7 @@ def test_a_slow_average_arrives_although_codes_are_coarse(dtype):
 
 def test_weights_in_bfloat16_are_rounded_without_bias():
     x = random(1000) * torch.logspace(-20, 20, 1000)
-    drawn = [counter.round_to_bfloat16(x, words(x.shape, seed=s)) for s in range(400)]
+    drawn = [counter.round_to_bfloat16(x, bits(x.shape, seed=s)) for s in range(400)]
     assert all(((y.float() - x).abs() <= x.abs() * 2**-7).all() for y in drawn)
     mean = torch.stack([y.double() for y in drawn]).mean(0)
     assert ((mean - x) / x.abs()).abs().mean() < 2**-8 / 10
@@ -92,6 +94,21 @@ def test_words_look_random_and_depend_on_the_place_alone():
     assert torch.corrcoef(torch.stack([drawn, other]).double())[0, 1].abs() < 0.02
     normal = counter.normal(key, 1 << 15)
     assert (normal.mean().abs() < 0.02, abs(normal.std() - 1) < 0.02) == (True, True)
+
+
+def test_the_lattice_looks_random_and_its_parts_are_those_of_larger_ones():
+    keys = counter.key(torch.tensor([counter.base(0, i) for i in range(8)]), torch.ones(8))
+    drawn = counter.lattice(keys, 256, 300, first=counter.WEIGHTS)
+    assert torch.equal(counter.lattice(keys, 100, 200, first=counter.WEIGHTS), drawn[:, :100, :200])
+    assert torch.equal(counter.lattice(keys, 10, 200, first=counter.WEIGHTS + 90), drawn[:, 90:100, :200])
+    assert ((drawn[..., None] >> torch.arange(16)) & 1).double().mean((0, 1, 2)).sub(0.5).abs().max() < 0.004
+    x = drawn.double() / 65536 - 0.5
+    # a correlation of n pairs of uniform numbers has a standard deviation of 1 / sqrt(n)
+    pairs = [(x[:-1], x[1:]), (x, counter.lattice(keys, 256, 300) / 65536 - 0.5)]
+    pairs += [(x[:, :-k], x[:, k:]) for k in (1, 2, 8)] + [(x[..., :-k], x[..., k:]) for k in (1, 2, 8, 89)]
+    pairs += [(x[:, :-1, :-1] * x[:, 1:, 1:] * 12, x[:, :-1, 1:] * x[:, 1:, :-1])]
+    for a, b in pairs:
+        assert abs((a * b).mean() * 12) * a.numel() ** 0.5 < 5
 
 
 @pytest.mark.parametrize("d", [31, 256, 500])

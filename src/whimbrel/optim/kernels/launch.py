@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.device import to_device
 from whimbrel.optim.kernels import passes
-from whimbrel.optim.layout import MOMENT_BLOCK
+from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 
 SCRATCH_ELEMENTS = 1 << 24
 """Most elements of one low-rank tensor of a batch: 6 bytes each are held during its step (8 in float32)."""
@@ -24,29 +25,38 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class Tile(NamedTuple):
-    """Slices, elements of a slice and columns of a program, its warps and the depth of its pipeline."""
+    """Two sides of a program's tile of the gradient, columns of the basis, warps and the depth of the pipeline."""
 
-    BS: int
-    BD: int
-    BR: int
+    one: int
+    other: int
+    columns: int
     warps: int
     stages: int
+
+
+class Table(NamedTuple):
+    """Addresses [B], int64, on the device, and the bytes of which each is a multiple, 16 or 1."""
+
+    places: Tensor
+    alignment: int
 
 
 class Addresses:
     """Tables of addresses on the device. One is sent again only when a tensor of it has moved."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
+        self._tables: dict[tuple[str, int], tuple[list[int], Table]] = {}
 
-    def table(self, role: str, batch: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Addresses [B], int64, of tensors on one device; role and batch say which table."""
-        found = tuple(tensor.data_ptr() for tensor in tensors)
-        known, table = self._tables.get((role, batch), ((), None))
-        if table is None or known != found:
-            table = to_device(torch.tensor(found, dtype=torch.int64), tensors[0].device)
-            self._tables[role, batch] = found, table
-        return table
+    def table(self, role: str, batch: int, tensors: Sequence[Tensor]) -> Table:
+        """The table of tensors on one device; role and batch say which."""
+        found = [tensor.data_ptr() for tensor in tensors]
+        held = self._tables.get((role, batch))
+        if held is None or held[0] != found:
+            places = to_device(torch.tensor(found, dtype=torch.int64), tensors[0].device)
+            # what is not aligned is read element by element
+            held = found, Table(places, 16 if all(place % 16 == 0 for place in found) else 1)
+            self._tables[role, batch] = held
+        return held[1]
 
 
 def fused_step(
@@ -62,7 +72,7 @@ def fused_step(
     eps: float,
     decay: float | Tensor,
     stochastic: bool,
-    usable: Tensor | None,
+    found_inf: Tensor | None,
     grad_scale: Tensor | None,
     addresses: Addresses,
     batch: int,
@@ -72,87 +82,115 @@ def fused_step(
     params: B matrices with gradients. bases [B]: `counter.base` words of the matrices. drawn [B]: words from
     which the bases are drawn, None where the states hold them. coefficients: the
     method's factors from (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times
-    weight decay. usable, grad_scale: what a gradient scaler has left. batch: a number of these params, for `addresses`.
+    weight decay. found_inf, grad_scale: what a gradient scaler has left. batch: a number of these params, for `addresses`.
     """
     grads = [param.grad for param in params if param.grad is not None]
     weight, grad, moment = params[0], grads[0], states[0]["exp_avg"]
     number, device, (s, r) = len(params), weight.device, moment.shape
-    across, along = (1, 0) if side == "left" else (0, 1)
-    d = weight.shape[along]
+    left = side == "left"
+    across, along = (1, 0) if left else (0, 1)
+    (m, n), d = weight.shape, weight.shape[along]
     dot = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(number, *shape, dtype=dtype, device=device)
 
-    def table(role: str, tensors: Sequence[Tensor]) -> Tensor:
+    def table(role: str, tensors: Sequence[Tensor]) -> Table:
         return addresses.table(role, batch, tensors)
 
     if drawn is not None or "basis_scale" in states[0]:
         # drawn or opened for the time of the step, at places that the host need not send
+        unpacked = scratch(d, r, dtype=dot)
+        grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
         if drawn is None:
-            unpacked = storage.read_basis(states, d).to(dot).contiguous()
+            codes, scales = (table(name, [state[name] for state in states]) for name in ("basis", "basis_scale"))
+            passes.unpack[grid](unpacked, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
         else:
-            unpacked = scratch(d, r, dtype=dot)
-            grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
             passes.draw[grid](unpacked, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
         places = torch.arange(number, device=device)
-        basis_table = places * unpacked[0].nbytes + unpacked.data_ptr()
+        bases_at = Table(places * unpacked[0].nbytes + unpacked.data_ptr(), 16 if unpacked[0].nbytes % 16 == 0 else 1)
+        basis_dtype = dot
     else:
-        unpacked = [state["basis"] for state in states]
-        basis_table = table("basis", unpacked)
-    grad_table, weight_table = table("grad", grads), table("weight", params)
+        bases_at = table("basis", [state["basis"] for state in states])
+        basis_dtype = states[0]["basis"].dtype
+    grads_at, weights_at = table("grad", grads), table("weight", params)
     types = {
         "GRAD": _DTYPES[grad.dtype],
-        "BASIS": _DTYPES[unpacked[0].dtype],
+        "BASIS": _DTYPES[basis_dtype],
         "DOT": _DTYPES[dot],
         "PRECISION": "tf32x3" if dot == torch.float32 else "tf32",
-        "ALIGN": _alignment([*grads, *params, *unpacked]),
+        "ALIGN": min(grads_at.alignment, weights_at.alignment, bases_at.alignment),
     }
-    strides = (grad.stride(across), grad.stride(along))
-    low, direction, sums = scratch(s, r), scratch(s, r, dtype=dot), scratch(s)
+    low, direction, sums = scratch(s, r, dtype=dot), scratch(s, r, dtype=dot), scratch(s)
     tile = _project_tile(dot, r)
-    passes.project[triton.cdiv(s, tile.BS), triton.cdiv(r, tile.BR), number](
-        grad_table, basis_table, low, sums, s, d, r, *strides, **types, **_launch(tile)
+    passes.project[triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), number](
+        grads_at.places,
+        bases_at.places,
+        low,
+        sums,
+        s,
+        d,
+        r,
+        grad.stride(across),
+        grad.stride(along),
+        **types,
+        BS=tile.one,
+        BD=tile.other,
+        BR=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    inverse = torch.ones((), device=device) if grad_scale is None else 1 / grad_scale.reshape(())
-    slice_norm = sums.sqrt() * inverse
-    norm = torch.linalg.vector_norm(slice_norm, dim=-1)
-    active = norm.isfinite() & (norm > 0)
-    if usable is not None:
-        active = active & usable
-    step = storage.stack([state["step"] for state in states]) + active
-    keys = counter.key(bases, step)
-
-    low_sums, direction_sums = scratch(s), scratch(s)
+    norms = lowrank.Slices(scratch(s), scratch(s), scratch(s))
+    active, keys, correction = scratch(dtype=torch.bool), scratch(dtype=torch.int64), scratch()
+    passes.settle[number,](
+        sums,
+        norms.grad,
+        active,
+        table("step", [state["step"] for state in states]).places,
+        bases,
+        keys,
+        correction,
+        correction if grad_scale is None else grad_scale,
+        correction if found_inf is None else found_inf,
+        s,
+        *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
+        HAS_SCALE=grad_scale is not None,
+        HAS_FOUND=found_inf is not None,
+        BS=1024,
+    )
     wide = max(16, triton.next_power_of_2(r))
     rows = max(1, TILE_ELEMENTS // wide)
-    moments = [
-        table(name, [state[name] for state in states]) if name in states[0] else keys
+    moments = {
+        name: table(name, [state[name] for state in states])
         for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-    ]
+        if name in states[0]
+    }
     passes.adam[triton.cdiv(s, rows), number](
         low,
-        inverse,
+        correction if grad_scale is None else grad_scale,
         direction,
-        low_sums,
-        direction_sums,
-        *moments,
+        norms.low,
+        norms.direction,
+        moments["exp_avg"].places,
+        moments.get("exp_avg_scale", moments["exp_avg"]).places,
+        moments["exp_avg_sq"].places,
+        moments.get("exp_avg_sq_scale", moments["exp_avg_sq"]).places,
         active,
         keys,
         s,
         r,
         *betas,
         eps,
+        counter.SQUARES,
+        counter.COLUMNS,
+        HAS_SCALE=grad_scale is not None,
         MOMENT=_DTYPES[moment.dtype],
-        ALIGN=_alignment([state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]),
+        ALIGN=min(moments["exp_avg"].alignment, moments["exp_avg_sq"].alignment),
         BLOCK=min(MOMENT_BLOCK, wide),
         BS=rows,
         BR=wide,
     )
-    slices = lowrank.Slices(
-        *(torch.where(active[:, None], x, 0.0) for x in (slice_norm, *_roots(low_sums, direction_sums)))
-    )
-    on, after = coefficients(slices, lowrank.bias_correction(step, betas), active)
+    on, after = coefficients(norms, correction, active)
     if on.on_direction is not None:
         passes.blend[triton.cdiv(s, rows), number](
             direction,
@@ -166,32 +204,38 @@ def fused_step(
             BS=rows,
             BR=wide,
         )
+    on_grad = sums
+    if on.on_grad is not None:
+        on_grad = (on.on_grad if grad_scale is None else on.on_grad / grad_scale).expand(number, s).contiguous()
     tile = _write_tile(dot, r)
-    passes.write[triton.cdiv(s, tile.BS), triton.cdiv(d, tile.BD), number](
-        weight_table,
-        grad_table,
-        basis_table,
+    passes.write[triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), number](
+        weights_at.places,
+        grads_at.places,
+        bases_at.places,
         direction,
-        sums if on.on_grad is None else (on.on_grad * inverse).expand(number, s).contiguous(),
-        decay * active.float(),
+        on_grad,
+        decay * active,
         active,
         keys,
-        s,
-        d,
+        m,
+        n,
         r,
-        weight.stride(across),
-        weight.stride(along),
-        *strides,
-        *((1, s) if side == "left" else (d, 1)),
+        *weight.stride(),
+        *grad.stride(),
         counter.WEIGHTS,
+        counter.COLUMNS,
+        LEFT=left,
         WEIGHT=_DTYPES[weight.dtype],
         HAS_INSIDE=on.on_direction is not None,
         HAS_GRAD=on.on_grad is not None,
         STOCHASTIC=stochastic and weight.dtype == torch.bfloat16,
         **types,
-        **_launch(tile),
+        BM=tile.one,
+        BN=tile.other,
+        BR=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    storage.store(states, "step", step)
     for name, value in zip(scalars, after, strict=True):
         storage.store(states, name, value)
 
@@ -211,15 +255,6 @@ def batches(params: Sequence[Tensor], rank: int) -> list[list[Tensor]]:
     return found
 
 
-def _alignment(tensors: Sequence[Tensor]) -> int:
-    """Bytes of which every address is a multiple; what is not aligned is read element by element."""
-    return 16 if all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else 1
-
-
-def _roots(*sums: Tensor) -> list[Tensor]:
-    return [x.sqrt() for x in sums]
-
-
 def _project_tile(dot: torch.dtype, rank: int) -> Tile:
     columns = max(16, triton.next_power_of_2(rank))
     if dot == torch.float32:
@@ -232,7 +267,3 @@ def _write_tile(dot: torch.dtype, rank: int) -> Tile:
     if dot == torch.float32:
         return Tile(64, 64, min(32, columns), 4, 2)
     return Tile(128, 128, min(64, columns), 8, 3)
-
-
-def _launch(tile: Tile) -> dict[str, int]:
-    return {"BS": tile.BS, "BD": tile.BD, "BR": tile.BR, "num_warps": tile.warps, "num_stages": tile.stages}

@@ -37,6 +37,26 @@ def draw(bases, keys, count, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def unpack(bases, codes, scales, d, r, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Bases [B, d, r] of packed codes, as `storage.decode_basis`."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    matrix = tl.program_id(1).to(tl.int64)
+    held = index < d * r
+    row, column = index // r, index % r
+    pair = tl.load(tl.load(codes + matrix).to(tl.pointer_type(tl.uint8)) + row // 2 * r + column, mask=held, other=0)
+    scale = tl.load(tl.load(scales + matrix).to(tl.pointer_type(tl.float32)) + row // GROUP * r + column, mask=held)
+    code = tl.where(row % 2 == 1, pair >> 4, pair & 15).to(tl.float32) - 8
+    tl.store(bases + matrix * d * r + index, code * scale, mask=held)
+
+
+@triton.jit
+def _bits(row, start, column):
+    """As `counter.lattice`, 16 bits from words of rows [M], the word of column 0, and columns [N]."""
+    x = row[:, None] ^ ((start + column.to(tl.uint32)) * 0x9E3779B9)[None, :]
+    return (x * 0x85EBCA6B) >> 16
+
+
+@triton.jit
 def project(
     grads,
     bases,
@@ -56,32 +76,91 @@ def project(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """low = grad basis, float32, and sums [B, s] of squares of each slice of the gradient."""
+    """low = grad basis, and sums [B, s] of squares of each slice of the gradient."""
     at = tl.program_id(0) * BS + tl.arange(0, BS)
     column = tl.program_id(1) * BR + tl.arange(0, BR)
     matrix = tl.program_id(2).to(tl.int64)
     grad = tl.multiple_of(tl.load(grads + matrix).to(tl.pointer_type(GRAD)), ALIGN)
     basis = tl.multiple_of(tl.load(bases + matrix).to(tl.pointer_type(BASIS)), ALIGN)
     acc = tl.zeros([BS, BR], tl.float32)
-    squares = tl.zeros([BS], tl.float32)
+    squares = tl.zeros([BS, BD], tl.float32)
     for first in range(0, d, BD):
         inside = first + tl.arange(0, BD)
         g = tl.load(
-            grad + at[:, None].to(tl.int64) * grad_s + inside[None, :].to(tl.int64) * grad_d,
+            grad + at[:, None] * grad_s + inside[None, :] * grad_d,
             mask=(at[:, None] < s) & (inside[None, :] < d),
             other=0.0,
         )
         p = tl.load(
-            basis + inside[:, None].to(tl.int64) * r + column[None, :],
+            basis + inside[:, None] * r + column[None, :],
             mask=(inside[:, None] < d) & (column[None, :] < r),
             other=0.0,
         )
         wide = g.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
+        squares += wide * wide
         acc = tl.dot(g.to(DOT), p.to(DOT), acc, input_precision=PRECISION)
-    place = (matrix * s + at[:, None]) * r + column[None, :]
-    tl.store(low + place, acc, mask=(at[:, None] < s) & (column[None, :] < r))
-    tl.store(sums + matrix * s + at, squares, mask=(at < s) & (tl.program_id(1) == 0))
+    low += matrix * s * r
+    tl.store(low + at[:, None] * r + column[None, :], acc, mask=(at[:, None] < s) & (column[None, :] < r))
+    tl.store(sums + matrix * s + at, tl.sum(squares, 1), mask=(at < s) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _one_less_power(count, log_beta):
+    """1 - beta^count, in float32 without cancellation."""
+    x = count * log_beta
+    series = 1 + x / 6 * (1 + x / 7 * (1 + x / 8))
+    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * series)))
+    return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def settle(
+    sums,
+    slice_norms,
+    actives,
+    steps,
+    base_words,
+    keys,
+    corrections,
+    grad_scale,
+    found_inf,
+    s,
+    log_beta1,
+    log_beta2,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """What a matrix's step follows from: norms of its slices, whether it counts, its count, Adam's correction, its key.
+
+    One program a matrix. The step in the state is counted here. As `counter.key` and `lowrank.bias_correction`.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    inverse = 1.0
+    if HAS_SCALE:
+        inverse = 1.0 / tl.load(grad_scale)
+    total = 0.0
+    for first in range(0, s, BS):
+        at = first + tl.arange(0, BS)
+        norm = tl.sqrt(tl.load(sums + matrix * s + at, mask=at < s, other=0.0)) * inverse
+        total += tl.sum(norm * norm, 0)
+    size = tl.sqrt(total)
+    active = (size > 0) & (size < float("inf"))
+    if HAS_FOUND:
+        active = active & (tl.load(found_inf) == 0)
+    for first in range(0, s, BS):
+        at = first + tl.arange(0, BS)
+        norm = tl.sqrt(tl.load(sums + matrix * s + at, mask=at < s, other=0.0)) * inverse
+        tl.store(slice_norms + matrix * s + at, tl.where(active, norm, 0.0), mask=at < s)
+    place = tl.load(steps + matrix).to(tl.pointer_type(tl.float32))
+    step = tl.load(place) + active.to(tl.float32)
+    tl.store(place, step)
+    tl.store(actives + matrix, active)
+    key = _mix(tl.load(base_words + matrix).to(tl.uint32) + step.to(tl.int64).to(tl.uint32) * 0x9E3779B9)
+    tl.store(keys + matrix, key.to(tl.int64))
+    count = tl.maximum(step, 1.0)
+    correction = tl.sqrt(_one_less_power(count, log_beta2)) / _one_less_power(count, log_beta1)
+    tl.store(corrections + matrix, correction)
 
 
 @triton.jit
@@ -126,7 +205,7 @@ def _read(
 @triton.jit
 def _write(
     value,
-    words,
+    bits,
     table,
     scales,
     matrix,
@@ -140,7 +219,7 @@ def _write(
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store a tile, rounded by words below float32, as `storage.write_moment` does."""
+    """Store a tile, rounded by bits below float32, as `storage.write_moment` does."""
     stored = tl.multiple_of(tl.load(table + matrix).to(tl.pointer_type(DTYPE)), ALIGN)
     if tl.uint8 == DTYPE:
         BS: tl.constexpr = place.shape[0]
@@ -156,7 +235,7 @@ def _write(
         )
         whole = tl.reshape(tl.broadcast_to(largest[:, :, None], [BS, BLOCKS, BLOCK]), [BS, BLOCKS * BLOCK])
         share = tl.sqrt(size / tl.maximum(whole, 1.1754943508222875e-38))
-        chance = (words >> 8).to(tl.float32) * (1.0 / 16777216)
+        chance = bits.to(tl.float32) * (1.0 / 65536)
         if SQUARED:
             code = tl.minimum(tl.floor(255 * tl.sqrt(share) + chance), 255.0)
         else:
@@ -164,23 +243,26 @@ def _write(
             code = tl.where(value < 0, -code, code) + 128
         tl.store(stored + place, code.to(tl.uint8), mask=mask)
     elif tl.bfloat16 == DTYPE:
-        tl.store(stored + place, _round(value, words), mask=mask)
+        tl.store(stored + place, _round(value, bits), mask=mask)
     else:
         tl.store(stored + place, value, mask=mask)
 
 
 @triton.jit
-def _round(value, words):
-    """float32 to bfloat16, up with a chance equal to the part that is cut off; not finite values stay so."""
-    raised = (value.to(tl.uint32, bitcast=True) + (words & 0xFFFF)) & 0xFFFF0000
-    finite = tl.abs(value) < float("inf")
-    return tl.where(finite, raised.to(tl.float32, bitcast=True), value).to(tl.bfloat16)
+def _round(value, bits):
+    """float32 to bfloat16, up with a chance equal to the part that is cut off; not finite values stay so.
+
+    Infinity's low bits are zero, so 16 more do not reach its high ones; NaN's may be ones.
+    """
+    raised = (value.to(tl.uint32, bitcast=True) + bits) >> 16
+    raised = tl.where(value == value, raised, 0x7FC0)
+    return raised.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def adam(
     low,
-    inverse_scale,
+    grad_scale,
     direction,
     low_sums,
     direction_sums,
@@ -195,13 +277,16 @@ def adam(
     beta1,
     beta2,
     eps,
+    first_square,
+    columns_at,
+    HAS_SCALE: tl.constexpr,
     MOMENT: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Adam's moments in place and its direction, with sums [B, s] of squares of low and of the direction.
+    """Adam's moments in place and its direction, with norms [B, s] of the slices of low and of the direction.
 
     low is divided by the gradient scaler's scale in place. Matrices that are not active keep their moments.
     """
@@ -210,24 +295,29 @@ def adam(
     matrix = tl.program_id(1).to(tl.int64)
     active = tl.load(actives + matrix) != 0
     held = (at[:, None] < s) & (column[None, :] < r)
-    place = at[:, None].to(tl.int64) * r + column[None, :]
-    scratch = matrix * s * r + place
-    value = tl.load(low + scratch, mask=held & active, other=0.0) * tl.load(inverse_scale)
+    place = at[:, None] * r + column[None, :]
+    low += matrix * s * r
+    direction += matrix * s * r
+    value = tl.load(low + place, mask=held & active, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        value = value / tl.load(grad_scale)
+        tl.store(low + place, value, mask=held)
     mean = _read(means, mean_scales, matrix, place, at, s, r, held, MOMENT, ALIGN, False, BLOCK)
     square = _read(squares, square_scales, matrix, place, at, s, r, held, MOMENT, ALIGN, True, BLOCK)
     mean += (value - mean) * (1 - beta1)
     square = square * beta2 + value * value * (1 - beta2)
     found = tl.where(held, mean / (tl.sqrt(square) + eps), 0.0)
+    tl.store(direction + place, found, mask=held)
+    tl.store(low_sums + matrix * s + at, tl.sqrt(tl.sum(value * value, 1)), mask=at < s)
+    tl.store(direction_sums + matrix * s + at, tl.where(active, tl.sqrt(tl.sum(found * found, 1)), 0.0), mask=at < s)
     key = tl.load(keys + matrix).to(tl.uint32)
+    start = _words(key, columns_at.to(tl.uint32))
     mask = held & active
-    words = _words(key, place.to(tl.uint32))
-    _write(mean, words, means, mean_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, False, BLOCK)
-    words = _words(key, (place + s * r).to(tl.uint32))
-    _write(square, words, squares, square_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, True, BLOCK)
-    tl.store(low + scratch, value, mask=held)
-    tl.store(direction + scratch, found, mask=held)
-    tl.store(low_sums + matrix * s + at, tl.sum(value * value, 1), mask=at < s)
-    tl.store(direction_sums + matrix * s + at, tl.sum(found * found, 1), mask=at < s)
+    row = at.to(tl.uint32)
+    bits = _bits(_words(key, row), start, column)
+    _write(mean, bits, means, mean_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, False, BLOCK)
+    bits = _bits(_words(key, row + first_square.to(tl.uint32)), start, column)
+    _write(square, bits, squares, square_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, True, BLOCK)
 
 
 @triton.jit
@@ -239,11 +329,13 @@ def blend(
     column = tl.arange(0, BR)
     matrix = tl.program_id(1).to(tl.int64)
     held = (at[:, None] < s) & (column[None, :] < r)
-    place = (matrix * s + at[:, None]) * r + column[None, :]
+    place = at[:, None] * r + column[None, :]
+    low += matrix * s * r
+    direction += matrix * s * r
     value = tl.load(direction + place, mask=held, other=0.0).to(tl.float32) * tl.load(on_direction + matrix)
     if HAS_LOW:
         factor = tl.load(on_low + matrix * s + at, mask=at < s, other=0.0)
-        value -= tl.load(low + place, mask=held, other=0.0) * factor[:, None]
+        value -= tl.load(low + place, mask=held, other=0.0).to(tl.float32) * factor[:, None]
     active = tl.load(actives + matrix) != 0
     tl.store(direction + place, tl.where(active, value, 0.0), mask=held)
 
@@ -258,16 +350,16 @@ def write(
     shares,
     actives,
     keys,
-    s,
-    d,
+    m,
+    n,
     r,
-    weight_s,
-    weight_d,
-    grad_s,
-    grad_d,
-    index_s,
-    index_d,
-    first_word,
+    weight_m,
+    weight_n,
+    grad_m,
+    grad_n,
+    first_row,
+    columns_at,
+    LEFT: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BASIS: tl.constexpr,
@@ -277,44 +369,59 @@ def write(
     HAS_INSIDE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """W - inside basis^T - on_grad grad, then less its share of decay; index strides count elements row by row."""
-    at = tl.program_id(0) * BS + tl.arange(0, BS)
-    across = tl.program_id(1) * BD + tl.arange(0, BD)
+    """W - inside basis^T - on_grad grad (on the left: basis inside^T), then less its share of decay.
+
+    Tiles are those of the weights, [m, n], whichever side is projected. Weights and gradients are asked for before the
+    product, so that they arrive during it.
+    """
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     matrix = tl.program_id(2).to(tl.int64)
-    basis = tl.multiple_of(tl.load(bases + matrix).to(tl.pointer_type(BASIS)), ALIGN)
-    acc = tl.zeros([BS, BD], tl.float32)
-    if HAS_INSIDE:
-        for first in range(0, r, BR):
-            column = first + tl.arange(0, BR)
-            z = tl.load(
-                inside + (matrix * s + at[:, None]) * r + column[None, :],
-                mask=(at[:, None] < s) & (column[None, :] < r),
-                other=0.0,
-            )
-            p = tl.load(
-                basis + across[None, :].to(tl.int64) * r + column[:, None],
-                mask=(across[None, :] < d) & (column[:, None] < r),
-                other=0.0,
-            )
-            acc = tl.dot(z.to(DOT), p.to(DOT), acc, input_precision=PRECISION)
-    rows, columns = at[:, None].to(tl.int64), across[None, :].to(tl.int64)
-    mask = (rows < s) & (columns < d)
+    mask = (rows[:, None] < m) & (columns[None, :] < n)
+    weight = tl.multiple_of(tl.load(weights + matrix).to(tl.pointer_type(WEIGHT)), ALIGN)
+    weight += rows[:, None] * weight_m + columns[None, :] * weight_n
+    old = tl.load(weight, mask=mask, other=0.0)
     if HAS_GRAD:
         grad = tl.multiple_of(tl.load(grads + matrix).to(tl.pointer_type(GRAD)), ALIGN)
-        g = tl.load(grad + rows * grad_s + columns * grad_d, mask=mask, other=0.0).to(tl.float32)
-        acc += g * tl.load(on_grad + matrix * s + at, mask=at < s, other=0.0)[:, None]
+        g = tl.load(grad + rows[:, None] * grad_m + columns[None, :] * grad_n, mask=mask, other=0.0)
+    acc = tl.zeros([BM, BN], tl.float32)
+    if HAS_INSIDE:
+        basis = tl.multiple_of(tl.load(bases + matrix).to(tl.pointer_type(BASIS)), ALIGN)
+        if LEFT:
+            first_factor, second_factor = basis, inside + matrix * n * r
+        else:
+            first_factor, second_factor = inside + matrix * m * r, basis
+        for first in range(0, r, BR):
+            column = first + tl.arange(0, BR)
+            a = tl.load(
+                first_factor + rows[:, None] * r + column[None, :],
+                mask=(rows[:, None] < m) & (column[None, :] < r),
+                other=0.0,
+            )
+            b = tl.load(
+                second_factor + columns[None, :] * r + column[:, None],
+                mask=(columns[None, :] < n) & (column[:, None] < r),
+                other=0.0,
+            )
+            acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    if HAS_GRAD:
+        if LEFT:
+            factor = tl.load(on_grad + matrix * n + columns, mask=columns < n, other=0.0)[None, :]
+        else:
+            factor = tl.load(on_grad + matrix * m + rows, mask=rows < m, other=0.0)[:, None]
+        acc += g.to(tl.float32) * factor
     # a gradient that is not finite may be multiplied by zero above
     acc = tl.where(tl.load(actives + matrix) != 0, acc, 0.0)
-    weight = tl.multiple_of(tl.load(weights + matrix).to(tl.pointer_type(WEIGHT)), ALIGN)
-    weight += rows * weight_s + columns * weight_d
-    value = tl.load(weight, mask=mask, other=0.0).to(tl.float32) - acc
+    value = old.to(tl.float32) - acc
     value -= tl.load(shares + matrix) * value
     if STOCHASTIC:
-        index = (rows * index_s + columns * index_d + first_word).to(tl.uint32)
-        tl.store(weight, _round(value, _words(tl.load(keys + matrix).to(tl.uint32), index)), mask=mask)
+        key = tl.load(keys + matrix).to(tl.uint32)
+        row = _words(key, rows.to(tl.uint32) + first_row.to(tl.uint32))
+        bits = _bits(row, _words(key, columns_at.to(tl.uint32)), columns)
+        tl.store(weight, _round(value, bits), mask=mask)
     else:
         tl.store(weight, value.to(WEIGHT), mask=mask)

@@ -194,21 +194,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from whimbrel.optim.kernels import launch, passes
 
-types = dict.fromkeys("s d r weight_s weight_d grad_s grad_d index_s index_d".split(), "i32") | {"first_word": "i64"}
-types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
-types |= dict.fromkeys("beta1 beta2 eps".split(), "fp32") | dict(actives="*i1")
-shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, STOCHASTIC=True)
+types = dict.fromkeys("s d m n r weight_m weight_n grad_s grad_d grad_m grad_n".split(), "i32")
+types |= dict.fromkeys("first_square columns_at first_row".split(), "u32")
+types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales steps base_words".split(), "*i64")
+types |= dict.fromkeys("beta1 beta2 eps log_beta1 log_beta2".split(), "fp32") | dict(actives="*i1", codes="*i64")
+types |= dict(scales="*i64")
+shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, HAS_SCALE=True, HAS_FOUND=True, GROUP=128)
 for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
     shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
-    types |= dict.fromkeys(("direction", "inside"), "*bf16" if kind == tl.bfloat16 else "*fp32")
-    low = dict(MOMENT=tl.uint8, BLOCK=min(256, rank), BS=launch.TILE_ELEMENTS // rank, BR=rank)
-    for function, tile in (
-        (passes.project, launch._project_tile(dtype, rank)), (passes.write, launch._write_tile(dtype, rank)),
-        (passes.adam, None), (passes.blend, None),
+    types |= dict.fromkeys(("direction", "inside", "low"), "*bf16" if kind == tl.bfloat16 else "*fp32")
+    slices = dict(MOMENT=tl.uint8, BLOCK=min(256, rank), BS=launch.TILE_ELEMENTS // rank, BR=rank)
+    project, write = launch._project_tile(dtype, rank), launch._write_tile(dtype, rank)
+    for function, tile, sizes in (
+        (passes.project, project, dict(BS=project.one, BD=project.other, BR=project.columns)),
+        (passes.write, write, dict(BM=write.one, BN=write.other, BR=write.columns, LEFT=False)),
+        (passes.write, write, dict(BM=write.one, BN=write.other, BR=write.columns, LEFT=True)),
+        (passes.adam, None, slices), (passes.blend, None, slices), (passes.settle, None, dict(BS=1024)),
+        (passes.unpack, None, dict(BLOCK=2048)), (passes.draw, None, dict(BLOCK=2048)),
     ):
-        given = shared | (low if tile is None else dict(BS=tile.BS, BD=tile.BD, BR=tile.BR))
+        given = shared | sizes
         constants = {n: v for n, v in given.items() if n in function.arg_names}
-        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
+        own = types | (dict(bases="*bf16", scales="*i64") if function in (passes.unpack, passes.draw) else {})
+        signature = {n: "constexpr" if n in constants else own.get(n, "*fp32") for n in function.arg_names}
+        if function in (passes.draw,):
+            signature |= dict(count="i32", size="fp32")
         source = ASTSource(function, signature, constants)
         options = {} if tile is None else dict(num_warps=tile.warps, num_stages=tile.stages)
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
