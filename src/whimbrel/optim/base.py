@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
@@ -39,8 +40,8 @@ ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach"
 class Projected(NamedTuple):
     """B gradients of one shape on their way through a step.
 
-    grad [B, m, n], float32, zero where not active (as it is where only a refresh follows); slice_norm [B, n] or [B, m], the norm of each slice;
-    active [B], false where the gradient is zero or not finite; basis [B, d, r].
+    grad [B, m, n], float32, zero where not active (where only a refresh follows: as it is); slice_norm [B, n] or [B, m],
+    the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r].
     """
 
     grad: Tensor
@@ -304,12 +305,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _fuses(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether the kernels step this matrix."""
+        small = param.numel() < 1 << 31  # the kernels count elements in 32 bits
         if group["impl"] == "auto":
-            return (
-                param.is_cuda
-                and not isinstance(param, DTensor)
-                and find_spec("triton") is not None
-                and torch.cuda.get_device_capability(param.device) in PROVEN_ON
+            return param.is_cuda and small and not isinstance(param, DTensor) and _proven(param.device)
+        if group["impl"] == "triton" and not small:
+            raise UnsupportedError(
+                f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(param.shape)}; use impl = 'auto'"
             )
         if group["impl"] == "triton" and isinstance(param, DTensor):
             raise UnsupportedError("impl = 'triton' takes no DTensor parameters; use impl = 'auto'")
@@ -560,6 +561,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         torch._foreach_sub_(weights, updates)
         if group["weight_decay"]:
             decay(weights, list(shares.unbind()))
+
+
+@functools.cache
+def _proven(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) in PROVEN_ON
 
 
 def _names(group: dict[str, Any], index: int) -> Sequence[str]:

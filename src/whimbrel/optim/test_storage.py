@@ -24,9 +24,9 @@ def random(*shape, seed=0):
 
 def bits(shape, seed=0):
     columns = shape[-1]
-    return counter.lattice(
-        torch.tensor(counter.base(seed, 3)), torch.Size(shape).numel() // columns, columns
-    ).view(shape)
+    return counter.lattice(torch.tensor(counter.base(seed, 3)), torch.Size(shape).numel() // columns, columns).view(
+        shape
+    )
 
 
 @pytest.mark.parametrize("squared", [False, True])

@@ -17,7 +17,11 @@ from whimbrel.optim.kernels import passes
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 
 SCRATCH_ELEMENTS = 1 << 24
-"""Most elements of one low-rank tensor of a batch: 6 bytes each are held during its step (8 in float32)."""
+"""Most elements of one low-rank tensor of a batch: 4 bytes each are held during its step (8 in float32)."""
+SCRATCH_SHARE = 9
+"""A batch holds at most this part of all low-rank elements, so that a step needs less than a tenth of the state."""
+FEW_ELEMENTS = 1 << 22
+"""A batch may always hold so many, since small batches leave a GPU waiting for launches."""
 TILE_ELEMENTS = 1 << 11
 """Elements that a program of the low-rank kernels holds of each tensor."""
 
@@ -82,7 +86,8 @@ def fused_step(
     params: B matrices with gradients. bases [B]: `counter.base` words of the matrices. drawn [B]: words from
     which the bases are drawn, None where the states hold them. coefficients: the
     method's factors from (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times
-    weight decay. found_inf, grad_scale: what a gradient scaler has left. batch: a number of these params, for `addresses`.
+    weight decay. found_inf, grad_scale: what a gradient scaler has left. batch: a number of these params, for
+    `addresses`.
     """
     grads = [param.grad for param in params if param.grad is not None]
     weight, grad, moment = params[0], grads[0], states[0]["exp_avg"]
@@ -241,7 +246,7 @@ def fused_step(
 
 
 def batches(params: Sequence[Tensor], rank: int) -> list[list[Tensor]]:
-    """Lists of matrices that one `fused_step` takes, none above SCRATCH_ELEMENTS unless it is a single matrix."""
+    """Lists of matrices that one `fused_step` takes, none above the limits unless it is a single matrix."""
     equal: dict[object, list[Tensor]] = {}
     for param in params:
         grad = param.grad
@@ -249,8 +254,10 @@ def batches(params: Sequence[Tensor], rank: int) -> list[list[Tensor]]:
         kind = (param.shape, param.dtype, param.device, param.stride(), grad.dtype, grad.stride())
         equal.setdefault(kind, []).append(param)
     found = []
+    total = sum(max(param.shape) * rank for param in params)
+    most = min(SCRATCH_ELEMENTS, max(FEW_ELEMENTS, total // SCRATCH_SHARE))
     for members in equal.values():
-        size = max(1, SCRATCH_ELEMENTS // (max(members[0].shape) * rank))
+        size = max(1, most // (max(members[0].shape) * rank))
         found += [members[i : i + size] for i in range(0, len(members), size)]
     return found
 
@@ -266,4 +273,5 @@ def _write_tile(dot: torch.dtype, rank: int) -> Tile:
     columns = max(16, triton.next_power_of_2(rank))
     if dot == torch.float32:
         return Tile(64, 64, min(32, columns), 4, 2)
-    return Tile(128, 128, min(64, columns), 8, 3)
+    # at a low rank two smaller programs a multiprocessor hide each other's loads; at a high one factors are read often
+    return Tile(64, 128, min(64, columns), 4, 3) if columns <= 128 else Tile(128, 128, 64, 8, 3)

@@ -196,7 +196,8 @@ from whimbrel.optim.kernels import launch, passes
 
 types = dict.fromkeys("s d m n r weight_m weight_n grad_s grad_d grad_m grad_n".split(), "i32")
 types |= dict.fromkeys("first_square columns_at first_row".split(), "u32")
-types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales steps base_words".split(), "*i64")
+types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
+types |= dict.fromkeys("steps base_words".split(), "*i64")
 types |= dict.fromkeys("beta1 beta2 eps log_beta1 log_beta2".split(), "fp32") | dict(actives="*i1", codes="*i64")
 types |= dict(scales="*i64")
 shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, HAS_SCALE=True, HAS_FOUND=True, GROUP=128)
