@@ -40,8 +40,8 @@ ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach"
 class Projected(NamedTuple):
     """B gradients of one shape on their way through a step.
 
-    grad [B, m, n], float32, zero where not active (where only a refresh follows: as it is); slice_norm [B, n] or [B, m],
-    the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r].
+    grad [B, m, n], float32, zero where not active (where only a refresh follows: as it is); slice_norm [B, n] or
+    [B, m], the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r].
     """
 
     grad: Tensor
