@@ -385,6 +385,7 @@ def write(
     weight = tl.multiple_of(tl.load(weights + matrix).to(tl.pointer_type(WEIGHT)), ALIGN)
     weight += rows[:, None] * weight_m + columns[None, :] * weight_n
     old = tl.load(weight, mask=mask, other=0.0)
+    g = old
     if HAS_GRAD:
         grad = tl.multiple_of(tl.load(grads + matrix).to(tl.pointer_type(GRAD)), ALIGN)
         g = tl.load(grad + rows[:, None] * grad_m + columns[None, :] * grad_n, mask=mask, other=0.0)
