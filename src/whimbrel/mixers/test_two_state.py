@@ -11,7 +11,7 @@ from whimbrel.mixers.rdn import rdn, rdn_step
 from whimbrel.mixers.rla import rla, rla_step
 from whimbrel.mixers.two_state import checked_rule
 from whimbrel.testing.budget import assert_close
-from whimbrel.testing.recurrence import FP64, RECURRENCES, Shape, make_inputs
+from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, make_inputs, outputs_and_gradients
 
 BOTH = {"rla": (rla, rla_step), "rdn": (rdn, rdn_step)}
 both = pytest.mark.parametrize("name", BOTH)
@@ -141,3 +141,109 @@ def test_clip_bounds_the_residual_and_not_the_base(name):
     assert not torch.isclose(clipped.state.residual, free.state.residual, rtol=1e-2).all()
     wide = BOTH[name][0](*tensors, state=state, clip=1e6)
     assert torch.equal(wide.y, free.y)
+
+
+def with_and_without(name: str, inputs: Inputs, budget, floor: float = 1e-13, **options) -> None:
+    """In parts that run again, against the reference at once: outputs and all gradients."""
+    exact = type(inputs)(*([x.double() for x in part] for part in inputs))
+    edges = {key: options[key] for key in ("cu_seqlens",) if key in options}
+    wanted = outputs_and_gradients(RECURRENCES[name], exact, impl="reference", **edges)
+    found = outputs_and_gradients(RECURRENCES[name], inputs, **options)
+    for kind, want, got in zip(("", "gradient of "), wanted, found):
+        for part in want:
+            limit = budget.get(kind + part, budget.get(part, budget[""]))
+            assert_close(kind + part, want[part], got[part], limit, floor=floor)
+
+
+@both
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("batch", "time", "parts"), [(1, 150, 1), (1, 150, 2), (1, 150, 100), (3, 20, 2), (3, 20, 9)], ids=str
+)
+def test_parts_that_run_again_change_nothing(name, impl, batch, time, parts):
+    inputs = make_inputs(RECURRENCES[name], Shape(batch, time, value_heads=4))
+    with_and_without(name, inputs, {"": FP64}, impl=impl, recompute=parts)
+
+
+@both
+def test_parts_of_packed_sequences(name):
+    """Edges lie within parts, at their ends, and far from them; two sequences are empty."""
+    edges = torch.tensor([0, 10, 64, 64, 190, 200, 200], dtype=torch.int32)
+    inputs = make_inputs(RECURRENCES[name], Shape(1, 200), sequences=6)
+    with_and_without(name, inputs, {"": FP64}, impl="chunked", recompute=3, cu_seqlens=edges)
+
+
+@both
+def test_parts_in_kernels(name):
+    pytest.importorskip("triton")
+    inputs = make_inputs(RECURRENCES[name], Shape(1, 70, 1, 1, 16, 16), dtype=torch.float32)
+    with_and_without(name, inputs, {"": 5e-6}, 5e-6, impl="triton", recompute=2)
+
+
+@both
+def test_parts_keep_only_what_they_were_given(name):
+    """Bytes that autograd holds between forward and backward, the inputs not counted."""
+    tensors, _ = inputs_of(name, batch=1, time=256)
+    inputs = {x.data_ptr() for x in tensors}
+    states = 2 * 2 * 8 * 6  # both of them, of two heads
+
+    def held(**options) -> int:
+        kept: dict[int, int] = {}
+        leaves = [x.requires_grad_() for x in tensors]
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            place = x.untyped_storage()
+            if place.data_ptr() not in inputs:
+                kept[place.data_ptr()] = place.nbytes() // x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = BOTH[name][0](*leaves, impl="chunked", **options)
+        del out
+        return sum(kept.values())
+
+    assert held() > 256 * 100
+    assert held(recompute=4) <= 3 * states
+
+
+@both
+@pytest.mark.parametrize("parts", [-1, 1.5])
+def test_bad_numbers_of_parts_are_named(name, parts):
+    tensors, _ = inputs_of(name)
+    with pytest.raises(ConfigError) as error:
+        BOTH[name][0](*tensors, recompute=parts)
+    assert str(error.value) == f"{name}: recompute = {parts} is not allowed; give 0 (off) or a number of parts"
+
+
+@pytest.mark.gpu
+@both
+@pytest.mark.parametrize("shape", [Shape(1, 4103, 1, 2, 128, 64), Shape(2, 1003, 2, 4, 128, 128)], ids=str)
+def test_parts_on_the_card(name, shape):
+    """fp64 is met as without parts, twice with equal bits."""
+    from whimbrel.scan.kernels.test_launch import HALF
+
+    inputs = make_inputs(RECURRENCES[name], shape, seed=7, dtype=torch.bfloat16, strongest_decay=0.3)
+    inputs = type(inputs)(*([x.cuda() for x in part] for part in inputs))
+    with_and_without(name, inputs, HALF, 1e-6, impl="triton", recompute=3)
+    runs = [outputs_and_gradients(RECURRENCES[name], inputs, impl="triton", recompute=3) for _ in range(2)]
+    for one, other in zip(*runs):
+        for part in one:
+            assert torch.equal(one[part], other[part]), part
+
+
+@pytest.mark.gpu
+@both
+@pytest.mark.parametrize("shape", [Shape(1, 4096, 4, 4, 128, 128), Shape(4, 1024, 4, 4, 128, 128)], ids=str)
+def test_parts_lower_the_peak(name, shape):
+    inputs = make_inputs(RECURRENCES[name], shape, dtype=torch.bfloat16)
+    leaves = [x.cuda().requires_grad_() for x in inputs.tensors]
+    peaks = {}
+    for parts in (0, 4):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y, _ = RECURRENCES[name](leaves, None, impl="triton", recompute=parts)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        peaks[parts] = torch.cuda.max_memory_allocated() - before
+        del y, gradients
+    assert peaks[4] < 0.85 * peaks[0], peaks

@@ -6,11 +6,13 @@ chunkwise form with its backward, single step. Derivation: README.md beside `whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from whimbrel.errors import ConfigError
 from whimbrel.scan import chunks
@@ -20,6 +22,8 @@ from whimbrel.scan.one_state import step_in_kernel
 
 COMBINE = ("gated", "sum")
 RESIDUAL = ("undecayed", "decayed")
+GRAIN = 64
+"""Parts of a sequence are multiples of as many tokens, so that they cut no chunk in two."""
 
 
 class Rule(NamedTuple):
@@ -50,6 +54,7 @@ def checked_rule(
     residual: str,
     state: State | None,
     cu_seqlens: Tensor | None,
+    recompute: int = 0,
     out: State | None = None,
 ) -> Rule:
     """The options as a `Rule`; raises ConfigError unless all arguments of `rla` or `rdn` fit together.
@@ -60,6 +65,8 @@ def checked_rule(
     check_choice(op, "residual", residual, RESIDUAL)
     if clip is not None and not clip > 0:
         raise ConfigError(f"{op}: clip = {clip} is not allowed; give a number above 0, or None for no clipping")
+    if not isinstance(recompute, int) or recompute < 0:
+        raise ConfigError(f"{op}: recompute = {recompute!r} is not allowed; give 0 (off) or a number of parts")
     gates = {"log_decay": log_decay, "beta": beta, "gamma": gamma}
     before, after = _parts(op, "state", state), _parts(op, "out", out)
     check_inputs(op, q, k, v, gates, {**before, **after}, cu_seqlens)
@@ -152,6 +159,46 @@ def step(
         assert out.residual is not None
         base, residual = out.base.copy_(base), out.residual.copy_(residual)
     return Out(y[:, None].to(v.dtype), State(base, residual))
+
+
+def in_parts(
+    run: Callable[..., Out],
+    *tensors: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    parts: int,
+) -> Out:
+    """run(*tensors, state=, cu_seqlens=), part after part, each of which runs again when its gradients are wanted.
+
+    A part keeps no more than it was given. A batch is cut between its rows, one row between tokens, where the part
+    before hands its states on. Without `parts`, or gradients, it is one call that keeps what it likes.
+    """
+    batch, time = tensors[0].shape[:2]
+    if not parts or not batch or not time or not needs_grad(*tensors, *(state or ())):
+        return run(*tensors, state=state, cu_seqlens=cu_seqlens)
+
+    def part(*tensors: Tensor, **kwargs: Any) -> Out:
+        return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    if batch > 1:
+        rows = -(-batch // parts)
+        cuts = zip(*(x.split(rows) for x in tensors))
+        starts = (
+            [None] * batch
+            if state is None
+            else [State(*s) for s in zip(*(x.split(rows) for x in state if x is not None))]
+        )
+        outs = [part(*cut, state=start, cu_seqlens=None) for cut, start in zip(cuts, starts)]
+        ends = zip(*(out.state for out in outs))
+        return Out(torch.cat([out.y for out in outs]), State(*map(torch.cat, ends)))
+    length = -(-time // (parts * GRAIN)) * GRAIN
+    ys = []
+    for n, cut in enumerate(zip(*(x.split(length, 1) for x in tensors))):
+        # A sequence that lies elsewhere is empty here: its state goes through.
+        edges = None if cu_seqlens is None else (cu_seqlens - n * length).clamp(0, cut[0].shape[1])
+        y, state = part(*cut, state=state, cu_seqlens=edges)
+        ys.append(y)
+    return Out(torch.cat(ys, 1), state)
 
 
 def in_kernels(

@@ -25,10 +25,13 @@ class TwoStateConfig(LinearMixerConfig):
     """Weight the two reads by decay and gamma, or sum them."""
     residual: Literal["undecayed", "decayed"] = "undecayed"
     """Take the residual against the first state before or after the token's decay."""
+    recompute: int = 0
+    """Parts that run again in the backward and so keep nothing for it but their inputs; 0 keeps what it needs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.clip >= 0, "mixer.clip", self.clip, "0 (off) or a positive bound")
+        require(self.recompute >= 0, "mixer.recompute", self.recompute, "0 (off) or a number of parts")
 
     def make(self, layer: Callable[..., T], hidden_size: int, norm_eps: float) -> T:
         """`layer` with these options."""
@@ -42,6 +45,7 @@ class TwoStateConfig(LinearMixerConfig):
             clip=self.clip or None,
             combine=self.combine,
             residual=self.residual,
+            recompute=self.recompute,
             norm_eps=norm_eps,
             impl=self.impl,
         )

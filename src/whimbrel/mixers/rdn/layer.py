@@ -28,12 +28,13 @@ class RDN(LinearMixer):
         clip: float | None = 1.0,
         combine: Literal["gated", "sum"] = "gated",
         residual: Literal["undecayed", "decayed"] = "undecayed",
+        recompute: int = 0,
         norm_eps: float = 1e-5,
         impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
     ) -> None:
         super().__init__(
             hidden_size,
-            partial(rdn, clip=clip, combine=combine, residual=residual, impl=impl),
+            partial(rdn, clip=clip, combine=combine, residual=residual, recompute=recompute, impl=impl),
             num_gates=3,
             num_heads=num_heads,
             head_dim=head_dim,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from whimbrel.mixers.rla.chunked import rla_chunked
 from whimbrel.mixers.rla.reference import rla_reference
-from whimbrel.mixers.two_state import checked_rule, in_kernels, step
+from whimbrel.mixers.two_state import checked_rule, in_kernels, in_parts, step
 from whimbrel.scan.base import Out, State
 from whimbrel.scan.common import choose, one_token
 
@@ -25,6 +27,7 @@ def rla(
     residual: str = "undecayed",
     state: State | None = None,
     cu_seqlens: Tensor | None = None,
+    recompute: int = 0,
     impl: str = "auto",
 ) -> Out:
     """Residual Linear Attention: a state S, and a second state R that is fitted to what S leaves over.
@@ -45,6 +48,8 @@ def rla(
     residual: "undecayed" (the paper's) or "decayed".
     state: State(base, residual), each [N, HV, K, V], from an earlier call; None starts at zero.
     cu_seqlens: int32 or int64 [N + 1], edges of N sequences packed along T; B is 1 then. Without it N is B.
+    recompute: 0 keeps what the backward needs; a number of parts keeps the inputs and the states between parts, and
+        runs each part again in the backward: less memory, more time, the same result up to rounding.
     impl: "reference" (token by token, fp64), "chunked" (PyTorch, any device), "triton" (kernels on CUDA, computing in
         fp32 from bf16, fp16 or fp32, K and V up to 256), or "auto", which takes the kernels where they were measured:
         on Hopper, in bf16 or fp16, K and V up to 128.
@@ -69,6 +74,7 @@ def rla(
         residual=residual,
         state=state,
         cu_seqlens=cu_seqlens,
+        recompute=recompute,
     )
     tensors = (q, k, v, log_decay, beta, gamma)
     single = one_token(cu_seqlens, *tensors, *(state or ()))
@@ -76,9 +82,10 @@ def rla(
     if code == "step":
         return step(*tensors, rule=rule, delta=False, state=state, kernel=True if impl == "triton" else None)
     if code == "triton":
-        return in_kernels(*tensors, rule=rule, delta=False, state=state, cu_seqlens=cu_seqlens)
-    run = rla_reference if code == "reference" else rla_chunked
-    return run(*tensors, rule=rule, state=state, cu_seqlens=cu_seqlens)
+        run = partial(in_kernels, delta=False)
+    else:
+        run = rla_reference if code == "reference" else rla_chunked
+    return in_parts(partial(run, rule=rule), *tensors, state=state, cu_seqlens=cu_seqlens, parts=recompute)
 
 
 def rla_step(
