@@ -125,30 +125,35 @@ def draw(lines: Sequence[ResultLine]) -> Svg:
 def draw_lengths(results: Path, out: Path) -> list[Path]:
     """Time and peak memory a token against length, as `residual-linear-attention-*.svg`; none without kernel lines."""
     written = []
+    files = {case: results / f"{case}.jsonl" for _, case, _ in CURVES}
+    gpu = last_gpu([path for path in files.values() if path.exists()])
     for metric, title, factor in LENGTH_FIGURES:
         curves = {}
         for colour, (name, case, impl) in enumerate(CURVES):
-            points = against_length(results / f"{case}.jsonl", impl, metric)
+            points = against_length(files[case], impl, metric, gpu)
             if len(points) > 1:
                 curves[name] = (colour, [(time, factor * value) for time, value in points])
         if "RDN" in curves or "RLA" in curves:
             target = out / f"residual-linear-attention-{'time' if metric == 'time' else 'memory'}.svg"
-            drawn = _draw_curves(curves, title, "tokens of a sequence", log=metric == "time")
+            drawn = _draw_curves(curves, title, f"tokens of a sequence, on {gpu}", log=metric == "time")
             atomic_write_text(target, drawn.file())
             written.append(target)
     return written
 
 
-def against_length(path: Path, impl: str, metric: str) -> list[tuple[int, float]]:
-    """(length, value a token) of one implementation on the GPU measured last, shortest first."""
-    if not path.exists():
-        return []
-    lines = [x for x in newest(read_lines(path)) if x["impl"] == impl and x["metric"] == metric]
-    lines = [x for x in lines if "gates" not in x["params"] and "thread" not in x["device"]]
+def last_gpu(paths: Sequence[Path]) -> str:
+    """The GPU of the newest line in all of the files; a figure holds lines of one card."""
+    lines = [x for path in paths for x in read_lines(path) if "thread" not in x["device"]]
+    return max(lines, key=lambda x: x["time"])["device"] if lines else ""
+
+
+def against_length(path: Path, impl: str, metric: str, device: str) -> list[tuple[int, float]]:
+    """(length, value a token) of one implementation on one device, shortest first."""
     found = {}
-    for line in lines:
+    for line in newest(read_lines(path)) if path.exists() else []:
         batch, time = int(line["params"]["B"]), int(line["params"]["T"])
-        if line["device"] == lines[-1]["device"] and batch == max(1, TOKENS // time):
+        alike = (line["impl"], line["metric"], line["device"]) == (impl, metric, device)
+        if alike and "gates" not in line["params"] and batch == max(1, TOKENS // time):
             found[time] = line["value"] / (batch * time)
     return sorted(found.items())
 

@@ -112,7 +112,13 @@ def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
     path = results / f"{case}.jsonl"
     lines = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
     lines = [x for x in lines if "thread" not in x["device"] and "gates" not in x["params"]]
-    return [x for x in lines if x["device"] == lines[-1]["device"]]
+    return _of_one_card(lines, lines)
+
+
+def _of_one_card(lines: Sequence[ResultLine], among: Sequence[ResultLine]) -> list[ResultLine]:
+    """Those of `lines` that the device of the newest line in `among` gave; a table holds lines of one card."""
+    device = max(among, key=lambda x: x["time"])["device"] if among else None
+    return [x for x in lines if x["device"] == device]
 
 
 def _kernels(
@@ -120,6 +126,8 @@ def _kernels(
 ) -> list[str]:
     """A row for each shape, a column for each implementation that has a line; nothing where no kernel here has one."""
     lines = {case: _on_gpu(results, f"{case}_{part}", metric[0]) for case in dict.fromkeys(c.case for c in columns)}
+    every = [x for case in lines.values() for x in case]
+    lines = {case: _of_one_card(found, every) for case, found in lines.items()}
     cells = {(c, _sizes(x)): x for c in columns for x in lines[c.case] if x["impl"] == c.impl}
     if not any(column.impl == "triton" for column, _ in cells):
         return []

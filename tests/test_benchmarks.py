@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,8 @@ def test_no_lines_are_said_so(plots, tmp_path):
 
 def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
     path = kernel_lines / "rdn_fwd_bwd.jsonl"
-    assert plots.against_length(path, "triton", "time") == [(t, 1 / 1024) for t in (2048, 16_384, 65_536)]
-    assert plots.against_length(path, "sdpa-cudnn", "time") == [(t, t / 2**21) for t in (2048, 16_384, 65_536)]
+    assert plots.against_length(path, "triton", "time", "A GPU") == [(t, 1 / 1024) for t in (2048, 16_384, 65_536)]
+    assert plots.against_length(path, "sdpa-cudnn", "time", "A GPU") == [(t, t / 2**21) for t in (2048, 16_384, 65_536)]
     drawn = plots.draw_lengths(kernel_lines, tmp_path / "docs")
     assert [x.name for x in drawn] == ["residual-linear-attention-time.svg", "residual-linear-attention-memory.svg"]
     time, memory = (x.read_text(encoding="utf-8") for x in drawn)
@@ -116,6 +117,20 @@ def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
     assert ("softmax" in time, "softmax" in memory, "RLA" in time) == (True, False, False)
     assert plots.draw_lengths(tmp_path, tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
+
+
+def test_lines_of_two_cards_are_not_shown_together(plots, tables, kernel_lines, tmp_path):
+    path = kernel_lines / "rdn_fwd_bwd.jsonl"
+    older = [line | {"device": "Another GPU", "time": "2020-01-01T00:00:00+00:00"} for line in read_lines(path)]
+    for case, impl in (("rdn", "flash-qla"), ("rla", "triton")):
+        kept = [line | {"case": f"{case}_fwd_bwd", "impl": impl} for line in older if line["impl"] == "triton"]
+        with (kernel_lines / f"{case}_fwd_bwd.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+    assert plots.against_length(kernel_lines / "rla_fwd_bwd.jsonl", "triton", "time", "Another GPU")
+    time, _ = (x.read_text(encoding="utf-8") for x in plots.draw_lengths(kernel_lines, tmp_path / "docs"))
+    assert ("A GPU" in time, "Another GPU" in time, "RLA" in time, "FlashQLA" in time) == (True, False, False, False)
+    text = tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    assert ("A GPU" in text, "Another GPU" in text, "RLA" in text) == (True, False, False)
 
 
 def test_kernel_tables_show_what_was_measured_and_leave_out_what_was_not(tables, kernel_lines):
