@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from packaging.version import Version
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,7 +46,9 @@ def test_generation_with_everything_kept_is_dense(options):
     expected = model.generate(ids, attention_mask=mask, **options)
     sparse = enable_sparse_prefill(model, ALL)
     assert torch.equal(expected, model.generate(ids, attention_mask=mask, **options))
-    assert sparse.calls["sparse"] >= 2
+    # Releases before 5.17 hand over a mask of all pairs where the cache is static, which runs dense.
+    old = Version(transformers.__version__) < Version("5.17") and "cache_implementation" in options
+    assert sparse.calls["packed or custom mask" if old else "sparse"] >= 2
     sparse.disable()
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(expected, model.generate(ids, attention_mask=mask, **options))

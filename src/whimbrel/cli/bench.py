@@ -72,14 +72,14 @@ def _coverage(device: str, args: Args) -> list[ResultLine]:
 
     lines = []
     if not args.json:
-        print("     N  input      layer  head  selector               density  recall: min     p5   mean")
+        print("     N  input      layer  head  selector               density  recall: min     p5   mean covered")
     for row in coverage_rows(device=device, quick=args.quick):
         p = row.params
-        for metric in ("density", "recall_min", "recall_p5", "recall_mean"):
+        for metric in ("density", "recall_min", "recall_p5", "recall_mean", "covered"):
             value = getattr(row, metric)
-            lines.append(record("prefill", row.selector, p, metric, value, "share", device=device, out=args.out))
+            lines.append(record("prefill_heads", row.selector, p, metric, value, "share", device=device, out=args.out))
         if not args.json:
             place = f"{p['N']:>6}  {p['input']:<10} {p.get('layer', ''):>5} {p['head']:>5}  {row.selector:<22}"
-            figures = f"{row.density:7.3f}       {row.recall_min:7.3f}{row.recall_p5:7.3f}{row.recall_mean:7.3f}"
+            figures = f"{row.density:7.3f}       {row.recall_min:7.3f}{row.recall_p5:7.3f}{row.recall_mean:7.3f}{row.covered:8.3f}"
             print(f"{place} {figures}", flush=True)
     return lines

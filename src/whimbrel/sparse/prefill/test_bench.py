@@ -124,12 +124,13 @@ def test_coverage_is_printed_by_layer_and_head(tmp_path, monkeypatch, capsys):
         (l, str(h)) for l in ["3", "12"] for h in range(6)
     }
     for row in rows:
-        low, p5, mean = map(float, row[-3:])
+        low, p5, mean, covered = map(float, row[-4:])
         assert low <= p5 <= mean <= 1.001
-        if row[-5] in ("row_local", "flex_prefill"):
+        if row[-6] in ("row_local", "flex_prefill"):
             assert p5 >= 0.945
-    lines = read_lines(tmp_path / "lines" / "prefill.jsonl")
-    assert {line["metric"] for line in lines} == {"density", "recall_min", "recall_p5", "recall_mean"}
-    assert len(lines) == 4 * len(rows)
+            assert covered >= 0.94
+    lines = read_lines(tmp_path / "lines" / "prefill_heads.jsonl")
+    assert {line["metric"] for line in lines} == {"density", "recall_min", "recall_p5", "recall_mean", "covered"}
+    assert len(lines) == 5 * len(rows)
     assert cli.main(["bench", "rdn", "--coverage"]) != 0
     assert "--coverage goes with the case prefill, not 'rdn'; leave it out" in capsys.readouterr().err
