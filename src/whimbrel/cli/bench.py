@@ -80,6 +80,7 @@ def _coverage(device: str, args: Args) -> list[ResultLine]:
             lines.append(record("prefill_heads", row.selector, p, metric, value, "share", device=device, out=args.out))
         if not args.json:
             place = f"{p['N']:>6}  {p['input']:<10} {p.get('layer', ''):>5} {p['head']:>5}  {row.selector:<22}"
-            figures = f"{row.density:7.3f}       {row.recall_min:7.3f}{row.recall_p5:7.3f}{row.recall_mean:7.3f}{row.covered:8.3f}"
+            recall = f"{row.recall_min:7.3f}{row.recall_p5:7.3f}{row.recall_mean:7.3f}"
+            figures = f"{row.density:7.3f}       {recall}{row.covered:8.3f}"
             print(f"{place} {figures}", flush=True)
     return lines
