@@ -216,7 +216,7 @@ def detector(**settings) -> SpikeDetector:
 
 def test_scores_are_deviations_of_the_logarithm() -> None:
     """Of ten values the median is that of a normal distribution's mean, 1.4826 times the deviation its spread."""
-    found = SpikeDetector(SpikesConfig(window=10))
+    found = SpikeDetector(SpikesConfig(window=10, creep=10.0))
     logs = [0.1 * i for i in range(10)]
     for step, value in enumerate(logs, start=1):
         assert found.check(step, math.exp(value), math.exp(2 * value)).action == "none"
@@ -242,6 +242,26 @@ def test_detector_goes_back_only_for_a_loss_that_stays_far_up() -> None:
     assert [found.check(step, 3.5, 1.0).action for step in range(41, 61)] == ["log"] * 20
     found = detector()
     assert [found.check(step, 6.0, 1.0).action for step in range(41, 44)] == ["log", "log", "restart"]
+
+
+def test_detector_sees_a_collapse_that_takes_its_bounds_along() -> None:
+    """Each step is within the range of those before it; the way back begins where the loss was lowest."""
+    found = detector(creep=1.5)
+    verdicts = {step: found.check(step, 3.0 * 1.01 ** (step - 41), 1.0) for step in range(41, 100)}
+    first = next(step for step, verdict in verdicts.items() if verdict.action != "none")
+    assert 3.0 * 1.01 ** (first - 42) < 1.5 * 3.0 * 1.02
+    assert verdicts[first].loss_score < 6
+    assert 20 <= verdicts[first].onset <= 51 < first
+    assert verdicts[first + 2].action == "restart"
+    assert not any(v.action != "none" for v in map(detector(creep=10.0).check, verdicts, [3.0] * 59, [1.0] * 59))
+
+
+def test_detector_of_a_run_from_before_it_knew_its_lowest_median() -> None:
+    state = detector().state_dict()
+    del state["lowest"]
+    found = SpikeDetector(SpikesConfig(window=20))
+    found.load_state_dict(state)
+    assert found.check(41, 3.0, 1.0).action == "none"
 
 
 def test_detector_on_values_that_are_not_finite() -> None:

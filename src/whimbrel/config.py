@@ -246,6 +246,9 @@ class SpikesConfig:
     """Updates left out in one episode, because of the gradient norm or a loss that is not finite."""
     collapse: float = 1.25
     """Loss, as a multiple of its median, from which an abnormal step counts towards going back."""
+    creep: float = 1.5
+    """Loss, as a multiple of its lowest median so far, from which a step is abnormal and counts towards going back,
+    however slowly the loss came there. Raise it where a change of the data is to raise the loss by as much."""
     patience: int = 20
     """Such steps in one episode until the run goes back; spikes that heal sooner are left alone."""
     margin_steps: int = 10
@@ -270,7 +273,8 @@ class SpikesConfig:
             require(getattr(self, name) > 0, f"spikes.{name}", getattr(self, name), "a positive number")
         for name in ("max_skips", "margin_steps"):
             require(getattr(self, name) >= 0, f"spikes.{name}", getattr(self, name), "0 or a positive number")
-        require(self.collapse > 1, "spikes.collapse", self.collapse, "a factor above 1")
+        for name in ("collapse", "creep"):
+            require(getattr(self, name) > 1, f"spikes.{name}", getattr(self, name), "a factor above 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 The median and the median absolute deviation of the last normal steps set the bounds (1.4826 times that deviation is
 the standard deviation of a normal distribution); logarithms make ratios of them. What to do rises with what is seen:
 a line in the log, an update left out, and for a loss that stays up a return to an average of checkpoints
-(arXiv 2505.12082, figure 7, which gives no rule for the detection).
+(arXiv 2505.12082, figure 7, which gives no rule for the detection). A collapse that creeps takes these bounds along
+with it, so the lowest median of the run is a bound as well.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Verdict(NamedTuple):
     """`none`: the step is normal. `log`: it is not, update all the same. `skip`: leave the update out. `restart`: go
     back to before `onset`."""
     onset: int
-    """First abnormal step of the episode; -1 outside of one."""
+    """First abnormal step of the episode, or for a loss that crept up the step after its lowest median; -1 outside of
+    one."""
     loss_score: float
     """Deviations of log loss above its median; 0 while there is nothing to compare with."""
     norm_score: float
@@ -51,6 +53,7 @@ class SpikeDetector:
         self.config = SpikesConfig() if config is None else config
         self._losses: deque[float] = deque(maxlen=self.config.window)
         self._norms: deque[float] = deque(maxlen=self.config.window)
+        self._lowest, self._lowest_step = math.inf, -1
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -65,15 +68,17 @@ class SpikeDetector:
         loss_score = _score(loss, self._losses, "loss")
         norm_score = _score(grad_norm, self._norms, "norm")
         bad_norm = not finite or norm_score > config.norm_threshold
-        bad_loss = not finite or loss_score > config.loss_threshold
+        crept = finite and _log(loss) > self._lowest + math.log(config.creep)
+        bad_loss = not finite or crept or loss_score > config.loss_threshold
         if not (bad_norm or bad_loss):
-            self._see_normal(loss, grad_norm)
+            self._see_normal(step, loss, grad_norm)
             return Verdict("none", self._onset, loss_score, norm_score, is_first=False)
         is_first = self._onset < 0
         if is_first:
-            self._onset = step
+            slowly = crept and loss_score <= config.loss_threshold
+            self._onset = self._lowest_step + 1 if slowly else step
         self._calm = 0
-        if not finite or (bad_loss and math.log(loss) > self._median(self._losses) + math.log(config.collapse)):
+        if not finite or crept or (bad_loss and _log(loss) > self._median(self._losses) + math.log(config.collapse)):
             self._collapsed += 1
         rung = self._rung(finite=finite, bad_norm=bad_norm)
         if rung == "skip":
@@ -92,9 +97,11 @@ class SpikeDetector:
             wanted = "log"
         return _RUNGS[min(_RUNGS.index(wanted), allowed)]
 
-    def _see_normal(self, loss: float, grad_norm: float) -> None:
+    def _see_normal(self, step: int, loss: float, grad_norm: float) -> None:
         self._losses.append(_log(loss))
         self._norms.append(_log(grad_norm))
+        if 2 * len(self._losses) >= self.config.window and self._median(self._losses) <= self._lowest:
+            self._lowest, self._lowest_step = self._median(self._losses), step
         self._calm += 1
         if self._onset >= 0 and self._calm >= _CALM:
             self.begin_anew()
@@ -108,6 +115,7 @@ class SpikeDetector:
             "losses": list(self._losses),
             "norms": list(self._norms),
             "episode": [self._onset, self._collapsed, self._skipped, self._calm],
+            "lowest": [self._lowest if math.isfinite(self._lowest) else None, self._lowest_step],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,6 +125,8 @@ class SpikeDetector:
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])
         self._onset, self._collapsed, self._skipped, self._calm = state["episode"]
+        lowest, self._lowest_step = state.get("lowest", (None, -1))  # not in states of older runs
+        self._lowest = math.inf if lowest is None else lowest
 
 
 def _log(value: float) -> float:
