@@ -1,11 +1,13 @@
 """What an average kept during training costs: time of a step, and memory of the GPU.
 
-    python benchmarks/online_overhead.py --recipe rdn-360m --every 50 --rounds 4
+    python benchmarks/online_overhead.py --recipe benchmarks/recipes/llama-360m.toml --every 50 --rounds 4
 
+An optimizer that refreshes bases now and then (fira, galore) would disturb the stretches in which it does.
 Stretches of --every steps with one sample in them alternate with stretches without, on random tokens, in bf16 autocast
 with fp32 weights as the trainer runs it. Lines go to benchmarks/results/online_average.jsonl: `overhead` is the time
 of a stretch with the sample over that of the one before it, less 1; `gpu_bytes` the growth of the peak of allocated
-memory; `sample` the time until a sample has been added, training standing still.
+memory; `step` the seconds of a step without a sample; `sample` the time until a sample has been added, training
+standing still.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Job:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = pick_device(args.device)
-        config = load_config(args.recipe)
+        config = load_config(args.recipe, {"optim.kind": args.optim} if args.optim else None)
         torch.manual_seed(0)
         self.model = build_model(config.model).to(self.device)
         self.optimizer = config.optim.build(config.optim.groups(self.model))
@@ -66,6 +68,8 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="rdn-360m")
+    parser.add_argument("--optim", help="kind of the optimizer; default: the recipe's")
+    parser.add_argument("--places", nargs="+", choices=("cpu", "same"), default=("cpu", "same"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--every", type=int, default=50)
@@ -75,15 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     job = Job(args)
-    params = {"recipe": args.recipe, "B": args.batch, "T": args.seq_len, "every": args.every}
-    for place in ("cpu", "same"):
+    params = {"recipe": Path(args.recipe).stem, "B": args.batch, "T": args.seq_len, "every": args.every}
+    params |= {"optim": args.optim} if args.optim else {}
+    for place in args.places:
         average = OnlineAverage(job.model, job.optimizer, count=0, device=place, accumulate=args.accumulate)
         job.stretch(3, average)
-        ratios, grown = [], []
+        ratios, grown, step = [], [], []
         for _ in range(args.rounds):
             (without, before), (with_sample, after) = (job.stretch(args.every, a) for a in (None, average))
             ratios.append(with_sample / without - 1)
+            step.append(without / args.every)
             grown.append(after - before)
+            print(f"{place}: step {step[-1]:.4f} s, {ratios[-1]:+.3%}, {grown[-1]:,} bytes", flush=True)
         start = time.perf_counter()
         average.update(average.steps[-1] + 1)
         average.wait()
@@ -91,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.perf_counter() - start
         for metric, values, unit in (
             ("overhead", ratios, "share"),
+            ("step", step, "s"),
             ("gpu_bytes", grown, "bytes"),
             ("sample", [seconds], "s"),
         ):
