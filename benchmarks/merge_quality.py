@@ -29,6 +29,7 @@ from whimbrel.config import Config, load_config, to_toml, with_overrides
 from whimbrel.data import TokenShards
 from whimbrel.errors import TrainingError
 from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb
+from whimbrel.evals.intervals import Interval
 from whimbrel.merge import OnlineAverage, load_average
 from whimbrel.merge.config import DecayConfig, EMAConfig, SMAConfig, WMAConfig
 from whimbrel.model import build_model
@@ -72,23 +73,29 @@ class Study:
         """Record and print one loss; with `raw` also the paired difference to it."""
         given = {"recipe": self.recipe, "tokens": step * self.config.batch_tokens, "method": method}
         given |= {"seed": self.config.seed, **params}
-        text = f"seed {self.config.seed} step {step} {method} {params}: {score.nats_per_token:.4f}"
-        if raw is not None:
-            difference = compare_bpb(score, raw)
-            ends = zip(("difference", "difference_low", "difference_high"), difference, strict=True)
-            given |= {name: round(value, 6) for name, value in ends}
-            text += f" ({difference.value:+.4f}, {difference.low:+.4f} to {difference.high:+.4f})"
+        difference = None if raw is None else compare_bpb(score, raw)
+        write_line(given, score.nats_per_token, difference, device=self.device.type, out=self.args.out)
+
+
+def write_line(
+    given: dict[str, Any],
+    loss: float,
+    difference: Interval | None,
+    *,
+    device: str,
+    out: Path,
+    metric: str = "loss",
+    quiet: bool = False,
+) -> None:
+    """Record and print one loss in nats a token, and its difference to the one that it is compared with."""
+    text = " ".join(f"{name} {value}" for name, value in given.items()) + f": {loss:.4f}"
+    if difference is not None:
+        ends = zip(("difference", "difference_low", "difference_high"), difference, strict=True)
+        given = given | {name: round(value, 6) for name, value in ends}
+        text += f" ({difference.value:+.4f}, {difference.low:+.4f} to {difference.high:+.4f})"
+    if not quiet:
         print(text, flush=True)
-        record(
-            "merge_quality",
-            "whimbrel",
-            given,
-            "loss",
-            score.nats_per_token,
-            "nats per token",
-            device=self.device.type,
-            out=self.args.out,
-        )
+    record("merge_quality", "whimbrel", given, metric, loss, "nats per token", device=device, out=out)
 
 
 def ends(study: Study) -> list[int]:
