@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from whimbrel.config import to_toml
-from whimbrel.model.memory import memory_report, parameter_counts
+from whimbrel.model.memory import model_report, parameter_counts
 from whimbrel.recipes import RECIPES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +45,7 @@ def test_the_tiny_recipes_have_equal_parameters() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_estimated(name: str) -> None:
-    report = memory_report(RECIPES[name]())
+    report = model_report(RECIPES[name]())
     assert report["training"]["optimizer"] > 0
     lengths = [row["recurrent"] for row in report["inference"]]
     assert len(set(lengths)) == 1, "recurrent state must not grow"

@@ -29,9 +29,9 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["kinds"]:
         return _show_kinds(as_json="--json" in argv)
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="show")
-    from whimbrel.model.memory import memory_report
+    from whimbrel.model.memory import model_report
 
-    report = memory_report(args.config)
+    report = model_report(args.config)
     if args.json:
         print(json.dumps(report))
         return 0

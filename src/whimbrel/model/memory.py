@@ -85,8 +85,8 @@ def state_bytes(model: ModelConfig, tokens: int, *, bytes_per_element: int = 4) 
     )
 
 
-def memory_report(config: Config, *, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
-    """Plain data for `whimbrel show` and the report.
+def model_report(config: Config, *, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    """Plain data for `whimbrel show` and the report; `whimbrel.optim.memory_report` is that of a model at hand.
 
     `parameters`: by part. `training`: bytes of weights, gradients and optimizer state (fp32; activations come on
     top). `inference`: a row of StateBytes for each of `lengths`.

@@ -14,7 +14,7 @@ from whimbrel.mixers.gdn import GDNConfig
 from whimbrel.mixers.rdn import RDNConfig
 from whimbrel.mixers.softmax import SoftmaxConfig
 from whimbrel.model import build_model, cache_bytes
-from whimbrel.model.memory import memory_report, parameter_counts, parameter_shapes, state_bytes
+from whimbrel.model.memory import model_report, parameter_counts, parameter_shapes, state_bytes
 from whimbrel.optim.adamw.config import AdamWConfig
 
 SMALL = ModelConfig(
@@ -65,14 +65,14 @@ def test_state_is_that_of_the_cache(name, tokens):
 
 def test_report_is_plain_data_for_show():
     config = Config(model=SMALL, optim=AdamWConfig())
-    report = memory_report(config, lengths=(10, 20))
+    report = model_report(config, lengths=(10, 20))
     weights = 4 * parameter_counts(SMALL)["total"]
     assert report["parameters"] == parameter_counts(SMALL)
     assert report["training"]["weights"] == report["training"]["gradients"] == weights
     assert report["training"]["optimizer"] == AdamWConfig().state_bytes(parameter_shapes(SMALL))
     assert [row["tokens"] for row in report["inference"]] == [10, 20]
     assert report["inference"][0] == state_bytes(SMALL, 10)._asdict()
-    halved = memory_report(replace(config, dtype="bfloat16"), lengths=(10,))["inference"][0]
+    halved = model_report(replace(config, dtype="bfloat16"), lengths=(10,))["inference"][0]
     assert halved["kv_cache"] == report["inference"][0]["kv_cache"] / 2
 
 
@@ -93,9 +93,9 @@ def test_shapes_of_a_mixer_that_declares_none_come_from_its_layer():
 WITHOUT_TORCH = """
 import sys
 from whimbrel.config import Config
-from whimbrel.model.memory import memory_report
+from whimbrel.model.memory import model_report
 from whimbrel.optim.adamw.config import AdamWConfig
-memory_report(Config(optim=AdamWConfig()))
+model_report(Config(optim=AdamWConfig()))
 sys.exit("torch" in sys.modules)
 """
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn, optim
 
+from whimbrel.optim.adamw.config import AdamWConfig
 from whimbrel.optim.lowrank_config import LowRankConfig
 
 
@@ -23,7 +24,9 @@ class MemoryReport(NamedTuple):
         return "\n".join(f"{row[0]:10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)
 
 
-def memory_report(model: nn.Module, config: LowRankConfig, optimizer: optim.Optimizer | None = None) -> MemoryReport:
+def memory_report(
+    model: nn.Module, config: LowRankConfig | AdamWConfig, optimizer: optim.Optimizer | None = None
+) -> MemoryReport:
     """What the state of `config`'s optimizer over `model` takes; beside it what `optimizer` holds, where given.
 
     The model may lie on the meta device. Before an optimizer's first step it holds nothing.

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from whimbrel.errors import CheckpointError
-from whimbrel.optim import Fira, FiraConfig, GaLoreConfig, counter, lowrank, memory_report, param_groups, storage
+from whimbrel.optim import (
+    AdamWConfig,
+    Fira,
+    FiraConfig,
+    GaLoreConfig,
+    counter,
+    lowrank,
+    memory_report,
+    param_groups,
+    storage,
+)
 from whimbrel.optim.layout import MOMENT_BLOCK
 from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.optim import CONTRACTS, TinyModel, no_host_reads, shrink, train
@@ -223,11 +233,13 @@ def test_lazy_refreshes_wait_where_the_subspace_stays():
     assert fits[still] <= 8
 
 
-@pytest.mark.parametrize("options", [{}, *SMALL_STATE], ids=["float32", "bfloat16", "int8"])
-def test_memory_is_what_was_planned(options):
+PLANS = [AdamWConfig(), *(FiraConfig(rank=16, **options) for options in ({}, *SMALL_STATE))]
+
+
+@pytest.mark.parametrize("config", PLANS, ids=["adamw", "float32", "bfloat16", "int8"])
+def test_memory_is_what_was_planned(config):
     with torch.device("meta"):
         shape_only = nn.ModuleDict({"blocks": nn.Linear(300, 200), "head": nn.Linear(200, 90)})
-    config = FiraConfig(rank=16, **options)
     planned = memory_report(shape_only, config).planned
     model = nn.ModuleDict({"blocks": nn.Linear(300, 200), "head": nn.Linear(200, 90)})
     optimizer = config.build(config.groups(model))

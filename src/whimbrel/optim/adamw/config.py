@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from whimbrel.config import OptimConfig
+from whimbrel.optim.groups import assign_groups
 from whimbrel.optim.options import check_options
 
 if TYPE_CHECKING:
@@ -42,6 +43,14 @@ class AdamWConfig(OptimConfig):
         from whimbrel.optim.adamw.optimizer import AdamW
 
         return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+    def bytes_by_group(self, shapes: Mapping[str, Sequence[int]], *, bytes_per_element: int = 4) -> dict[str, int]:
+        """Bytes of state of each group that `groups` would make."""
+        names = assign_groups(shapes, low_rank=())
+        found = dict.fromkeys(names.values(), 0)
+        for name, shape in shapes.items():
+            found[names[name]] += self.state_bytes({name: shape}, bytes_per_element=bytes_per_element)
+        return found
 
     def state_bytes(self, shapes: Mapping[str, Sequence[int]], *, bytes_per_element: int = 4) -> int:
         """Two moments of `bytes_per_element` and a float32 step for each parameter."""
