@@ -1,0 +1,212 @@
+"""The shape of the tables of GaLore and Fira: LLaMA-60M on real text under several optimizers, at equal tokens.
+
+    python benchmarks/pretrain.py data/shards --jobs 6 --device cuda
+
+Each optimizer's learning rate is tuned on seed 0 over one grid with --tune-tokens; the best one is then run with every
+seed and --tokens. Rank 128, sequences of 256 tokens, a refresh every 200 steps, warm-up of 10 %, cosine to 10 %, no
+decay and no clipping, as in the authors' scripts; the text, the vocabulary and the number of tokens are those of the
+shards and of the call. Weights are float32 and products bfloat16. A run goes on from its last checkpoint and keeps its
+result in --runs, so that a second call does no work twice; --seconds ends the call early with what there is.
+
+Lines go to benchmarks/results/pretrain.jsonl. `perplexity` is exp of the mean loss of all batches of the validation
+text; `perplexity_as_published` divides the sum by one batch too many, as the loops of GaLore, Fira and APOLLO do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from whimbrel.config import Config, load_config
+from whimbrel.model.memory import parameter_shapes
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"optim.kind": "adamw"},
+    "galore": {"optim.kind": "galore", "optim.rank": 128, "optim.min_dim": 128},
+    "fira": {},
+    "fira-paper": {"optim.residual_mode": "paper"},
+    "apollo": {"optim.kind": "apollo", "optim.rank": 128, "optim.min_dim": 128},
+    "fira-int8+int4": {"optim.state_dtype": "int8", "optim.basis_dtype": "int4", "optim.other_dtype": "int8"},
+    "fira-exact": {"optim.refresh": "exact", "optim.stagger": False},
+}
+TUNED_AS = {"fira-exact": "fira"}
+"""Optimizers that take the learning rate of another one and run with the first seed only."""
+
+
+def config_for(args: argparse.Namespace, name: str, lr: float, seed: int, tokens: int) -> Config:
+    """The run of one optimizer."""
+    steps = max(1, tokens // args.batch_tokens)
+    vocabulary = json.loads((args.shards / "manifest.json").read_text())["vocab_size"]
+    return load_config(
+        args.recipe,
+        {
+            "name": name,
+            "steps": steps,
+            "seed": seed,
+            "device": args.device,
+            "batch_tokens": args.batch_tokens,
+            "micro_batch_tokens": args.batch_tokens,
+            "model.vocab_size": vocabulary,
+            "data.corpus": str(args.shards),
+            "schedule.warmup_steps": max(1, steps // 10),
+            "checkpoint.every_steps": min(steps, args.checkpoint_steps),
+            "checkpoint.keep": 1,
+            "averaging.last": 1,
+            "eval.checkpoint_tokens": 0,
+            "log_every": min(steps, 50),
+            **OPTIMIZERS[name],
+            "optim.lr": lr,
+        },
+    )
+
+
+def run(config: Config, folder: Path, eval_tokens: int, eval_batch: int) -> dict[str, float]:
+    """Train and evaluate one model in this process; gives what was measured, also to result.json."""
+    import torch
+
+    from whimbrel.data import TokenShards
+    from whimbrel.infer import load_model
+    from whimbrel.training import train
+
+    done = folder / "result.json"
+    if not done.exists():
+        torch.set_float32_matmul_precision("high")
+        started = time.perf_counter()
+        trained = train(config, run_dir=folder, quiet=True)
+        if trained.interrupted:
+            raise KeyboardInterrupt
+        seconds = time.perf_counter() - started
+        rates = [
+            json.loads(line).get("tokens_per_second") for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        model = load_model(folder, device=config.device)
+        text = TokenShards(config.data.corpus, "validation", verify=False)
+        found = evaluate(model, text, config.data.seq_len, eval_tokens, eval_batch, config.device)
+        found |= {"tokens_per_second": sorted(r for r in rates if r)[len(rates) // 2], "seconds": seconds}
+        found["state_bytes"] = config.optim.state_bytes(parameter_shapes(config.model))
+        done.write_text(json.dumps(found))
+        for checkpoint in folder.glob("step-*"):
+            shutil.rmtree(checkpoint)
+    return json.loads(done.read_text())
+
+
+def evaluate(model: Any, text: Any, seq_len: int, tokens: int, rows: int, device: str) -> dict[str, float]:
+    """Loss over the first `tokens` of a text in batches of equal size, divided as it should be and as published."""
+    import torch
+
+    width, losses = rows * seq_len, []
+    for first in range(0, min(tokens, text.num_tokens - 1) - width + 1, width):
+        ids = torch.from_numpy(text.read(first, first + width + 1)).to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            losses.append(model.per_token_loss(ids[:-1].view(rows, seq_len), ids[1:].view(rows, seq_len)).mean())
+    total, batches = float(torch.stack(losses).double().sum()), len(losses)
+    return {
+        "loss": total / batches,
+        "perplexity": math.exp(total / batches),
+        "perplexity_as_published": math.exp(total / (batches + 1)),
+        "eval_batches": batches,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, help="folder of token shards with a validation split")
+    parser.add_argument("--recipe", default="fira-60m")
+    parser.add_argument("--optimizers", nargs="+", choices=tuple(OPTIMIZERS), default=list(OPTIMIZERS))
+    parser.add_argument("--grid", type=float, nargs="+", default=[1.25e-3, 2.5e-3, 5e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tune-tokens", type=int, default=30_000_000)
+    parser.add_argument("--tokens", type=int, default=200_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=512 * 256)
+    parser.add_argument("--eval-tokens", type=int, default=10_000_000)
+    parser.add_argument("--eval-batch", type=int, default=256, help="sequences of a batch of the evaluation")
+    parser.add_argument("--checkpoint-steps", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share the device")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after this time")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        running: dict[concurrent.futures.Future[dict[str, float]], tuple[str, float, int, int]] = {}
+        tuned: dict[str, dict[float, float]] = {}
+
+        def submit(name: str, lr: float, seed: int, tokens: int) -> None:
+            folder = args.runs / f"{name}-lr{lr:g}-seed{seed}-tokens{tokens}"
+            config = config_for(args, name, lr, seed, tokens)
+            running[pool.submit(run, config, folder, args.eval_tokens, args.eval_batch)] = name, lr, seed, tokens
+
+        for lr in args.grid:
+            for name in args.optimizers:
+                if name not in TUNED_AS:
+                    submit(name, lr, 0, args.tune_tokens)
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                name, lr, seed, tokens = running.pop(future)
+                if future.cancelled():
+                    continue
+                try:
+                    result = future.result()
+                except Exception as error:  # one run that diverges is a result, not the end of the others
+                    print(f"{name} lr {lr:g} seed {seed}: {type(error).__name__}: {error}", flush=True)
+                    result = None
+                if result is not None:
+                    write(args, name, lr, seed, tokens, result)
+                if tokens != args.tune_tokens or name in TUNED_AS:
+                    continue
+                tuned.setdefault(name, {})[lr] = math.inf if result is None else result["loss"]
+                if len(tuned[name]) == len(args.grid):
+                    best = min(tuned[name], key=tuned[name].__getitem__)
+                    if tuned[name][best] == math.inf:
+                        continue
+                    for other in args.seeds:
+                        submit(name, best, other, args.tokens)
+                    for follower in (f for f, leader in TUNED_AS.items() if leader == name and f in args.optimizers):
+                        submit(follower, best, args.seeds[0], args.tokens)
+            if time.monotonic() > end:
+                for future in running:
+                    future.cancel()
+
+
+def write(args: argparse.Namespace, name: str, lr: float, seed: int, tokens: int, result: dict[str, float]) -> None:
+    """Append the result lines of one run."""
+    from whimbrel.bench.results import record
+
+    params = {
+        "recipe": args.recipe,
+        "optimizer": name,
+        "lr": lr,
+        "seed": seed,
+        "tokens": tokens // args.batch_tokens * args.batch_tokens,
+        "batch_tokens": args.batch_tokens,
+        "eval_batches": int(result["eval_batches"]),
+        "state_bytes": int(result["state_bytes"]),
+    }
+    for metric, unit in (
+        ("loss", "nats"),
+        ("perplexity", "perplexity"),
+        ("perplexity_as_published", "perplexity"),
+        ("tokens_per_second", "tokens/s"),
+    ):
+        record("pretrain", name, params, metric, result[metric], unit, device=args.device, out=args.out)
+    print(
+        f"{name:16} lr {lr:<8g} seed {seed} {tokens / 1e6:.1f} M tokens: loss {result['loss']:.4f}, perplexity "
+        f"{result['perplexity']:.2f} ({result['perplexity_as_published']:.2f} as published), "
+        f"{result['tokens_per_second'] / 1e3:.0f} k tokens/s, {result['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
