@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -67,6 +68,20 @@ def test_statistics_are_those_of_the_last_generation(model):
     assert str(sparse).count("1 sparse, 3 decoding") == len(softmax)
     sparse.clear()
     assert sparse.layers == {}
+
+
+def test_a_copy_generates_by_itself():
+    model = llama()
+    sparse = enable_sparse_prefill(model, NARROW)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    ids = tokens(1, 64)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert not torch.equal(model.generate(ids, **options), other.generate(ids, **options))
+    assert sparse.calls == {"sparse": 2, "decoding": 6}
+    sparse.disable()
+    assert "generate" not in vars(model)
 
 
 def test_a_repair_keeps_the_coverage(model):

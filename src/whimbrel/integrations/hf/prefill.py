@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -107,16 +107,15 @@ def enable_sparse_prefill(
     handle = SparsePrefill(model, "sdpa" if before == NAME else before)
     model.set_attn_implementation(NAME)
     config.prefill, config.prefill_options = encode(chosen), asdict(options)
-    plain = type(model).generate
-
-    @functools.wraps(plain)
-    def generate(*arguments: Any, **more: Any) -> Any:
-        handle.clear()
-        return plain(model, *arguments, **more)
-
-    model.__dict__["generate"] = generate
+    model.__dict__["generate"] = MethodType(_generate, model)  # a method, so that a copy of the model calls its own
     handle.clear()
     return handle
+
+
+def _generate(model: Any, *arguments: Any, **options: Any) -> Any:
+    """The model's `generate`, with a new record."""
+    clear_report(model)
+    return type(model).generate(model, *arguments, **options)
 
 
 def _at_coverage(selector: SelectorConfig, coverage: float | None) -> SelectorConfig:
