@@ -13,7 +13,7 @@ from whimbrel.demo import run_demo
 from whimbrel.errors import ConfigError
 from whimbrel.report.schema import check
 
-STAGES = ["data", "train", "anneal", "merge", "judge", "recall", "prefill", "generate"]
+STAGES = ["data", "train", "anneal", "merge", "judge", "recall", "inspect", "prefill", "generate"]
 
 
 def test_demo_runs_every_stage_once(tiny: Config, tmp_path: Path, capsys, monkeypatch) -> None:

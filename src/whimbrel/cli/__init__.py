@@ -20,7 +20,7 @@ VERBS = {
     "eval": "bits per byte, recall and needle tasks of a checkpoint",
     "generate": "continue a prompt, with sparse prefill for long ones",
     "bench": "time an operation against its rivals",
-    "show": "resolved settings, parameters and memory of a recipe; the kinds of every family",
+    "show": "settings, parameters and memory of a recipe; layers and code of a checkpoint; all kinds",
 }
 INTERRUPTED = 130
 

@@ -1,9 +1,10 @@
-"""`whimbrel show SOURCE`: what a configuration means, before anything is trained."""
+"""`whimbrel show SOURCE`: what a configuration means before anything is trained, or what a checkpoint holds."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -16,7 +17,10 @@ FAMILIES = ("whimbrel.mixers", "whimbrel.optim", "whimbrel.merge", "whimbrel.spa
 
 @dataclass(frozen=True)
 class Args:
-    """Resolved settings, parameters and memory of a recipe or TOML file; `kinds` lists every family's methods."""
+    """Resolved settings, parameters and memory of a recipe or TOML file; `kinds` lists every family's methods.
+
+    A checkpoint, a merge or a run in place of a recipe: what it holds, layer by layer (`--tokens`, `--device`).
+    """
 
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -28,6 +32,10 @@ def main(argv: list[str]) -> int:
     """Show a configuration, the kinds, or the recipes."""
     if argv[:1] == ["kinds"]:
         return _show_kinds(as_json="--json" in argv)
+    if argv and Path(argv[0]).is_dir():
+        from whimbrel.cli.show_checkpoint import show_checkpoint
+
+        return show_checkpoint(argv)
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="show")
     from whimbrel.model.memory import model_report
 
@@ -38,12 +46,17 @@ def main(argv: list[str]) -> int:
     print(to_toml(args.config))
     print_table("Parameters", ("part", "parameters"), [(k, f"{v:,}") for k, v in report["parameters"].items()])
     print_table("Training memory, bytes", ("part", "bytes"), [(k, f"{v:,}") for k, v in report["training"].items()])
+    print_states(report["inference"])
+    return 0
+
+
+def print_states(inference: list[dict[str, int]]) -> None:
+    """The bytes of a sequence by length."""
     rows = [
         (f"{row['tokens']:,}", f"{row['recurrent']:,}", f"{row['kv_cache']:,}", f"{row['all_softmax']:,}")
-        for row in report["inference"]
+        for row in inference
     ]
     print_table("State of one sequence, bytes", ("context tokens", "recurrent", "KV cache", "all-softmax model"), rows)
-    return 0
 
 
 def _show_kinds(*, as_json: bool) -> int:

@@ -20,6 +20,7 @@ from whimbrel.demo import page
 from whimbrel.demo.stages import Result, Stages
 from whimbrel.errors import ConfigError
 from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb, run_evals
+from whimbrel.evals.diagnostics import diagnose, plain
 from whimbrel.infer import compare_prefill, generate, load_model, load_tokenizer
 from whimbrel.infer.prefill import PrefillComparison, SparsePrefill
 from whimbrel.merge import merge_checkpoints
@@ -32,6 +33,7 @@ from whimbrel.training.metrics import read_metrics
 from whimbrel.training.processes import pick_device
 
 PREFILL_TOKENS = 4096
+INSPECT_TOKENS = 512
 PROMPT_TOKENS = 1024
 NEW_TOKENS = 96
 
@@ -86,6 +88,7 @@ class _Job:
         )
         averaging = stages.run("judge", lambda: self._judge(merges), _say_judge)
         recall = stages.run("recall", lambda: self._recall(merges), _say_recall)
+        diagnostics = stages.run("inspect", lambda: self._inspect(merges), _say_inspect)
         prefill = stages.run("prefill", lambda: self._prefill(merges), _say_prefill)
         sample = stages.run("generate", lambda: self._generate(merges), _say_sample)
         report = page.build(
@@ -96,6 +99,7 @@ class _Job:
             merges=merges,
             averaging=averaging,
             recall=recall,
+            diagnostics=diagnostics,
             prefill=prefill,
             sample=sample,
             commands=self._commands(),
@@ -178,6 +182,12 @@ class _Job:
             seq_len=self.config.data.seq_len,
             tasks=("mqar", "needle"),
         )
+
+    def _inspect(self, merges: Result) -> Result:
+        path = _first(merges)["path"]
+        text = self._held_out(INSPECT_TOKENS)
+        symbols = load_tokenizer(path).symbols
+        return plain(diagnose(load_model(path, device=self.device), text, symbols, seed=self.config.eval.seed))
 
     def _prefill(self, merges: Result) -> Result:
         model = load_model(_first(merges)["path"])
@@ -308,6 +318,11 @@ def _say_recall(r: Result) -> str:
     cells = ", ".join(f"{c['num_pairs']} pairs {c['accuracy']:.0%}" for c in r["mqar"])
     needle = sum(c["accuracy"] for c in r["needle"]) / len(r["needle"])
     return f"MQAR {cells}; needle {needle:.0%}; chance {r['mqar'][0]['chance']:.1%}"
+
+
+def _say_inspect(r: Result) -> str:
+    first = r["heads"][0]
+    return f"without head {first['head']} of block {first['block']} answers lose {first['rise']:.2f} nats"
 
 
 def _say_prefill(r: Result) -> str:

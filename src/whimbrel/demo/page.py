@@ -29,6 +29,7 @@ def build(
     merges: Result,
     averaging: Result,
     recall: Result,
+    diagnostics: Result,
     prefill: Result,
     sample: Result,
     commands: list[str],
@@ -47,6 +48,7 @@ def build(
         "averaging": _averaging(averaging, merges),
         "memory": _memory(config),
         "recall": _recall(config, recall, sample["model"]),
+        "diagnostics": diagnostics,
         "long_context": _long_context(config, prefill, sample),
         "configuration": {"toml": to_toml(config), "commands": commands},
     }

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from whimbrel.files import atomic_write_text
-from whimbrel.report import averaging, comparison, forecast, long_context, memory, recall, training
+from whimbrel.report import averaging, comparison, diagnostics, forecast, long_context, memory, recall, training
 from whimbrel.report.block import Block, Table
 from whimbrel.report.numbers import count, fixed, seconds
 from whimbrel.report.schema import Configuration, Header, Report, check
@@ -65,6 +65,8 @@ def _sections(report: Report) -> Iterator[tuple[str, str, str]]:
         made.append(("memory", "Memory", memory.blocks(report["memory"])))
     if "recall" in report:
         made.append(("recall", "Recall", recall.blocks(report["recall"])))
+    if "diagnostics" in report:
+        made.append(("inside", "Inside the model", diagnostics.blocks(report["diagnostics"])))
     if "long_context" in report:
         made.append(("long-context", "Long context", long_context.blocks(report["long_context"])))
     tables = [block for item in report.get("comparisons", []) for block in comparison.blocks(item)]

@@ -333,6 +333,41 @@ class Configuration(TypedDict):
     """Shell commands that repeat the run."""
 
 
+class HeadRise(TypedDict):
+    block: int
+    head: int
+    kind: str
+    rise: float
+    """Of the loss at the answers of key-value prompts without this head, nats."""
+
+
+class HeadSink(TypedDict):
+    block: int
+    head: int
+    share: float
+    """Of its attention that goes to the first token."""
+
+
+class LayerDynamics(TypedDict):
+    block: int
+    kind: str
+    norms: list[float]
+    """Root mean square of each head's states."""
+    half_lives: list[float]
+    """Tokens, by head."""
+    clip_rate: NotRequired[float]
+
+
+class Diagnostics(TypedDict):
+    answer_loss: float
+    """With all heads, nats."""
+    heads: list[HeadRise]
+    """Those that cost most first."""
+    sinks: list[HeadSink]
+    sink_rate: NotRequired[float]
+    layers: list[LayerDynamics]
+
+
 class Report(TypedDict):
     header: Header
     training: NotRequired[Training]
@@ -340,6 +375,7 @@ class Report(TypedDict):
     forecast: NotRequired[Forecast]
     memory: NotRequired[Memory]
     recall: NotRequired[Recall]
+    diagnostics: NotRequired[Diagnostics]
     long_context: NotRequired[LongContext]
     comparisons: NotRequired[list[Comparison]]
     configuration: NotRequired[Configuration]

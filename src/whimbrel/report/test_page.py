@@ -23,7 +23,7 @@ from whimbrel.report.summary import summary
 from whimbrel.report.training import blocks as training_blocks
 
 VOID = {"meta", "link", "br", "img"}
-SECTIONS = ("training", "averaging", "memory", "recall", "long_context", "comparisons", "configuration")
+SECTIONS = ("training", "averaging", "memory", "recall", "diagnostics", "long_context", "comparisons", "configuration")
 
 
 class Balanced(HTMLParser):
@@ -69,7 +69,7 @@ def test_page_is_written_whole_and_well_formed(tmp_path):
     page.feed(out.read_text(encoding="utf-8"))
     assert page.open == []
     assert page.tags.count("h1") == 1
-    assert page.tags.count("section") == 7
+    assert page.tags.count("section") == 8
     assert page.tags.count("svg") >= 20
 
 
@@ -111,6 +111,7 @@ def test_a_section_left_out_leaves_no_hole(left_out):
         "averaging": "Averaging",
         "memory": "Memory",
         "recall": "Recall",
+        "diagnostics": "Inside the model",
         "long_context": "Long context",
         "comparisons": "Side by side",
         "configuration": "Repeat it",
@@ -119,7 +120,15 @@ def test_a_section_left_out_leaves_no_hole(left_out):
     report.pop(left_out)
     page = render(report)
     assert f"<h2>{title}</h2>" not in page
-    assert page.count("<section") == page.count("<nav>") * 6 == page.count('<a href="#')
+    assert page.count("<section") == page.count("<nav>") * 7 == page.count('<a href="#')
+
+
+def test_inside_the_model_says_what_stands_out():
+    page = render(sample_report())
+    assert "Without block 3, head 1 (softmax) the loss at the answers rises by 1.42 from 2.31 nats" in page
+    assert "50% of the softmax heads spend over 30% of their attention on the first token" in page
+    assert "States fall to a half within 1.4 to 210 tokens" in page
+    assert "of the residual in block 1, the most" in page
 
 
 def test_header_alone_is_a_page():
@@ -154,6 +163,7 @@ def test_empty_lists_make_no_section():
     report["training"] = {"runs": [{"name": "constant", "points": []}]}
     report["memory"] = {"methods": []}
     report["recall"] = {"confidence": 0.95, "mqar": {"chance": 0.1, "series": []}}
+    report["diagnostics"] = {"answer_loss": 6.1, "heads": [], "sinks": [], "layers": []}
     report["long_context"] = {"prefill": [], "plans": []}
     report["comparisons"] = []
     titles = re.findall(r"<h2>(.*?)</h2>", render(check(report)))
