@@ -48,7 +48,7 @@ def blocks(found: Diagnostics) -> list[Block]:
                 title="How long states last",
                 finding=layers_finding(found["layers"]),
                 note="Tokens in which a head's state falls to a half by its median decay, one dot a head, logarithmic; "
-                "in the numbers also the root mean square of the states, and the share of the residual that is clipped.",
+                "in the numbers also the root mean square of the states, and how much of the residual is clipped.",
                 draw=lambda width: _draw_layers(found["layers"], width),
                 table=Table(
                     ["block", "kind", "half-life, tokens", "state, RMS", "clipped"],
