@@ -64,3 +64,10 @@ def test_clip_zero_in_a_config_means_off():
 def test_config_says_what_is_wrong():
     with pytest.raises(ConfigError, match=r"mixer.clip = -1.0 is not allowed; use 0 \(off\) or a positive bound"):
         RLAConfig(clip=-1.0)
+
+
+def test_parts_that_run_again_reach_the_recurrence():
+    layer = RLAConfig(num_heads=2, head_dim=4, recompute=3).build(WIDTH, 1e-5)
+    assert layer.recurrence.keywords["recompute"] == 3  # pyrefly: ignore
+    with pytest.raises(ConfigError, match=r"mixer.recompute = -1 is not allowed; use 0 \(off\) or a number of parts"):
+        RLAConfig(recompute=-1)
