@@ -7,6 +7,9 @@ Shapes: gradients [B, m, n], B matrices of one shape. `side` says which side of 
 
 Slices run along the dimension that stays, so that each slice of the gradient [B, m, n] has its own slice of
 `low`. Everything is float32.
+
+Where a `spread` is given, gradients and starts of fits are the parts that this process holds: rows of bases for the
+elements of slices that are here. Processes then agree on Gram matrices and on sums, which are small.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.optim import counter
+from whimbrel.optim.sharding import WHOLE, Split, Spread
 
 OVERSAMPLING = 8
 """Extra directions of the first, randomised fit (Halko, Martinsson and Tropp 2011, section 4.2)."""
@@ -59,7 +63,7 @@ def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> T
     return first @ second if add is None else add.baddbmm_(first, second)
 
 
-def orthonormal(x: Tensor, *, rounds: int = 2) -> Tensor:
+def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Tensor:
     """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
 
     Cholesky QR: `rounds` of products and one triangular solve each, where Householder's takes k dependent steps,
@@ -68,14 +72,20 @@ def orthonormal(x: Tensor, *, rounds: int = 2) -> Tensor:
     little of fixed noise in every column bounds the condition by about 1 / FILL and completes the basis where x has
     lost rank. One round is enough between two multiplications. Columns keep their signs, as moments that outlive a
     refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
+    split: how the rows of x are split over processes, which add up the Gram matrices of their rows.
     """
-    rows, columns = x.shape[-2:]
+    columns = x.shape[-1]
+    rows = x.shape[-2] if split.part is None else split.count
     y = x.to(torch.float64, copy=True)
-    y.div_(torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    if split.groups:
+        norm = split.sum(norm.square()).sqrt()
+    y.div_(norm.clamp_min(torch.finfo(torch.float32).tiny))
     key = torch.zeros((), dtype=torch.int64, device=x.device)
-    y.add_(counter.lattice(key, rows, columns).sub_(1 << 15), alpha=FILL / math.sqrt(rows) / (1 << 16))
+    filling = split.cut(counter.lattice(key, rows, columns).sub_(1 << 15), -2)
+    y.add_(filling, alpha=FILL / math.sqrt(rows) / (1 << 16))
     for done in range(rounds):
-        gram = y.mT @ y
+        gram = split.sum(y.mT @ y)
         if done == 0:
             gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * columns)
         lower, _ = torch.linalg.cholesky_ex(gram)
@@ -84,7 +94,13 @@ def orthonormal(x: Tensor, *, rounds: int = 2) -> Tensor:
 
 
 def iterate(
-    grad: Tensor, start: Tensor, side: str, iterations: int, *, products: torch.dtype = torch.float32
+    grad: Tensor,
+    start: Tensor,
+    side: str,
+    iterations: int,
+    *,
+    products: torch.dtype = torch.float32,
+    spread: Spread = WHOLE,
 ) -> Tensor:
     """Block power iteration from `start` [B, d, k], orthonormalised after every multiplication.
 
@@ -94,24 +110,28 @@ def iterate(
     """
     g = (grad if side == "left" else grad.mT).to(products)
     for done in range(1, iterations + 1):
-        middle = orthonormal((g.mT @ start.to(products)).to(start.dtype), rounds=1)
-        start = orthonormal((g @ middle.to(products)).to(start.dtype), rounds=2 if done == iterations else 1)
+        middle = spread.depth.sum((g.mT @ start.to(products)).to(start.dtype))
+        middle = orthonormal(middle, rounds=1, split=spread.slices)
+        start = spread.slices.sum((g @ middle.to(products)).to(start.dtype))
+        start = orthonormal(start, rounds=2 if done == iterations else 1, split=spread.depth)
     return start
 
 
-def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int) -> Tensor:
+def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int, *, spread: Spread = WHOLE) -> Tensor:
     """Leading `rank` directions by randomised subspace iteration from `noise` [B, d, k], rank <= k."""
-    wide = iterate(grad, noise, side, FIRST_ITERATIONS)
-    low = down(grad, wide, side)
-    gram = low @ low.mT if side == "left" else low.mT @ low
+    wide = iterate(grad, noise, side, FIRST_ITERATIONS, spread=spread)
+    low = spread.depth.sum(down(grad, wide, side))
+    gram = spread.slices.sum(low @ low.mT if side == "left" else low.mT @ low)
     # eigh sorts upwards; the leading directions are its last columns
     leading = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
     return wide @ leading
 
 
-def fit_warm(grad: Tensor, basis: Tensor, side: str, *, products: torch.dtype = torch.float32) -> Tensor:
+def fit_warm(
+    grad: Tensor, basis: Tensor, side: str, *, products: torch.dtype = torch.float32, spread: Spread = WHOLE
+) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps."""
-    return iterate(grad, basis, side, WARM_ITERATIONS, products=products)
+    return iterate(grad, basis, side, WARM_ITERATIONS, products=products, spread=spread)
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:
@@ -198,6 +218,11 @@ class Slices(NamedTuple):
     grad: Tensor
     low: Tensor
     direction: Tensor
+    spread: Spread = WHOLE
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sums [B] of x [B, s] over all slices, those of other processes included."""
+        return self.spread.total(x)
 
 
 class Coefficients(NamedTuple):
@@ -212,20 +237,36 @@ class Coefficients(NamedTuple):
     on_grad: Tensor | None
 
 
-def slices(slice_norm: Tensor, low: Tensor, direction: Tensor, side: str) -> Slices:
+def slices(slice_norm: Tensor, low: Tensor, direction: Tensor, side: str, spread: Spread = WHOLE) -> Slices:
     """The norms [B, s], given that of the gradient's slices."""
-    return Slices(slice_norm, *(torch.linalg.vector_norm(x, dim=slice_dim(side)) for x in (low, direction)))
+    low_norm, direction_norm = (torch.linalg.vector_norm(x, dim=slice_dim(side)) for x in (low, direction))
+    return Slices(slice_norm, low_norm, direction_norm, spread)
 
 
-def combine(grad: Tensor, basis: Tensor, side: str, low: Tensor, direction: Tensor, on: Coefficients) -> Tensor:
-    """The update [B, m, n], in two passes over the gradient: one for its projection and norms, one here."""
+def combine(
+    grad: Tensor,
+    basis: Tensor,
+    side: str,
+    low: Tensor,
+    direction: Tensor,
+    on: Coefficients,
+    spread: Spread = WHOLE,
+) -> Tensor:
+    """The update [B, m, n], in two passes over the gradient: one for its projection and norms, one here.
+
+    low, direction and coefficients are those of the slices that `spread` gives this process.
+    """
     dim = slice_dim(side)
+    if spread.shares_slices and on.on_grad is not None:
+        count = low.shape[-1 if side == "left" else -2]
+        on = on._replace(on_grad=spread.whole(on.on_grad.expand(-1, count), 1))
     if on.on_direction is None:
         assert on.on_grad is not None
         return grad * on.on_grad.unsqueeze(dim)
     inside = direction * on.on_direction[:, None, None]
     if on.on_low is not None:
         inside = torch.addcmul(inside, low, on.on_low.unsqueeze(dim), value=-1)
+    inside = spread.whole(inside, -1 if side == "left" else -2)
     return up(inside, basis, side, add=None if on.on_grad is None else grad * on.on_grad.unsqueeze(dim))
 
 

@@ -1,9 +1,22 @@
-"""Plain tensors out of DTensors, for FSDP2. On plain tensors these functions do nothing."""
+"""How matrices lie over processes: FSDP2, tensor and expert parallel dimensions, by the placements of DTensors.
+
+A matrix of s slices of d elements may have its slices split over processes, each slice split, or both. Everything that
+a step does to a slice is done where the slice is; what crosses processes is a few numbers for each matrix (`total`), and,
+only where slices themselves are split, the projected gradient and what the basis is multiplied with (`own`, `whole`).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -25,10 +38,223 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Cut the part of `like` that this process holds out of `whole`, which is equal on every process."""
-    if not isinstance(like, DTensor):
-        return whole
+@dataclass(frozen=True)
+class Part:
+    """Which of the indices of a dimension this process holds: `start` and `size`, or `at` where they do not adjoin."""
+
+    start: int
+    size: int
+    at: tuple[int, ...] | None = None
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """That part of `x`, a view where the indices adjoin."""
+        if self.at is None:
+            return x.narrow(dim, self.start, self.size)
+        return x.index_select(dim, torch.tensor(self.at, device=x.device))
+
+    def spread(self, x: Tensor, dim: int, whole: int) -> Tensor:
+        """`x` at its place along `dim` of a tensor that is zero elsewhere and `whole` long there."""
+        shape = list(x.shape)
+        shape[dim] = whole
+        found = x.new_zeros(shape)
+        if self.at is None:
+            found.narrow(dim, self.start, self.size).copy_(x)
+        else:
+            found.index_copy_(dim, torch.tensor(self.at, device=x.device), x)
+        return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one dimension of `count` indices is split: over which groups, and the part that is here. None: not at all."""
+
+    groups: tuple[ProcessGroup, ...] = ()
+    part: Part | None = None
+    count: int = 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what processes found from their parts; x may be overwritten."""
+        if self.groups:
+            x = x.contiguous()
+            for group in self.groups:
+                dist.all_reduce(x, group=group)
+        return x
+
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        """The part of `x` that is here."""
+        return x if self.part is None else self.part.of(x, dim)
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """`x` from the parts of it that processes hold; exact, as the others' add zero."""
+        return x if self.part is None else self.sum(self.part.spread(x, dim, self.count))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the slices of one matrix, and the elements of each slice (`depth`), lie over processes.
+
+    Moments lie where their slices are. Where each slice is split over one group and the slices are not, every process
+    of the group takes an equal share of the slices, `owned`, as its own.
+    """
+
+    slices: Split = Split()
+    depth: Split = Split()
+    owned: Part | None = None
+
+    @property
+    def shares_slices(self) -> bool:
+        """Whether slices, each split over processes, are shared out among these."""
+        return len(self.depth.groups) == 1 and not self.slices.groups
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sums [B] over all slices of x [B, slices owned here]."""
+        return (self.depth if self.shares_slices else self.slices).sum(x.sum(-1))
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """The sum of what processes found from their parts of slices, here for the slices owned, along `dim`."""
+        if self.owned is None or not self.shares_slices:
+            return self.depth.sum(x)
+        (group,) = self.depth.groups
+        count, share = self.slices.count, _share(self.slices.count, group)
+        parts = x.new_zeros(share * dist.get_world_size(group), *_without(x.shape, dim))
+        parts[:count].copy_(x.movedim(dim, 0))
+        mine = parts.new_empty(share, *parts.shape[1:])
+        dist.reduce_scatter_tensor(mine, parts, group=group)
+        return mine[: self.owned.size].movedim(0, dim)
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """All local slices along `dim`, from those owned here and elsewhere."""
+        if not self.shares_slices:
+            return x
+        (group,) = self.depth.groups
+        share = _share(self.slices.count, group)
+        mine = x.new_zeros(share, *_without(x.shape, dim))
+        mine[: x.shape[dim]].copy_(x.movedim(dim, 0))
+        parts = mine.new_empty(share * dist.get_world_size(group), *mine.shape[1:])
+        dist.all_gather_into_tensor(parts, mine, group=group)
+        return parts[: self.slices.count].movedim(0, dim)
+
+
+WHOLE = Spread()
+
+
+def spread_of(param: Tensor, left: bool) -> Spread:
+    """How the matrices of a parameter [..., m, n] lie; `left` says that columns are the slices."""
+    if not isinstance(param, DTensor) or not _splitting(param, (-2, -1)):
+        return WHOLE
+    of_slices, of_depth = (-1, -2) if left else (-2, -1)
+    slices, depth = _split(param, of_slices), _split(param, of_depth)
+    if len(depth.groups) != 1 or slices.groups:
+        return Spread(slices, depth, slices.part or Part(0, slices.count))
+    (group,) = depth.groups
+    share = _share(slices.count, group)
+    start = min(slices.count, share * dist.get_rank(group))
+    return Spread(slices, depth, Part(start, min(share, slices.count - start)))
+
+
+def _split(param: DTensor, dim: int) -> Split:
+    groups = tuple(param.device_mesh.get_group(i) for i in _splitting(param, (dim,)))
+    return Split(groups, part_of(param, dim) if groups else None, param.shape[dim])
+
+
+def part_of(param: Tensor, dim: int) -> Part:
+    """The indices of one dimension of `param` that this process holds."""
+    size = param.shape[dim]
+    if not isinstance(param, DTensor):
+        return Part(0, size)
+    mesh = param.device_mesh
+    placements = [
+        _moved(p, 0) if _dim(p, param.ndim) == dim % param.ndim else Replicate() for p in param.placements
+    ]
+    if all(isinstance(p, Shard | Replicate) for p in placements):
+        start = 0
+        for i, p in enumerate(placements):
+            if isinstance(p, Shard):
+                share = -(-size // mesh.size(i))
+                first = min(size, share * mesh.get_local_rank(i))
+                start, size = start + first, min(share, size - first)
+        return Part(start, size)
+    index = torch.arange(size, device=param.device)
+    held = DTensor.from_local(index, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return Part(0, 0, tuple(held.redistribute(placements=placements).to_local().tolist()))
+
+
+def matrix_placements(param: DTensor, key: str, left: bool) -> list[Placement]:
+    """Placements of one tensor of the state of a parameter [m, n] or [E, m, n].
+
+    Moments, [..., s, r], lie where their slices are, all else is the same on every process that holds the matrix.
+    """
+    experts = param.ndim == 3
+    sliced = (param.ndim - 1) if left else (param.ndim - 2)
+    shares = len(_splitting(param, (-2,) if left else (-1,))) == 1 and not _splitting(param, (-1,) if left else (-2,))
+    found: list[Placement] = []
+    for p in param.placements:
+        dim = _dim(p, param.ndim)
+        if experts and dim == 0:
+            found.append(_moved(p, 0))
+        elif key.startswith("exp_avg") and dim is not None and (dim == sliced or shares):
+            found.append(_moved(p, 1 if experts else 0) if dim == sliced else Shard(1 if experts else 0))
+        else:
+            found.append(Replicate())
+    return found
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, like: DTensor, placements: Sequence[Placement]) -> Tensor:
+    """A DTensor of zeros on the mesh of `like`; a plain tensor where every process holds the whole."""
+    if all(isinstance(p, Replicate) for p in placements):
+        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+    return place(torch.zeros(tuple(shape), dtype=dtype, device=like.device), like, placements)
+
+
+def place(whole: Tensor, like: DTensor, placements: Sequence[Placement]) -> Tensor:
+    """A tensor that is equal on every process as a DTensor on the mesh of `like`; nothing is sent."""
     mesh = like.device_mesh
-    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=like.placements).to_local()
+    held = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    found = held.redistribute(placements=placements)
+    # a copy, since a part is a view that would keep the whole alive
+    return DTensor.from_local(
+        found.to_local().clone(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _dim(placement: Placement, ndim: int) -> int | None:
+    dim = getattr(placement, "dim", None)
+    return None if dim is None else dim % ndim
+
+
+def _moved(placement: Placement, dim: int) -> Placement:
+    """The same way of splitting, along another dimension."""
+    factor = getattr(placement, "split_factor", None)
+    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)  # pyrefly: ignore
+
+
+def _splitting(param: DTensor, dims: tuple[int, ...]) -> list[int]:
+    """Dimensions of the mesh, of more than one process, that split one of these dimensions of the parameter."""
+    wanted = {dim % param.ndim for dim in dims}
+    return [
+        i
+        for i, p in enumerate(param.placements)
+        if _dim(p, param.ndim) in wanted and param.device_mesh.size(i) > 1
+    ]
+
+
+def _share(count: int, group: ProcessGroup) -> int:
+    return -(-count // dist.get_world_size(group))
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != dim % len(shape)]
+
+
+def balanced(costs: Sequence[float], world: int) -> list[int]:
+    """The process for each piece of work: the heaviest first, each to the one with the least so far."""
+    owners, loads = [0] * len(costs), [0.0] * world
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(world), key=lambda rank: (loads[rank], rank))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+def fit_cost(shape: Sequence[int]) -> float:
+    """What a singular value decomposition of an m x n matrix costs, up to a factor."""
+    return math.prod(shape[-2:]) * min(shape[-2:])

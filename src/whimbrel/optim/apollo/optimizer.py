@@ -44,16 +44,16 @@ def apollo_step(
     step, limiter_norm [B]; exp_avg, exp_avg_sq: [B, r, n] (left) or [B, m, r] (right); all float32. `lr` is per
     step, `eps` is in units of the gradient.
     """
-    grad, slice_norm, active, basis, side = projected
-    low = lowrank.down(grad, basis, side)
+    grad, slice_norm, active, basis, side, spread = projected
+    low = projected.down()
     direction, correction, moments = lowrank.adam(
         low, lowrank.Moments(step, exp_avg, exp_avg_sq), active, betas=betas, eps=eps
     )
-    slices = lowrank.slices(slice_norm, low, direction, side)
+    slices = lowrank.slices(slice_norm, low, direction, side, spread)
     coefficients, norm = apollo_coefficients(
         slices, correction, active, limiter_norm, lr=lr, alpha=alpha, gamma=gamma, scaling=scaling
     )
-    return ApolloOut(lowrank.combine(grad, basis, side, low, direction, coefficients), *moments, norm)
+    return ApolloOut(lowrank.combine(grad, basis, side, low, direction, coefficients, spread), *moments, norm)
 
 
 def apollo_coefficients(
@@ -69,7 +69,7 @@ def apollo_coefficients(
 ) -> tuple[lowrank.Coefficients, Tensor]:
     """A factor for each slice of the gradient, nothing inside of the basis; and the limiter's norm after the step."""
     factor = factors(slices, scaling)
-    limited = limit((factor * slices.grad).square().sum(-1).sqrt(), limiter_norm, gamma=gamma)
+    limited = limit(slices.total((factor * slices.grad).square()).sqrt(), limiter_norm, gamma=gamma)
     size = lr * math.sqrt(alpha) * correction * active
     on_grad = factor * (limited.scale * size)[:, None]
     return lowrank.Coefficients(None, None, on_grad), torch.where(active, limited.norm, limiter_norm)

@@ -56,12 +56,12 @@ def fira_step(
     The residual is never formed: its norm follows from the slice norms of the gradient and of its projection,
     and the update is basis Z + grad diag(f). Derived in this folder's README.
     """
-    grad, slice_norm, active, basis, side = projected
-    low = lowrank.down(grad, basis, side)
+    grad, slice_norm, active, basis, side, spread = projected
+    low = projected.down()
     direction, correction, moments = lowrank.adam(
         low, lowrank.Moments(step, exp_avg, exp_avg_sq), active, betas=betas, eps=eps
     )
-    slices = lowrank.slices(slice_norm, low, direction, side)
+    slices = lowrank.slices(slice_norm, low, direction, side, spread)
     coefficients, norm = fira_coefficients(
         slices,
         correction,
@@ -73,7 +73,7 @@ def fira_step(
         residual_mode=residual_mode,
         scaling=scaling,
     )
-    return FiraOut(lowrank.combine(grad, basis, side, low, direction, coefficients), *moments, norm)
+    return FiraOut(lowrank.combine(grad, basis, side, low, direction, coefficients, spread), *moments, norm)
 
 
 def fira_coefficients(
@@ -96,7 +96,7 @@ def fira_coefficients(
     before, after = (torch.ones_like(correction), correction) if official else (correction, torch.ones_like(correction))
     factor = before[:, None] * factors(slices, scaling)
     residual_sq = slices.grad.square() - (2 * kept - kept * kept) * slices.low.square()
-    residual_norm = (factor.square() * residual_sq).sum(-1).clamp_min(0.0).sqrt()
+    residual_norm = slices.total(factor.square() * residual_sq).clamp_min(0.0).sqrt()
     limited = limit(residual_norm, limiter_norm, gamma=gamma)
 
     size = lr * after * active

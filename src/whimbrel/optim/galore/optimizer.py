@@ -37,11 +37,12 @@ def galore_step(
     step [B]; exp_avg, exp_avg_sq: [B, r, n] (left) or [B, m, r] (right); all float32. `lr` is per step, `eps`
     is in units of the gradient.
     """
-    low = lowrank.down(projected.grad, projected.basis, projected.side)
+    low = projected.down()
     adam = lowrank.adam(low, lowrank.Moments(step, exp_avg, exp_avg_sq), projected.active, betas=betas, eps=eps)
     slices = lowrank.Slices(projected.slice_norm, projected.slice_norm, projected.slice_norm)  # no norm is asked for
     (coefficients,) = galore_coefficients(slices, adam.correction, projected.active, lr=lr, alpha=alpha)
-    update = lowrank.combine(projected.grad, projected.basis, projected.side, low, adam.direction, coefficients)
+    grad, _, _, basis, side, spread = projected
+    update = lowrank.combine(grad, basis, side, low, adam.direction, coefficients, spread)
     return GaLoreOut(update, *adam.moments)
 
 
