@@ -2,7 +2,7 @@
 
 A state tensor is called `optim/PARAMETER/KEY`. One that has the parameter's shape and is sharded exactly if
 the parameter is, follows the parameter's sharding when it is read back; any other is the same on every
-process.
+process, unless the optimizer says by `empty_state(parameter, key)` how it lies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pack(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dic
         for key, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optim/{name}/{key}"] = value
-                state[name][key] = _describe(value, parameter)
+                state[name][key] = _describe(value, parameter, own=hasattr(optimizer, "empty_state"))
             else:
                 state[name][key] = {"value": _plain(value, f"state '{key}' of parameter '{name}'")}
     groups = []
@@ -66,20 +66,20 @@ def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return names
 
 
-def _describe(value: Tensor, parameter: Tensor | None) -> dict[str, Any]:
+def _describe(value: Tensor, parameter: Tensor | None, *, own: bool = False) -> dict[str, Any]:
     follows = (
         parameter is not None
         and value.shape == parameter.shape
         and isinstance(value, DTensor) == isinstance(parameter, DTensor)
     )
-    if isinstance(value, DTensor) and not follows:
+    if isinstance(value, DTensor) and not follows and not own:
         raise CheckpointError(
             f"an optimizer state tensor of shape {list(value.shape)} is sharded, but not as its parameter is;"
             " only states like their parameter and unsharded states can be saved"
         )
     return {
         "shape": list(value.shape),
-        "dtype": str(value.dtype).removeprefix("torch."),
+        "dtype": _name(value),
         "follows": follows,
         "on_cpu": value.device.type == "cpu",
     }
@@ -112,12 +112,25 @@ def allocate(model: nn.Module, optimizer: Optimizer, layout: dict[str, Any]) -> 
     for name, values in layout["state"].items():
         for key, value in values.items():
             if "shape" in value:
-                tensors[f"optim/{name}/{key}"] = _empty(value, parameters[name])
+                tensors[f"optim/{name}/{key}"] = _empty_state(optimizer, value, parameters[name], key)
     for i, group in enumerate(layout["groups"]):
         for key, value in group["options"].items():
             if "shape" in value:
                 tensors[f"group/{i}/{key}"] = _empty(value, parameters[group["params"][0]])
     return tensors
+
+
+def _empty_state(optimizer: Optimizer, value: dict[str, Any], parameter: Tensor, key: str) -> Tensor:
+    if isinstance(parameter, DTensor) and not value["follows"] and hasattr(optimizer, "empty_state"):
+        found = optimizer.empty_state(parameter, key)
+        # what does not fit is read as it was saved, and refused by the optimizer, which names it
+        if isinstance(found, DTensor) and list(found.shape) == value["shape"] and _name(found) == value["dtype"]:
+            return found
+    return _empty(value, parameter)
+
+
+def _name(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _empty(value: dict[str, Any], parameter: Tensor) -> Tensor:

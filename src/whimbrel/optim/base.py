@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
 
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from whimbrel.optim import counter, lowrank, storage
@@ -19,11 +23,19 @@ from whimbrel.optim.device import HostCopy, to_device
 from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.layout import Entry, matrix_layout, other_layout, sides
+from whimbrel.optim.matrix import Key, Matrix, batches, count_matrices, matrices, place_of, stack_grads
 from whimbrel.optim.options import check_options, check_rank
-from whimbrel.optim.sharding import full, local, local_grad, local_part
-
-BATCH_ELEMENTS = 1 << 18
-"""Largest stack of gradients, in elements, about what a core's cache holds; larger matrices go one by one."""
+from whimbrel.optim.sharding import (
+    WHOLE,
+    Spread,
+    full,
+    local,
+    local_grad,
+    matrix_placements,
+    part_of,
+    place,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from whimbrel.optim.kernels.launch import Addresses
@@ -41,7 +53,8 @@ class Projected(NamedTuple):
     """B gradients of one shape on their way through a step.
 
     grad [B, m, n], float32, zero where not active (where only a refresh follows: as it is); slice_norm [B, n] or
-    [B, m], the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r].
+    [B, m], the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r]. Under a
+    spread they are the parts that this process holds, slice_norm that of the slices which it owns.
     """
 
     grad: Tensor
@@ -49,6 +62,12 @@ class Projected(NamedTuple):
     active: Tensor
     basis: Tensor
     side: str
+    spread: Spread = WHOLE
+
+    def down(self) -> Tensor:
+        """The gradients in the coordinates of the bases, for the slices that this process owns."""
+        low = lowrank.down(self.grad, self.basis, self.side)
+        return self.spread.own(low, -1 if self.side == "left" else -2)
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -101,8 +120,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what follows from the state and the parameters."""
-        self._started: set[Tensor] = set()
-        self._gaps: dict[Tensor, HostCopy] = {}
+        self._started: set[Key] = set()
+        self._gaps: dict[Key, HostCopy] = {}
+        self._places: dict[Tensor, tuple[Spread, tuple[int, int]]] = {}
+        self._offsets: dict[Tensor, int] = {}
+        self._counted: set[int] = set()
+        self._sharers: ProcessGroup | None = getattr(self, "_sharers", None)
         self._addresses: Addresses | None = None
         self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
@@ -125,6 +148,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_options({**self.defaults, **group}, random=self.random)
         super().add_param_group(group)
         added = self.param_groups[-1]
+        self._offsets = {}
+        for name, param in zip(_names(added, len(self.param_groups) - 1), added["params"], strict=True):
+            if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+                raise UnsupportedError(
+                    f"{name} is a flat parameter of FSDP1 (FullyShardedDataParallel), in which matrices are lost; "
+                    "use torch.distributed.fsdp.fully_shard"
+                )
         if added["low_rank"]:
             for name, param in zip(_names(added, len(self.param_groups) - 1), added["params"], strict=True):
                 check_rank(added["rank"], tuple(param.shape), name)
@@ -136,18 +166,64 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._allocate()
-        fresh = self._start()
-        if self._started:
-            self._num_matrices = sum(len(group["params"]) for group in self.param_groups if group["low_rank"])
-            index, after = itertools.count(), itertools.count(self._num_matrices)
-            for group in self.param_groups:
-                offsets = {param: next(index if group["low_rank"] else after) for param in group["params"]}
-                if group["low_rank"]:
-                    self._step_matrices(group, offsets, fresh)
-                else:
-                    self._step_others(group, offsets)
+        self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
+        self._counted.clear()
         return loss
+
+    def _advance(self, params: Sequence[Tensor]) -> None:
+        """Update these parameters, which have gradients; a group's first in a step counts the step."""
+        if not self._offsets:
+            self._number()
+        wanted = set(params)
+        self._allocate(wanted)
+        chosen = [[param for param in group["params"] if param in wanted] for group in self.param_groups]
+        found = [
+            self._matrices(group, mine) if group["low_rank"] else []
+            for group, mine in zip(self.param_groups, chosen, strict=True)
+        ]
+        others = [
+            param
+            for group, mine in zip(self.param_groups, chosen, strict=True)
+            if not group["low_rank"]
+            for param in mine
+        ]
+        fresh = self._start(list(itertools.chain.from_iterable(found)), others)
+        for number, (group, mine, held) in enumerate(zip(self.param_groups, chosen, found, strict=True)):
+            started = [matrix for matrix in held if matrix.key in self._started]
+            rest = [] if group["low_rank"] else [param for param in mine if (param, None) in self._started]
+            if (started or rest) and number not in self._counted:
+                self._counted.add(number)
+                group["step"] += 1
+            if started:
+                self._step_matrices(group, started, fresh)
+            if rest:
+                self._step_others(group, rest)
+
+    def _number(self) -> None:
+        """Number the matrices of all groups, and after them the other parameters."""
+        low_rank = [param for group in self.param_groups if group["low_rank"] for param in group["params"]]
+        others = [param for group in self.param_groups if not group["low_rank"] for param in group["params"]]
+        counts = [count_matrices(param) for param in low_rank]
+        self._num_matrices = sum(counts)
+        starts = itertools.accumulate([0, *counts, *[1] * len(others)])
+        self._offsets = dict(zip([*low_rank, *others], starts))
+
+    def _matrices(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Matrix]:
+        found: list[Matrix] = []
+        for param in params:
+            if param not in self._places:
+                self._places[param] = place_of(param, resolve_side(group["side"], param.shape) == "left")
+            found += matrices(param, self.state[param], self._offsets[param], *self._places[param])
+        return found
+
+    def share_refreshes(self, processes: ProcessGroup | None = None) -> None:
+        """Fit each new basis on one of `processes` (all by default) and send it to the rest, as data parallelism wants.
+
+        For parameters and gradients that are equal on these processes, as under DistributedDataParallel; all must
+        call this, before the first step. The bases are then equal bit for bit, and a step with several new ones takes
+        1 / world of their time. DTensors need no call: processes that hold parts of a matrix fit its basis together.
+        """
+        self._sharers = processes if processes is not None else dist.distributed_c10d._get_default_group()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; it keeps its float32 whatever the parameters' dtype.
@@ -182,7 +258,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                             "load it with the state_dtype, basis_dtype and other_dtype of its run"
                         )
                     # torch has cast it to the parameter's dtype, so go back to what was saved
-                    self.state[param][key] = loaded[key].to(device=param.device, copy=True)
+                    self.state[param][key] = self._placed(group, param, key, loaded[key].to(param.device))
 
     def _layout(self, group: dict[str, Any], param: Tensor) -> dict[str, Entry]:
         if not group["low_rank"]:
@@ -196,65 +272,85 @@ class LowRankOptimizer(torch.optim.Optimizer):
             basis_dtype=None if group["refresh"] == "random" else group["basis_dtype"],
         )
 
-    def _allocate(self) -> None:
+    def _allocate(self, params: set[Tensor]) -> None:
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None or self.state[param]:
+                if param not in params or self.state[param]:
                     continue
-                if param.grad.is_sparse:
+                if param.grad is not None and param.grad.is_sparse:
                     raise UnsupportedError(f"{type(self).__name__} takes no sparse gradients; use dense ones")
-                layout = self._layout(group, param)
-                if isinstance(param, DTensor) and not group["low_rank"] and "exp_avg_scale" in layout:
-                    raise UnsupportedError(
-                        "other_dtype = 'int8' takes no DTensor parameters; use float32 or bfloat16 under FSDP2"
-                    )
-                for key, entry in layout.items():
-                    dtype = storage.DTYPES[entry.dtype]
-                    self.state[param][key] = (
-                        torch.zeros(entry.shape, dtype=dtype, device=param.device)
-                        if group["low_rank"] or key == "step" or entry.dtype == "uint8" or "_scale" in key
-                        # a DTensor where the parameter is one
-                        else torch.zeros_like(param, dtype=dtype)
-                    )
+                for key in self._layout(group, param):
+                    self.state[param][key] = self.empty_state(param, key)
 
-    def _start(self) -> set[Tensor]:
-        """Note the parameters that are stepped from now on; returns the matrices that need their first basis.
+    def empty_state(self, param: Tensor, key: str) -> Tensor:
+        """Zeros for one entry of a parameter's state; a DTensor where processes hold parts of it.
+
+        Moments lie with the slices, or rows, of their parameter; bases and numbers are the same on every process.
+        """
+        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
+        entry = self._layout(group, param)[key]
+        dtype = storage.DTYPES[entry.dtype]
+        if not isinstance(param, DTensor):
+            return torch.zeros(entry.shape, dtype=dtype, device=param.device)
+        return zeros(entry.shape, dtype, param, self._placements(group, param, key))
+
+    def _placements(self, group: dict[str, Any], param: DTensor, key: str) -> Sequence[Placement]:
+        if group["low_rank"]:
+            return matrix_placements(param, key, resolve_side(group["side"], param.shape) == "left")
+        if key == "step":
+            return [Replicate()] * param.device_mesh.ndim
+        by_last = any(getattr(p, "dim", None) in (-1, param.ndim - 1) for p in param.placements)
+        if by_last and "exp_avg_scale" in self._layout(group, param):
+            raise UnsupportedError(
+                "other_dtype = 'int8' takes no parameters that are split along their last dimension, as vectors are "
+                "under FSDP2; use float32 or bfloat16"
+            )
+        return param.placements
+
+    def _placed(self, group: dict[str, Any], param: Tensor, key: str, loaded: Tensor) -> Tensor:
+        """A copy of a loaded entry that lies over processes as it does here, however it was saved."""
+        placements = self._placements(group, param, key) if isinstance(param, DTensor) else ()
+        if isinstance(loaded, DTensor) and isinstance(param, DTensor) and list(loaded.placements) == list(placements):
+            return loaded.detach().clone()
+        whole = full(loaded)
+        if not isinstance(param, DTensor) or all(isinstance(p, Replicate) for p in placements):
+            return whole.detach().clone()
+        return place(whole, param, placements)
+
+    def _start(self, found: Sequence[Matrix], others: Sequence[Tensor]) -> set[Key]:
+        """Note what is stepped from now on; returns the matrices that need their first basis.
 
         A loaded state may already count steps. Matrices wait for a gradient of their own, the other
         parameters for any gradient at all, as an engine's zero-gradient step before loading must not count.
         """
-        low_rank = [group["low_rank"] for group in self.param_groups]
-        waiting = [
-            (param, is_low_rank)
-            for group, is_low_rank in zip(self.param_groups, low_rank, strict=True)
-            for param in group["params"]
-            if param.grad is not None and param not in self._started
-        ]
-        if not waiting:
+        waiting = [matrix for matrix in found if matrix.key not in self._started]
+        rest = [param for param in others if (param, None) not in self._started]
+        if not waiting and not rest:
             return set()
-        counted = {param: bool(self.state[param]["step"] > 0) for param, _ in waiting}
-        norms = {param: float(full(torch.linalg.vector_norm(param.grad.float()))) for param, _ in waiting}
-        awake = bool(self._started) or any(counted.values()) or any(norm != 0 for norm in norms.values())
+        norms = [torch.linalg.vector_norm(matrix.grad, dtype=torch.float32).double() for matrix in waiting]
+        norms = [float(matrix.spread.everywhere(x.square())) for matrix, x in zip(waiting, norms, strict=True)]
+        norms += [float(full(torch.linalg.vector_norm(param.grad.float()))) for param in rest if param.grad is not None]
+        steps = [matrix.state["step"] for matrix in waiting] + [self.state[param]["step"] for param in rest]
+        counted = [bool(step > 0) for step in steps]
+        awake = bool(self._started) or any(counted) or any(norm != 0 for norm in norms)
         fresh = set()
-        for param, is_low_rank in waiting:
-            if counted[param] or (0 < norms[param] < float("inf") if is_low_rank else awake):
-                self._started.add(param)
-                if is_low_rank and not counted[param]:
-                    fresh.add(param)
+        for matrix, count, norm in zip(waiting, counted, norms, strict=False):
+            if count or 0 < norm < float("inf"):
+                self._started.add(matrix.key)
+                if not count:
+                    fresh.add(matrix.key)
+        self._started |= {
+            (param, None) for param, count in zip(rest, counted[len(waiting) :], strict=True) if count or awake
+        }
         return fresh
 
-    def _step_others(self, group: dict[str, Any], offsets: dict[Tensor, int]) -> None:
-        params = [param for param in group["params"] if param.grad is not None and param in self._started]
-        if not params:
-            return
-        group["step"] += 1
+    def _step_others(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         plain = [p for p in params if p.dtype == self.state[p]["exp_avg"].dtype == torch.float32]
         # one by one, as each needs float32 copies of its weights and moments
         for chosen in ([plain] if plain else []) + [[p] for p in params if p not in set(plain)]:
-            states = [self.state[param] for param in chosen]
             weights = [local(param) for param in chosen]
-            local_states = [{key: local(value) for key, value in state.items()} for state in states]
-            moments = [[storage.read_moment([s], key)[0] for s in local_states] for key in ("exp_avg", "exp_avg_sq")]
+            states = [{key: local(value) for key, value in self.state[param].items()} for param in chosen]
+            moments = [[storage.read_moment([s], key)[0] for s in states] for key in ("exp_avg", "exp_avg_sq")]
             values = [weight.float() for weight in weights]
             adamw_step(
                 values,
@@ -269,75 +365,77 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
             if chosen is plain:
                 continue
-            (weight,), (value,), (state,) = weights, values, local_states
-            keys = self._keys(group, chosen, offsets)
+            (param,), (weight,), (value,), (state,) = chosen, weights, values, states
+            keys = counter.key(self._base_words(group, [self._offsets[param]], param.device), state["step"][None])
+            first = _first(param)
             for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-                storage.write_moment([state], key, moment[0][None], keys, self._usable())
-            _write_weight(weight, value, keys[0], group["stochastic_rounding"])
+                storage.write_moment([state], key, moment[0][None], keys, self._usable(), first=first)
+            _write_weight(weight, value, keys[0], group["stochastic_rounding"], first)
 
-    def _step_matrices(self, group: dict[str, Any], offsets: dict[Tensor, int], fresh: set[Tensor]) -> None:
-        params = [param for param in group["params"] if param.grad is not None and param in self._started]
-        if not params:
-            return
-        group["step"] += 1
+    def _step_matrices(self, group: dict[str, Any], found: list[Matrix], fresh: set[Key]) -> None:
         every = group["refresh_steps"]
-        due: set[Tensor] = set()
+        due: set[Key] = set()
         if group["refresh"] == "random":
             fresh = set()
         else:
-            phases = {param: self._phase(group, offsets[param]) for param in params if param not in fresh}
+            phases = {matrix.key: self._phase(group, matrix.offset) for matrix in found if matrix.key not in fresh}
             due = {
-                param
-                for param, phase in phases.items()
-                if phase % every == 0 and phase // every % self._gap(group, param) == 0
+                matrix.key
+                for matrix in found
+                if matrix.key in phases
+                and phases[matrix.key] % every == 0
+                and phases[matrix.key] // every % self._gap(group, matrix) == 0
             }
-        fused = [param for param in params if self._fuses(group, param)]
-        refreshed = [param for param in fused if param in due or param in fresh]
-        for batch in _batches(refreshed):
-            self._refresh_some(group, batch, self._for_refresh(group, batch, offsets), offsets, due, fresh)
+        refreshed = [matrix for matrix in found if matrix.key in due or matrix.key in fresh]
+        apart = self._fit_apart(group, refreshed, fresh)
+        fused = [matrix for matrix in found if self._fuses(group, matrix)]
+        taken = {matrix.key for matrix in fused}
+        for batch in batches([matrix for matrix in refreshed if matrix.key in taken]):
+            self._refresh_some(group, batch, self._for_refresh(group, batch), due, fresh, apart)
         if fused:
-            self._step_fused(group, fused, offsets)
-        taken = set(fused)
-        for batch in _batches([param for param in params if param not in taken]):
-            projected = self._project(group, batch, offsets)
-            self._refresh_some(group, batch, projected, offsets, due, fresh)
-            self._apply(group, batch, projected, offsets)
+            self._step_fused(group, fused)
+        for batch in batches([matrix for matrix in found if matrix.key not in taken]):
+            projected = self._project(group, batch)
+            self._refresh_some(group, batch, projected, due, fresh, apart)
+            self._apply(group, batch, projected)
 
-    def _fuses(self, group: dict[str, Any], param: Tensor) -> bool:
+    def _fuses(self, group: dict[str, Any], matrix: Matrix) -> bool:
         """Whether the kernels step this matrix."""
-        small = param.numel() < 1 << 31  # the kernels count elements in 32 bits
+        small = matrix.weight.numel() < 1 << 31  # the kernels count elements in 32 bits
         if group["impl"] == "auto":
-            return param.is_cuda and small and not isinstance(param, DTensor) and _proven(param.device)
+            known = matrix.weight.is_cuda and small and not matrix.spread.depth.groups
+            return known and _proven(matrix.weight.device)
         if group["impl"] == "triton" and not small:
             raise UnsupportedError(
-                f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(param.shape)}; use impl = 'auto'"
+                f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(matrix.shape)}; use impl = 'auto'"
             )
-        if group["impl"] == "triton" and isinstance(param, DTensor):
-            raise UnsupportedError("impl = 'triton' takes no DTensor parameters; use impl = 'auto'")
+        if group["impl"] == "triton" and matrix.spread.depth.groups:
+            raise UnsupportedError(
+                "impl = 'triton' takes no matrices whose slices are split over processes; use impl = 'auto', or "
+                "side = 'right' under FSDP2"
+            )
         return group["impl"] == "triton"
 
-    def _step_fused(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> None:
+    def _step_fused(self, group: dict[str, Any], found: list[Matrix]) -> None:
         from whimbrel.optim.kernels import launch
 
         if self._addresses is None:
             self._addresses = launch.Addresses()
-        for batch in launch.batches(params, group["rank"]):
-            states = [self.state[param] for param in batch]
+        for batch in launch.batches(found, group["rank"]):
 
             def coefficients(
-                slices: lowrank.Slices, correction: Tensor, active: Tensor, states: list[dict[str, Tensor]] = states
+                slices: lowrank.Slices, correction: Tensor, active: Tensor, batch: list[Matrix] = batch
             ) -> tuple[lowrank.Coefficients, list[Tensor]]:
-                scalars = (storage.stack([state[name] for state in states]) for name in self.scalars)
+                scalars = (storage.stack([matrix.state[name] for matrix in batch]) for name in self.scalars)
                 options = {name: group[name] for name in self.options}
                 found, *after = self.coefficients(slices, correction, active, *scalars, lr=group["lr"], **options)
                 return found, after
 
             launch.fused_step(
                 batch,
-                states,
                 side=resolve_side(group["side"], batch[0].shape),
-                bases=self._base_words(group, batch, offsets),
-                drawn=self._basis_keys(group, batch, offsets) if group["refresh"] == "random" else None,
+                bases=self._base_words(group, [matrix.offset for matrix in batch], batch[0].weight.device),
+                drawn=self._basis_keys(group, batch) if group["refresh"] == "random" else None,
                 coefficients=coefficients,
                 scalars=self.scalars,
                 betas=group["betas"],
@@ -347,34 +445,90 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 found_inf=getattr(self, "found_inf", None),
                 grad_scale=getattr(self, "grad_scale", None),
                 addresses=self._addresses,
-                batch=offsets[batch[0]],
             )
+
+    def _fit_apart(self, group: dict[str, Any], refreshed: Sequence[Matrix], fresh: set[Key]) -> dict[Key, Tensor]:
+        """Bases [d, r] that processes fit for each other: each whole fit is done by one of them, and sent to the rest.
+
+        Exact fits of matrices that lie on one dimension of a mesh; and all fits, after `share_refreshes`.
+        """
+        sharers: dict[ProcessGroup, list[Matrix]] = {}
+        for matrix in refreshed:
+            groups = matrix.spread.slices.groups + matrix.spread.depth.groups
+            if self._sharers is not None and not groups:
+                sharers.setdefault(self._sharers, []).append(matrix)
+            elif len(groups) == 1 and group["refresh"] == "exact":
+                sharers.setdefault(groups[0], []).append(matrix)
+        found = {}
+        for processes, members in sharers.items():
+            world, rank = dist.get_world_size(processes), dist.get_rank(processes)
+            # equal work side by side: whoever waits, waits for the heaviest of a round
+            members.sort(key=lambda matrix: (-math.prod(matrix.shape) * min(matrix.shape), matrix.offset))
+            for round in (members[i : i + world] for i in range(0, len(members), world)):
+                left = [resolve_side(group["side"], matrix.shape) == "left" for matrix in round]
+                grads = [matrix.full_grad(is_left) for matrix, is_left in zip(round, left, strict=True)]
+                for i, (matrix, grad, is_left) in enumerate(zip(round, grads, left, strict=True)):
+                    side = "left" if is_left else "right"
+                    if i == rank:
+                        found[matrix.key] = self._fit(group, [matrix], grad[None].float(), side, fresh)[0].contiguous()
+                    else:
+                        shape = lowrank.basis_shape(matrix.shape, group["rank"], side)
+                        found[matrix.key] = torch.empty(shape, device=grad.device)
+                for i, matrix in enumerate(round):
+                    dist.broadcast(found[matrix.key], group=processes, group_src=i)
+        return found
+
+    def _fit(
+        self,
+        group: dict[str, Any],
+        chosen: Sequence[Matrix],
+        grad: Tensor,
+        side: str,
+        fresh: set[Key],
+        old: Tensor | None = None,
+        spread: Spread = WHOLE,
+    ) -> Tensor:
+        """Bases [B, d, r] of gradients [B, m, n], or their parts under a spread; all first ones, or all later ones."""
+        rank = group["rank"]
+        if group["refresh"] == "exact":
+            return lowrank.fit_exact(self._whole(chosen, grad, side, spread).float(), side, rank)
+        if chosen[0].key in fresh:
+            noise = spread.depth.cut(self._noise(group, chosen, grad.device, side), -2)
+            return spread.depth.join(lowrank.fit_first(grad.float(), noise, side, rank, spread=spread), -2)
+        old = self._basis(group, chosen) if old is None else old
+        half = chosen[0].grad.dtype == torch.bfloat16
+        start = spread.depth.cut(old, -2)
+        new = lowrank.fit_warm(grad, start, side, products=torch.bfloat16 if half else torch.float32, spread=spread)
+        return spread.depth.join(new, -2)
+
+    def _whole(self, chosen: Sequence[Matrix], grad: Tensor, side: str, spread: Spread) -> Tensor:
+        if not spread.split:
+            return grad
+        of_slices, of_depth = (-1, -2) if side == "left" else (-2, -1)
+        return spread.slices.join(spread.depth.join(grad, of_depth), of_slices)
 
     def _refresh_some(
         self,
         group: dict[str, Any],
-        batch: list[Tensor],
+        batch: list[Matrix],
         projected: Projected,
-        offsets: dict[Tensor, int],
-        due: set[Tensor],
-        fresh: set[Tensor],
+        due: set[Key],
+        fresh: set[Key],
+        apart: dict[Key, Tensor],
     ) -> None:
-        first = [i for i, param in enumerate(batch) if param in fresh]
-        later = [i for i, param in enumerate(batch) if param in due]
-        if first:
-            noise = self._noise(group, [offsets[batch[i]] for i in first], projected)
-            self._refresh(group, batch, projected, first, noise, offsets)
-        if later:
-            self._refresh(group, batch, projected, later, None, offsets)
+        for keys in (fresh, due):
+            chosen = [i for i, matrix in enumerate(batch) if matrix.key in keys]
+            if chosen:
+                self._refresh(group, batch, projected, chosen, fresh, apart)
 
-    def _gap(self, group: dict[str, Any], param: Tensor) -> int:
+    def _gap(self, group: dict[str, Any], matrix: Matrix) -> int:
         """Candidates from one refresh of the matrix to the next: 1, or more where refreshes are lazy."""
         if not group["lazy_overlap"]:
             return 1
-        if param not in self._gaps:
+        if matrix.key not in self._gaps:
             # after loading; later refreshes write to host memory without making anything wait
-            self._gaps[param] = HostCopy(self.state[param]["refresh_gap"])
-        return max(1, int(self._gaps[param].read()))
+            self._gaps[matrix.key] = HostCopy(matrix.state["refresh_gap"])
+        return max(1, int(self._gaps[matrix.key].read()))
 
     def _usable(self) -> Tensor | None:
         """Whether this step counts, as a scalar on the device, where a gradient scaler has left its verdict."""
@@ -385,37 +539,39 @@ class LowRankOptimizer(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         return grad.float() if scale is None else grad.float() / scale.reshape(())
 
-    def _keys(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+    def _keys(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
         """Words [B] for stochastic rounding in the step that has just been counted."""
-        steps = storage.stack([self.state[param]["step"] for param in params])
-        return counter.key(self._base_words(group, params, offsets), steps)
+        steps = storage.stack([matrix.state["step"] for matrix in batch])
+        words = self._base_words(group, [matrix.offset for matrix in batch], batch[0].weight.device)
+        return counter.key(words, steps)
 
-    def _base_words(self, group: dict[str, Any], params: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
-        known, device = tuple(offsets[param] for param in params), params[0].device
+    def _base_words(self, group: dict[str, Any], offsets: Sequence[int], device: torch.device) -> Tensor:
+        known = tuple(offsets)
         bases = self._bases.get((group["seed"], known, device))
         if bases is None:
             words = torch.tensor([counter.base(group["seed"], index) for index in known])
             bases = self._bases[group["seed"], known, device] = to_device(words, device)
         return bases
 
-    def _basis(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+    def _basis(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
+        """The bases [B, d, r], whole on every process."""
         _, d = sides(batch[0].shape, group["side"])
         if group["refresh"] != "random":
-            return storage.read_basis([self.state[param] for param in batch], d)
-        return lowrank.drawn(self._basis_keys(group, batch, offsets), d, group["rank"])
+            return storage.read_basis([matrix.state for matrix in batch], d)
+        return lowrank.drawn(self._basis_keys(group, batch), d, group["rank"])
 
-    def _basis_keys(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Tensor:
+    def _basis_keys(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
         """Words [B] from which the bases of this step are drawn."""
         every = group["refresh_steps"]
         found = tuple(
             counter.drawn_basis_key(
-                counter.base(group["seed"], offsets[param]), self._phase(group, offsets[param]) // every
+                counter.base(group["seed"], matrix.offset), self._phase(group, matrix.offset) // every
             )
-            for param in batch
+            for matrix in batch
         )
-        role = group["seed"], offsets[batch[0]]
+        role = group["seed"], batch[0].offset
         if role not in self._drawn or self._drawn[role][0] != found:
-            self._drawn[role] = found, to_device(torch.tensor(found), batch[0].device)
+            self._drawn[role] = found, to_device(torch.tensor(found), batch[0].weight.device)
         return self._drawn[role][1]
 
     def _phase(self, group: dict[str, Any], offset: int) -> int:
@@ -423,75 +579,69 @@ class LowRankOptimizer(torch.optim.Optimizer):
         shift = offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
         return group["step"] - 1 + shift
 
-    def _project(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Projected:
-        side = resolve_side(group["side"], batch[0].shape)
+    def _project(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
+        side, spread = resolve_side(group["side"], batch[0].shape), batch[0].spread
         # stack copies, so that the mask below does not reach the gradients
-        grad = self._unscaled(torch.stack([full(param.grad) for param in batch if param.grad is not None]))
+        grad = self._unscaled(stack_grads(batch))
         slice_norm = torch.linalg.vector_norm(grad, dim=lowrank.slice_dim(side))
-        norm = torch.linalg.vector_norm(slice_norm, dim=-1)
-        active = norm.isfinite() & (norm > 0)
-        usable = self._usable()
-        if usable is not None:
-            active = active & usable
+        if spread.depth.groups:
+            slice_norm = spread.own(slice_norm.square(), 1).sqrt()
+        active = self._active(spread.total(slice_norm.square()))
         return Projected(
             grad.masked_fill_(~active[:, None, None], 0.0),
             torch.where(active[:, None], slice_norm, 0.0),
             active,
-            self._basis(group, batch, offsets),
+            spread.depth.cut(self._basis(group, batch), -2),
             side,
+            spread,
         )
 
-    def _for_refresh(self, group: dict[str, Any], batch: list[Tensor], offsets: dict[Tensor, int]) -> Projected:
+    def _for_refresh(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
         """What a refresh reads, where the kernels do the step: gradients in their own dtype and at their own scale."""
-        grad = storage.stack([full(param.grad) for param in batch if param.grad is not None])
+        grad, spread = storage.stack([matrix.grad for matrix in batch]), batch[0].spread
         norm = torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float32)
-        active = norm.isfinite() & (norm > 0)
-        usable = self._usable()
-        if usable is not None:
-            active = active & usable
-        return Projected(
-            grad, norm[:, None], active, self._basis(group, batch, offsets), resolve_side(group["side"], grad.shape)
-        )
+        active = self._active(spread.everywhere(norm.square()))
+        side = resolve_side(group["side"], batch[0].shape)
+        return Projected(grad, norm[:, None], active, spread.depth.cut(self._basis(group, batch), -2), side, spread)
 
-    def _noise(self, group: dict[str, Any], indices: list[int], projected: Projected) -> Tensor | None:
-        if group["refresh"] == "exact":
-            return None
-        grad, rank, side = projected.grad, group["rank"], projected.side
-        rows, _ = lowrank.basis_shape(grad.shape, rank, side)
-        columns = lowrank.noise_columns(grad.shape, rank, side)
-        drawn = [lowrank.noise(rows, columns, seed=group["seed"], index=i) for i in indices]
-        return torch.stack(drawn).to(grad.device, non_blocking=True)
+    def _active(self, total: Tensor) -> Tensor:
+        """Which matrices [B] are stepped, by the squares of their norms."""
+        active, usable = total.isfinite() & (total > 0), self._usable()
+        return active if usable is None else active & usable
+
+    def _noise(self, group: dict[str, Any], chosen: Sequence[Matrix], device: torch.device, side: str) -> Tensor:
+        rank, shape = group["rank"], chosen[0].shape
+        rows, _ = lowrank.basis_shape(shape, rank, side)
+        columns = lowrank.noise_columns(shape, rank, side)
+        drawn = [lowrank.noise(rows, columns, seed=group["seed"], index=matrix.offset) for matrix in chosen]
+        return torch.stack(drawn).to(device, non_blocking=True)
 
     def _refresh(
         self,
         group: dict[str, Any],
-        batch: list[Tensor],
+        batch: list[Matrix],
         projected: Projected,
-        chosen: list[int],
-        noise: Tensor | None,
-        offsets: dict[Tensor, int],
+        indices: list[int],
+        fresh: set[Key],
+        apart: dict[Key, Tensor],
     ) -> None:
         """Fit the bases of the chosen matrices anew, in the state and in `projected`."""
+        chosen, spread, side = [batch[i] for i in indices], projected.spread, projected.side
         whole = len(chosen) == len(batch)
-        grad, active, old = (
-            t if whole else torch.stack([t[i] for i in chosen])
-            for t in (projected.grad, projected.active, projected.basis)
+        grad, active = (
+            t if whole else torch.stack([t[i] for i in indices]) for t in (projected.grad, projected.active)
         )
-        side, rank = projected.side, group["rank"]
-        if group["refresh"] == "exact":
-            new = lowrank.fit_exact(grad.float(), side, rank)
-        elif noise is not None:
-            new = lowrank.fit_first(grad.float(), noise, side, rank)
+        old = self._basis(group, chosen)
+        if all(matrix.key in apart for matrix in chosen):
+            new = torch.stack([apart[matrix.key] for matrix in chosen])
         else:
-            half = batch[0].grad is not None and batch[0].grad.dtype == torch.bfloat16
-            new = lowrank.fit_warm(grad, old, side, products=torch.bfloat16 if half else torch.float32)
+            new = self._fit(group, chosen, grad, side, fresh, old, spread)
         # a fit that fails leaves NaN, and the old basis then stays
         active = active & new.isfinite().flatten(1).all(1)
         new = torch.where(active[:, None, None], new, old)
-        params = [batch[i] for i in chosen]
-        states = [self.state[param] for param in params]
+        states = [matrix.state for matrix in chosen]
         if group["on_refresh"] != "keep":
-            moments = self._moments(states, side)
+            moments = self._moments(chosen, side)
             carried = lowrank.carry(moments, old, new, side, group["on_refresh"])
             kept = lowrank.Moments(
                 *(
@@ -500,40 +650,41 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
             )
             # other bits than those of the step that follows
-            self._store_moments(states, kept, side, counter.mix(self._keys(group, params, offsets)), active)
+            self._store_moments(chosen, kept, side, counter.mix(self._keys(group, chosen)), active)
         if group["lazy_overlap"]:
             gaps = storage.stack([state["refresh_gap"] for state in states])
             stays = lowrank.overlap(old, new) >= group["lazy_overlap"]
             gaps = torch.where(stays & (gaps > 0), (2 * gaps).clamp_max(LARGEST_GAP), 1.0)
             storage.store(states, "refresh_gap", gaps)
-            self._gaps |= {param: HostCopy(gap) for param, gap in zip(params, gaps.unbind(), strict=True)}
+            self._gaps |= {matrix.key: HostCopy(gap) for matrix, gap in zip(chosen, gaps.unbind(), strict=True)}
         storage.write_basis(states, new)
-        stored = storage.read_basis(states, new.shape[-2])
-        for i, basis in zip(chosen, stored.unbind(), strict=True):
+        stored = spread.depth.cut(storage.read_basis(states, new.shape[-2]), -2)
+        for i, basis in zip(indices, stored.unbind(), strict=True):
             projected.basis[i].copy_(basis)
 
-    def _moments(self, states: list[dict[str, Tensor]], side: str) -> lowrank.Moments:
+    def _moments(self, batch: Sequence[Matrix], side: str) -> lowrank.Moments:
         """Step [B], and both moments in float32 and the shape of the projected gradient."""
+        states = [matrix.state for matrix in batch]
         both = (storage.read_moment(states, key) for key in ("exp_avg", "exp_avg_sq"))
         return lowrank.Moments(
             storage.stack([state["step"] for state in states]), *(x.mT if side == "left" else x for x in both)
         )
 
     def _store_moments(
-        self, states: list[dict[str, Tensor]], moments: lowrank.Moments, side: str, keys: Tensor, active: Tensor
+        self, batch: Sequence[Matrix], moments: lowrank.Moments, side: str, keys: Tensor, active: Tensor
     ) -> None:
+        states, owned = [matrix.state for matrix in batch], batch[0].spread.owned
         for key in ("exp_avg", "exp_avg_sq"):
             value = getattr(moments, key)
-            storage.write_moment(states, key, value.mT if side == "left" else value, keys, active)
+            first = 0 if owned is None else owned.start, 0
+            storage.write_moment(states, key, value.mT if side == "left" else value, keys, active, first=first)
         storage.store(states, "step", moments.step)
 
-    def _apply(
-        self, group: dict[str, Any], batch: list[Tensor], projected: Projected, offsets: dict[Tensor, int]
-    ) -> None:
-        states = [self.state[param] for param in batch]
+    def _apply(self, group: dict[str, Any], batch: list[Matrix], projected: Projected) -> None:
+        states = [matrix.state for matrix in batch]
         update, step, mean, square, *after = self.rule(
             projected,
-            *self._moments(states, projected.side),
+            *self._moments(batch, projected.side),
             *(storage.stack([state[key] for state in states]) for key in self.scalars),
             lr=group["lr"],
             betas=group["betas"],
@@ -542,23 +693,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         moments = lowrank.Moments(step, mean, square)
         storage.store(states, "step", step)
-        keys = self._keys(group, batch, offsets)
-        self._store_moments(states, moments, projected.side, keys, projected.active)
+        keys = self._keys(group, batch)
+        self._store_moments(batch, moments, projected.side, keys, projected.active)
         for key, value in zip(self.scalars, after, strict=True):
             storage.store(states, key, value)
-        weights = [local(param) for param in batch]
-        updates = [local_part(part, param) for part, param in zip(update.unbind(), batch, strict=True)]
+        weights, updates = [matrix.weight for matrix in batch], update.unbind()
         # after the update, on the updated weights, as in the authors' code
         shares = group["lr"] * group["weight_decay"] * projected.active.float()
-        if batch[0].dtype == torch.bfloat16 and group["stochastic_rounding"]:
-            for i, (weight, part) in enumerate(zip(weights, updates, strict=True)):
-                value = weight.float() - part
+        if weights[0].dtype == torch.bfloat16 and group["stochastic_rounding"]:
+            for i, (matrix, part) in enumerate(zip(batch, updates, strict=True)):
+                value = matrix.weight.float() - part
                 value = value - shares[i] * value
-                # counted over the whole matrix, so that its sharding does not matter
-                bits = counter.lattice(keys[i], *batch[i].shape, first=counter.WEIGHTS)
-                weight.copy_(counter.round_to_bfloat16(value, local_part(bits, batch[i])))
+                _write_weight(matrix.weight, value, keys[i], True, matrix.first)
             return
-        torch._foreach_sub_(weights, updates)
+        torch._foreach_sub_(weights, list(updates))
         if group["weight_decay"]:
             decay(weights, list(shares.unbind()))
 
@@ -572,21 +720,19 @@ def _names(group: dict[str, Any], index: int) -> Sequence[str]:
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 
-def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """Lists of parameters of one shape and device, none above BATCH_ELEMENTS unless it is a single matrix."""
-    equal: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
-    for param in params:
-        equal.setdefault((param.shape, param.device), []).append(param)
-    batches = []
-    for (shape, _), members in equal.items():
-        size = max(1, BATCH_ELEMENTS // shape.numel())
-        batches += [members[i : i + size] for i in range(0, len(members), size)]
-    return batches
+def _first(param: Tensor) -> tuple[int, int]:
+    """Row and column at which the part held here begins, of a parameter as a matrix of its last dimension."""
+    if param.ndim == 0:
+        return 0, 0
+    rows = part_of(param, 0).start * math.prod(param.shape[1:-1]) if param.ndim > 1 else 0
+    return rows, part_of(param, -1).start
 
 
-def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool) -> None:
-    if weight.dtype == torch.bfloat16 and stochastic:
+def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool, first: tuple[int, int]) -> None:
+    """Write a parameter, or the part of one that begins at this row and column, by which its rounding is counted."""
+    if weight.dtype == torch.bfloat16 and stochastic and value.numel():
         columns = value.shape[-1] if value.ndim else 1
-        bits = counter.lattice(key, value.numel() // columns, columns, first=counter.WEIGHTS).view(value.shape)
-        value = counter.round_to_bfloat16(value, bits)
+        rows = counter.WEIGHTS + first[0]
+        bits = counter.lattice(key, value.numel() // columns, columns, first=rows, first_column=first[1])
+        value = counter.round_to_bfloat16(value, bits.view(value.shape))
     weight.copy_(value)

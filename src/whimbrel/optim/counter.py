@@ -53,7 +53,7 @@ def words(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
     return mix(mix(index ^ keys[..., None]) + keys[..., None] & WORD)
 
 
-def lattice(keys: Tensor, rows: int, columns: int, *, first: int = 0) -> Tensor:
+def lattice(keys: Tensor, rows: int, columns: int, *, first: int = 0, first_column: int = 0) -> Tensor:
     """16 random bits for each element of matrices, [..., rows, columns], int64, under each of `keys` [...].
 
     A row has a word of its own, a column one from an arithmetic sequence, and one product mixes the two: a quarter of
@@ -61,7 +61,7 @@ def lattice(keys: Tensor, rows: int, columns: int, *, first: int = 0) -> Tensor:
     """
     row = words(keys, rows, first=first)[..., :, None]
     start = words(keys, 1, first=COLUMNS)
-    column = ((start + torch.arange(columns, device=keys.device)) * GOLDEN & WORD)[..., None, :]
+    column = ((start + first_column + torch.arange(columns, device=keys.device)) * GOLDEN & WORD)[..., None, :]
     return (row ^ column).mul_(SPREAD).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 

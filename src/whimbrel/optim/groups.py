@@ -27,7 +27,7 @@ def param_groups(
     low_rank, exclude: shell patterns (`*`, `?`, `[...]`) over parameter names; each must match a parameter.
     rank: rank of the low-rank group; None leaves it to the optimizer's argument.
     weight_decay: decay of the groups that are decayed; None leaves it to the optimizer's argument.
-    min_dim: matrices whose smaller side is below it are not projected.
+    min_dim: matrices whose smaller side is below it are not projected. A parameter [E, m, n] counts as E matrices.
 
     Groups, in this order, empty ones left out: `low_rank`, the matrices that match and are large enough;
     `decay`, the other parameters of two or more dimensions; `no_decay`, vectors, scalars and parameters with
@@ -75,7 +75,8 @@ def assign_groups(
     def group(name: str, shape: Sequence[int]) -> str:
         if name in no_decay or len(shape) < 2:
             return "no_decay"
-        return "low_rank" if name in selected and len(shape) == 2 and min(shape) >= min_dim else "decay"
+        fits = len(shape) in (2, 3) and min(shape[-2:]) >= min_dim
+        return "low_rank" if name in selected and fits else "decay"
 
     groups = {name: group(name, shape) for name, shape in shapes.items()}
     if _patterns(low_rank) and "low_rank" not in groups.values():

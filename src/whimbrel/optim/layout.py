@@ -49,11 +49,12 @@ def matrix_layout(
     state_dtype: str,
     basis_dtype: str | None,
 ) -> dict[str, Entry]:
-    """State of a low-rank matrix; `scalars` are float32 numbers of the method.
+    """State of a low-rank matrix, or of E of them, [E, m, n]; `scalars` are float32 numbers of the method.
 
     basis_dtype: None where bases are drawn.
     """
     s, d = sides(shape, side)
+    experts = tuple(shape[:-2])
     state = {"step": Entry((), "float32"), **moments_layout((s, rank), state_dtype)}
     state |= {name: Entry((), "float32") for name in scalars}
     if basis_dtype == "int4":
@@ -61,7 +62,7 @@ def matrix_layout(
         state["basis_scale"] = Entry((-(-d // BASIS_GROUP), rank), "float32")
     elif basis_dtype is not None:
         state["basis"] = Entry((d, rank), basis_dtype)
-    return state
+    return {name: Entry((*experts, *entry.shape), entry.dtype) for name, entry in state.items()}
 
 
 def other_layout(shape: Sequence[int], *, other_dtype: str) -> dict[str, Entry]:

@@ -25,7 +25,7 @@ def factors(slices: Slices, scaling: Scaling) -> Tensor:
     """How much larger Adam makes each slice of the projected gradient: [B, s], or [B, 1] under "matrix"."""
     low, direction = slices.low, slices.direction
     if scaling == "matrix":
-        low, direction = (slices.total(x.square()).sqrt()[:, None] for x in (low, direction))
+        low, direction = (slices.norm(x)[:, None] for x in (low, direction))
     return direction / (low + DELTA)
 
 

@@ -224,6 +224,10 @@ class Slices(NamedTuple):
         """Sums [B] of x [B, s] over all slices, those of other processes included."""
         return self.spread.total(x)
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Norms [B] of x [B, s] over all slices."""
+        return self.total(x.square()).sqrt() if self.spread.split else torch.linalg.vector_norm(x, dim=-1)
+
 
 class Coefficients(NamedTuple):
     """What a method makes of the norms: update = up(on_direction direction - on_low low) + on_grad grad.

@@ -70,10 +70,11 @@ def check_options(options: Mapping[str, Any], *, prefix: str = "", random: bool 
 
 
 def check_rank(rank: int, shape: tuple[int, ...], name: str) -> None:
-    """Raise ConfigError unless `name` of this shape is a matrix whose sides are both at least `rank`."""
-    if len(shape) != 2:
+    """Raise ConfigError unless `name` is a matrix [m, n], or one for each expert [E, m, n], of sides >= `rank`."""
+    if len(shape) not in (2, 3):
         raise ConfigError(
             f"{name} has shape {list(shape)}, but a low-rank group takes matrices; put it into a group without a rank"
         )
-    if rank > min(shape):
-        raise ConfigError(f"rank = {rank} exceeds the smaller side {min(shape)} of {name}; choose at most {min(shape)}")
+    smaller = min(shape[-2:])
+    if rank > smaller:
+        raise ConfigError(f"rank = {rank} exceeds the smaller side {smaller} of {name}; choose at most {smaller}")

@@ -1,13 +1,13 @@
 """How matrices lie over processes: FSDP2, tensor and expert parallel dimensions, by the placements of DTensors.
 
-A matrix of s slices of d elements may have its slices split over processes, each slice split, or both. Everything that
-a step does to a slice is done where the slice is; what crosses processes is a few numbers for each matrix (`total`), and,
-only where slices themselves are split, the projected gradient and what the basis is multiplied with (`own`, `whole`).
+A matrix of s slices of d elements may have its slices split over processes, each slice split, or both. Everything
+that a step does to a slice is done where the slice is; what crosses processes is a few numbers for each matrix
+(`total`), and, only where slices themselves are split, the projected gradient and what the basis is multiplied with
+(`own`, `whole`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+
+# torch 2.13 renamed them
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -36,6 +40,15 @@ def local_grad(param: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every process; every process of the mesh must call it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Cut the part of `like` that this process holds out of `whole`, which is equal on every process."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements).to_local()
 
 
 @dataclass(frozen=True)
@@ -102,9 +115,18 @@ class Spread:
     owned: Part | None = None
 
     @property
+    def split(self) -> bool:
+        """Whether the matrix lies on more than one process."""
+        return bool(self.slices.groups or self.depth.groups)
+
+    @property
     def shares_slices(self) -> bool:
         """Whether slices, each split over processes, are shared out among these."""
         return len(self.depth.groups) == 1 and not self.slices.groups
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """The sum of what processes found from all that they hold of the matrix."""
+        return self.slices.sum(self.depth.sum(x))
 
     def total(self, x: Tensor) -> Tensor:
         """Sums [B] over all slices of x [B, slices owned here]."""
@@ -119,7 +141,7 @@ class Spread:
         parts = x.new_zeros(share * dist.get_world_size(group), *_without(x.shape, dim))
         parts[:count].copy_(x.movedim(dim, 0))
         mine = parts.new_empty(share, *parts.shape[1:])
-        dist.reduce_scatter_tensor(mine, parts, group=group)
+        _reduce_scatter(mine, parts, group=group)
         return mine[: self.owned.size].movedim(0, dim)
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
@@ -131,7 +153,7 @@ class Spread:
         mine = x.new_zeros(share, *_without(x.shape, dim))
         mine[: x.shape[dim]].copy_(x.movedim(dim, 0))
         parts = mine.new_empty(share * dist.get_world_size(group), *mine.shape[1:])
-        dist.all_gather_into_tensor(parts, mine, group=group)
+        _all_gather(parts, mine, group=group)
         return parts[: self.slices.count].movedim(0, dim)
 
 
@@ -163,9 +185,7 @@ def part_of(param: Tensor, dim: int) -> Part:
     if not isinstance(param, DTensor):
         return Part(0, size)
     mesh = param.device_mesh
-    placements = [
-        _moved(p, 0) if _dim(p, param.ndim) == dim % param.ndim else Replicate() for p in param.placements
-    ]
+    placements = [_moved(p, 0) if _dim(p, param.ndim) == dim % param.ndim else Replicate() for p in param.placements]
     if all(isinstance(p, Shard | Replicate) for p in placements):
         start = 0
         for i, p in enumerate(placements):
@@ -232,9 +252,7 @@ def _splitting(param: DTensor, dims: tuple[int, ...]) -> list[int]:
     """Dimensions of the mesh, of more than one process, that split one of these dimensions of the parameter."""
     wanted = {dim % param.ndim for dim in dims}
     return [
-        i
-        for i, p in enumerate(param.placements)
-        if _dim(p, param.ndim) in wanted and param.device_mesh.size(i) > 1
+        i for i, p in enumerate(param.placements) if _dim(p, param.ndim) in wanted and param.device_mesh.size(i) > 1
     ]
 
 
@@ -244,17 +262,3 @@ def _share(count: int, group: ProcessGroup) -> int:
 
 def _without(shape: Sequence[int], dim: int) -> list[int]:
     return [size for i, size in enumerate(shape) if i != dim % len(shape)]
-
-
-def balanced(costs: Sequence[float], world: int) -> list[int]:
-    """The process for each piece of work: the heaviest first, each to the one with the least so far."""
-    owners, loads = [0] * len(costs), [0.0] * world
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = min(range(world), key=lambda rank: (loads[rank], rank))
-        loads[owners[i]] += costs[i]
-    return owners
-
-
-def fit_cost(shape: Sequence[int]) -> float:
-    """What a singular value decomposition of an m x n matrix costs, up to a factor."""
-    return math.prod(shape[-2:]) * min(shape[-2:])

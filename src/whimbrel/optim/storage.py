@@ -89,9 +89,17 @@ def read_moment(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 
 
 def write_moment(
-    states: Sequence[dict[str, Tensor]], name: str, values: Tensor, keys: Tensor, active: Tensor | None
+    states: Sequence[dict[str, Tensor]],
+    name: str,
+    values: Tensor,
+    keys: Tensor,
+    active: Tensor | None,
+    *,
+    first: tuple[int, int] = (0, 0),
 ) -> None:
     """Store a moment [B, ...]; keys [B] (`counter.key`) decide the rounding below float32.
+
+    first: row and column of the whole moment at which these values begin.
 
     Parameters that are not `active` ([B], or one for all) keep their codes, which rounding anew might move.
     """
@@ -101,8 +109,9 @@ def write_moment(
     squared = name == "exp_avg_sq"
     columns = values.shape[-1]
     # the other moment of the same element gets other bits
-    first = counter.SQUARES if squared else counter.MEANS
-    bits = counter.lattice(keys, values[0].numel() // columns, columns, first=first).view(values.shape)
+    rows = (counter.SQUARES if squared else counter.MEANS) + first[0]
+    count = values[0].numel() // columns if columns else 0
+    bits = counter.lattice(keys, count, columns, first=rows, first_column=first[1]).view(values.shape)
     if states[0][name].dtype == torch.bfloat16:
         store(states, name, counter.round_to_bfloat16(values, bits))
         return

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError
-from whimbrel.optim import AdamW, Fira, GaLore, base, param_groups
+from whimbrel.optim import AdamW, Fira, GaLore, matrix, param_groups
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.optim import TinyModel, flat, no_host_reads, state_tensors, train
 
@@ -133,7 +133,7 @@ def test_the_watch_for_host_reads_sees_them():
 def test_batches_of_any_size_give_the_same_step(cls, monkeypatch):
     results = []
     for elements in (1, 2 * 21 * 13, 1 << 20):
-        monkeypatch.setattr(base, "BATCH_ELEMENTS", elements)
+        monkeypatch.setattr(matrix, "BATCH_ELEMENTS", elements)
         model = TinyModel()
         train(model, make(cls, model, weight_decay=0.1), 10)
         results.append(flat(model))

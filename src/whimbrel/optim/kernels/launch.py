@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.device import to_device
 from whimbrel.optim.kernels import passes
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
+from whimbrel.optim.matrix import Matrix
 
 SCRATCH_ELEMENTS = 1 << 24
 """Most elements of one low-rank tensor of a batch: 4 bytes each are held during its step (8 in float32)."""
@@ -64,8 +65,7 @@ class Addresses:
 
 
 def fused_step(
-    params: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
+    matrices: Sequence[Matrix],
     *,
     side: str,
     bases: Tensor,
@@ -79,19 +79,18 @@ def fused_step(
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
     addresses: Addresses,
-    batch: int,
 ) -> None:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
-    params: B matrices with gradients. bases [B]: `counter.base` words of the matrices. drawn [B]: words from
-    which the bases are drawn, None where the states hold them. coefficients: the
-    method's factors from (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times
-    weight decay. found_inf, grad_scale: what a gradient scaler has left. batch: a number of these params, for
-    `addresses`.
+    matrices: B of them, whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]:
+    words from which the bases are drawn, None where the states hold them. coefficients: the method's factors from
+    (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times weight decay. found_inf,
+    grad_scale: what a gradient scaler has left.
     """
-    grads = [param.grad for param in params if param.grad is not None]
-    weight, grad, moment = params[0], grads[0], states[0]["exp_avg"]
-    number, device, (s, r) = len(params), weight.device, moment.shape
+    states, grads = [matrix.state for matrix in matrices], [matrix.grad for matrix in matrices]
+    weights, spread, (first_row, first_column) = [x.weight for x in matrices], matrices[0].spread, matrices[0].first
+    weight, grad, moment = weights[0], grads[0], states[0]["exp_avg"]
+    number, device, (s, r) = len(matrices), weight.device, moment.shape
     left = side == "left"
     across, along = (1, 0) if left else (0, 1)
     (m, n), d = weight.shape, weight.shape[along]
@@ -101,7 +100,7 @@ def fused_step(
         return torch.empty(number, *shape, dtype=dtype, device=device)
 
     def table(role: str, tensors: Sequence[Tensor]) -> Table:
-        return addresses.table(role, batch, tensors)
+        return addresses.table(role, matrices[0].offset, tensors)
 
     if drawn is not None or "basis_scale" in states[0]:
         # drawn or opened for the time of the step, at places that the host need not send
@@ -118,7 +117,7 @@ def fused_step(
     else:
         bases_at = table("basis", [state["basis"] for state in states])
         basis_dtype = states[0]["basis"].dtype
-    grads_at, weights_at = table("grad", grads), table("weight", params)
+    grads_at, weights_at = table("grad", grads), table("weight", weights)
     types = {
         "GRAD": _DTYPES[grad.dtype],
         "BASIS": _DTYPES[basis_dtype],
@@ -128,7 +127,9 @@ def fused_step(
     }
     low, direction, sums = scratch(s, r, dtype=dot), scratch(s, r, dtype=dot), scratch(s)
     tile = _project_tile(dot, r)
-    passes.project[triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), number](
+    # where a process holds no slice there is nothing to launch, but sums to join
+    launched = number if s else 0
+    _on(passes.project, triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), launched)(
         grads_at.places,
         bases_at.places,
         low,
@@ -145,10 +146,12 @@ def fused_step(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    norms = lowrank.Slices(scratch(s), scratch(s), scratch(s))
+    norms = lowrank.Slices(scratch(s), scratch(s), scratch(s), spread)
     active, keys, correction = scratch(dtype=torch.bool), scratch(dtype=torch.int64), scratch()
+    total = spread.total(sums) if spread.split else sums
     passes.settle[number,](
         sums,
+        total,
         norms.grad,
         active,
         table("step", [state["step"] for state in states]).places,
@@ -161,6 +164,7 @@ def fused_step(
         *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND=found_inf is not None,
+        HAS_TOTAL=spread.split,
         BS=1024,
     )
     wide = max(16, triton.next_power_of_2(r))
@@ -170,7 +174,8 @@ def fused_step(
         for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
         if name in states[0]
     }
-    passes.adam[triton.cdiv(s, rows), number](
+    first_slice = first_column if left else first_row
+    _on(passes.adam, triton.cdiv(s, rows), launched)(
         low,
         correction if grad_scale is None else grad_scale,
         direction,
@@ -186,7 +191,8 @@ def fused_step(
         r,
         *betas,
         eps,
-        counter.SQUARES,
+        counter.MEANS + first_slice,
+        counter.SQUARES + first_slice,
         counter.COLUMNS,
         HAS_SCALE=grad_scale is not None,
         MOMENT=_DTYPES[moment.dtype],
@@ -197,7 +203,7 @@ def fused_step(
     )
     on, after = coefficients(norms, correction, active)
     if on.on_direction is not None:
-        passes.blend[triton.cdiv(s, rows), number](
+        _on(passes.blend, triton.cdiv(s, rows), launched)(
             direction,
             low,
             on.on_direction,
@@ -213,7 +219,7 @@ def fused_step(
     if on.on_grad is not None:
         on_grad = (on.on_grad if grad_scale is None else on.on_grad / grad_scale).expand(number, s).contiguous()
     tile = _write_tile(dot, r)
-    passes.write[triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), number](
+    _on(passes.write, triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), launched)(
         weights_at.places,
         grads_at.places,
         bases_at.places,
@@ -227,7 +233,8 @@ def fused_step(
         r,
         *weight.stride(),
         *grad.stride(),
-        counter.WEIGHTS,
+        counter.WEIGHTS + first_row,
+        first_column,
         counter.COLUMNS,
         LEFT=left,
         WEIGHT=_DTYPES[weight.dtype],
@@ -245,16 +252,20 @@ def fused_step(
         storage.store(states, name, value)
 
 
-def batches(params: Sequence[Tensor], rank: int) -> list[list[Tensor]]:
+def _on(kernel: Any, *grid: int) -> Callable[..., None]:
+    """The kernel on a grid, which may be empty."""
+    return kernel[grid] if math.prod(grid) else lambda *args, **kwargs: None
+
+
+def batches(matrices: Sequence[Matrix], rank: int) -> list[list[Matrix]]:
     """Lists of matrices that one `fused_step` takes, none above the limits unless it is a single matrix."""
-    equal: dict[object, list[Tensor]] = {}
-    for param in params:
-        grad = param.grad
-        assert grad is not None
-        kind = (param.shape, param.dtype, param.device, param.stride(), grad.dtype, grad.stride())
-        equal.setdefault(kind, []).append(param)
+    equal: dict[object, list[Matrix]] = {}
+    for matrix in matrices:
+        weight, grad = matrix.weight, matrix.grad
+        kind = (matrix.shape, weight.dtype, weight.device, weight.stride(), grad.dtype, grad.stride(), matrix.spread)
+        equal.setdefault(kind, []).append(matrix)
     found = []
-    total = sum(max(param.shape) * rank for param in params)
+    total = sum(max(matrix.shape) * rank for matrix in matrices)
     most = min(SCRATCH_ELEMENTS, max(FEW_ELEMENTS, total // SCRATCH_SHARE))
     for members in equal.values():
         size = max(1, most // (max(members[0].shape) * rank))

@@ -116,6 +116,7 @@ def _one_less_power(count, log_beta):
 @triton.jit
 def settle(
     sums,
+    totals,
     slice_norms,
     actives,
     steps,
@@ -129,6 +130,7 @@ def settle(
     log_beta2,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
     BS: tl.constexpr,
 ):
     """What a matrix's step follows from: norms of its slices, whether it counts, its count, Adam's correction, its key.
@@ -144,6 +146,8 @@ def settle(
         at = first + tl.arange(0, BS)
         norm = tl.sqrt(tl.load(sums + matrix * s + at, mask=at < s, other=0.0)) * inverse
         total += tl.sum(norm * norm, 0)
+    if HAS_TOTAL:  # of all processes' slices
+        total = tl.load(totals + matrix) * inverse * inverse
     size = tl.sqrt(total)
     active = (size > 0) & (size < float("inf"))
     if HAS_FOUND:
@@ -277,6 +281,7 @@ def adam(
     beta1,
     beta2,
     eps,
+    first_mean,
     first_square,
     columns_at,
     HAS_SCALE: tl.constexpr,
@@ -313,10 +318,9 @@ def adam(
     key = tl.load(keys + matrix).to(tl.uint32)
     start = _words(key, columns_at.to(tl.uint32))
     mask = held & active
-    row = at.to(tl.uint32)
-    bits = _bits(_words(key, row), start, column)
+    bits = _bits(_words(key, (at + first_mean).to(tl.uint32)), start, column)
     _write(mean, bits, means, mean_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, False, BLOCK)
-    bits = _bits(_words(key, row + first_square.to(tl.uint32)), start, column)
+    bits = _bits(_words(key, (at + first_square).to(tl.uint32)), start, column)
     _write(square, bits, squares, square_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, True, BLOCK)
 
 
@@ -358,6 +362,7 @@ def write(
     grad_m,
     grad_n,
     first_row,
+    first_column,
     columns_at,
     LEFT: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -421,8 +426,8 @@ def write(
     value -= tl.load(shares + matrix) * value
     if STOCHASTIC:
         key = tl.load(keys + matrix).to(tl.uint32)
-        row = _words(key, rows.to(tl.uint32) + first_row.to(tl.uint32))
-        bits = _bits(row, _words(key, columns_at.to(tl.uint32)), columns)
+        row = _words(key, (rows.to(tl.int64) + first_row).to(tl.uint32))
+        bits = _bits(row, _words(key, columns_at.to(tl.uint32)), columns + first_column)
         tl.store(weight, _round(value, bits), mask=mask)
     else:
         tl.store(weight, value.to(WEIGHT), mask=mask)
