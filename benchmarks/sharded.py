@@ -9,7 +9,8 @@ benchmarks/results/optim_sharded.jsonl:
   one process that takes the batch in as many pieces (`one-in-pieces`) to one process that takes it whole, in float32.
   The latter is what rounding alone does.
 - `time`: ms of a training step in bfloat16 autocast, float32 weights, for Fira and for torch's fused AdamW, alternating
-  in stretches; refreshes are included as they come. `overhead`: Fira's median over AdamW's, less 1. `state_bytes`: here.
+  in stretches; refreshes are included as they come. `overhead`: Fira's median over AdamW's, less 1. `state_bytes`: of
+  this process.
 - `resumed_bitwise`: 1 if a run that was saved and loaded by torch.distributed.checkpoint on as many processes has every
   weight of one that was not, `repeated_bitwise`: the same for a run that was only repeated.
 - `loaded_on_one`: largest relative difference of the losses of one process, which has loaded what all have saved, to
@@ -148,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{impl:20} {metric:20} {middle:.6g} {unit}", flush=True)
 
     compare_losses(args, everyone, alone, line)
-    checkpoints(args, everyone, alone, line)
     compare_times(args, everyone, line)
+    checkpoints(args, everyone, alone, line)
     dist.destroy_process_group()
 
 
