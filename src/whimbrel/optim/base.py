@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
@@ -20,7 +20,7 @@ from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, near
 from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.adamw.optimizer import adamw_step, decay
 from whimbrel.optim.device import HostCopy, to_device
-from whimbrel.optim.groups import resolve_side
+from whimbrel.optim.groups import ALIASES, resolve_side
 from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.layout import Entry, matrix_layout, other_layout, sides
 from whimbrel.optim.matrix import Key, Matrix, batches, count_matrices, matrices, place_of, stack_grads
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
-ALIASES = {"update_proj_gap": "refresh_steps", "proj_type": "side", "scale": "alpha"}
-"""Group keys of the packages `fira` and `galore-torch`, and of others' APOLLO, by our names."""
+_IN_BACKWARD = (
+    "{} does not go with updates in backward, where no two gradients exist at once; "
+    "leave it out, or leave out fuse_into_backward"
+)
 
 ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach", "fused")
 """Group keys without a meaning here, set by `param_groups`, by torch's schedulers and by training engines."""
@@ -124,8 +126,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._gaps: dict[Key, HostCopy] = {}
         self._places: dict[Tensor, tuple[Spread, tuple[int, int]]] = {}
         self._offsets: dict[Tensor, int] = {}
+        self._home: dict[Tensor, int] = {}
+        self._updated: set[Tensor] = set()
         self._counted: set[int] = set()
         self._sharers: ProcessGroup | None = getattr(self, "_sharers", None)
+        self._in_backward: bool = getattr(self, "_in_backward", False)
         self._addresses: Addresses | None = None
         self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
@@ -166,31 +171,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward and (hasattr(self, "grad_scale") or hasattr(self, "found_inf")):
+            raise UnsupportedError(_IN_BACKWARD.format("a gradient scaler"))
         self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
         self._counted.clear()
+        self._updated.clear()
         return loss
 
     def _advance(self, params: Sequence[Tensor]) -> None:
         """Update these parameters, which have gradients; a group's first in a step counts the step."""
         if not self._offsets:
             self._number()
-        wanted = set(params)
-        self._allocate(wanted)
-        chosen = [[param for param in group["params"] if param in wanted] for group in self.param_groups]
-        found = [
-            self._matrices(group, mine) if group["low_rank"] else []
-            for group, mine in zip(self.param_groups, chosen, strict=True)
-        ]
-        others = [
-            param
-            for group, mine in zip(self.param_groups, chosen, strict=True)
-            if not group["low_rank"]
-            for param in mine
-        ]
-        fresh = self._start(list(itertools.chain.from_iterable(found)), others)
-        for number, (group, mine, held) in enumerate(zip(self.param_groups, chosen, found, strict=True)):
-            started = [matrix for matrix in held if matrix.key in self._started]
-            rest = [] if group["low_rank"] else [param for param in mine if (param, None) in self._started]
+        self._allocate(params)
+        chosen: dict[int, list[Tensor]] = {}
+        for param in params:
+            chosen.setdefault(self._home[param], []).append(param)
+        low_rank = {number for number in chosen if self.param_groups[number]["low_rank"]}
+        found = {number: self._matrices(self.param_groups[number], chosen[number]) for number in low_rank}
+        others = [param for number in chosen.keys() - low_rank for param in chosen[number]]
+        fresh = self._start([matrix for number in sorted(low_rank) for matrix in found[number]], others)
+        for number in sorted(chosen):
+            group = self.param_groups[number]
+            started = [matrix for matrix in found.get(number, []) if matrix.key in self._started]
+            rest = [] if number in low_rank else [param for param in chosen[number] if (param, None) in self._started]
             if (started or rest) and number not in self._counted:
                 self._counted.add(number)
                 group["step"] += 1
@@ -200,13 +203,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._step_others(group, rest)
 
     def _number(self) -> None:
-        """Number the matrices of all groups, and after them the other parameters."""
+        """Number the matrices of all groups, and after them the other parameters; note each one's group."""
         low_rank = [param for group in self.param_groups if group["low_rank"] for param in group["params"]]
         others = [param for group in self.param_groups if not group["low_rank"] for param in group["params"]]
         counts = [count_matrices(param) for param in low_rank]
         self._num_matrices = sum(counts)
         starts = itertools.accumulate([0, *counts, *[1] * len(others)])
-        self._offsets = dict(zip([*low_rank, *others], starts))
+        self._offsets = dict(zip([*low_rank, *others], starts, strict=False))
+        self._home = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
 
     def _matrices(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Matrix]:
         found: list[Matrix] = []
@@ -215,6 +219,50 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._places[param] = place_of(param, resolve_side(group["side"], param.shape) == "left")
             found += matrices(param, self.state[param], self._offsets[param], *self._places[param])
         return found
+
+    def fuse_into_backward(
+        self,
+        model: nn.Module,
+        *,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float = 0.0,
+        grad_scaler: Any = None,
+    ) -> None:
+        """Update each parameter as soon as backward has its gradient, and free the gradient: the least memory.
+
+        `step` then only ends the step; it must still be called after every backward. Under FSDP2 the update follows
+        the reduction of each unit. The other arguments say what the training loop does, and refuse what needs all
+        gradients at once: accumulation over several backward passes, clipping by the global norm, a gradient scaler.
+        The limiter of Fira bounds each matrix's update in their place.
+
+        Raises UnsupportedError for these, and in the second backward before a `step`; ConfigError where a trainable
+        parameter of `model` is in no group, since its gradient would stay.
+        """
+        for asked, what in (
+            (accumulation_steps != 1, f"accumulation_steps = {accumulation_steps}"),
+            (bool(clip_grad_norm), f"clip_grad_norm = {clip_grad_norm}"),
+            (grad_scaler is not None and grad_scaler.is_enabled(), "a gradient scaler"),
+        ):
+            if asked:
+                raise UnsupportedError(_IN_BACKWARD.format(what))
+        if self._in_backward:
+            raise ConfigError("fuse_into_backward has been called already; call it once for each optimizer")
+        self._number()
+        for name, param in model.named_parameters():
+            if param.requires_grad and param not in self._home:
+                raise ConfigError(f"{name} is in no group of {type(self).__name__}; add it, or switch its gradient off")
+        self._in_backward = True
+        for param in self._home:
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(self._update_in_backward)
+
+    @torch.no_grad()
+    def _update_in_backward(self, param: Tensor) -> None:
+        if param in self._updated:
+            raise UnsupportedError(_IN_BACKWARD.format("a second backward before optimizer.step()"))
+        self._updated.add(param)
+        self._advance([param])
+        param.grad = None
 
     def share_refreshes(self, processes: ProcessGroup | None = None) -> None:
         """Fit each new basis on one of `processes` (all by default) and send it to the rest, as data parallelism wants.
@@ -272,22 +320,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             basis_dtype=None if group["refresh"] == "random" else group["basis_dtype"],
         )
 
-    def _allocate(self, params: set[Tensor]) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param not in params or self.state[param]:
-                    continue
-                if param.grad is not None and param.grad.is_sparse:
-                    raise UnsupportedError(f"{type(self).__name__} takes no sparse gradients; use dense ones")
-                for key in self._layout(group, param):
-                    self.state[param][key] = self.empty_state(param, key)
+    def _allocate(self, params: Sequence[Tensor]) -> None:
+        for param in params:
+            if self.state[param]:
+                continue
+            if param.grad is not None and param.grad.is_sparse:
+                raise UnsupportedError(f"{type(self).__name__} takes no sparse gradients; use dense ones")
+            for key in self._layout(self.param_groups[self._home[param]], param):
+                self.state[param][key] = self.empty_state(param, key)
 
     def empty_state(self, param: Tensor, key: str) -> Tensor:
         """Zeros for one entry of a parameter's state; a DTensor where processes hold parts of it.
 
         Moments lie with the slices, or rows, of their parameter; bases and numbers are the same on every process.
         """
-        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
+        if not self._offsets:
+            self._number()
+        group = self.param_groups[self._home[param]]
         entry = self._layout(group, param)[key]
         dtype = storage.DTYPES[entry.dtype]
         if not isinstance(param, DTensor):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from whimbrel.errors import ConfigError, nearest
@@ -12,22 +13,39 @@ from whimbrel.optim.options import check_rank
 if TYPE_CHECKING:
     from torch import nn
 
+    Target = str | re.Pattern[str] | Sequence[str] | Callable[[str, nn.Module], bool]
+    """Which modules' matrices get low-rank state."""
+
+
+ALIASES = {
+    "update_proj_gap": "refresh_steps",
+    "proj_type": "side",
+    "projection_type": "side",
+    "scale": "alpha",
+}
+"""Group keys of the packages `fira`, `galore-torch` and `pytorch-optimizer`, and of others' APOLLO, by our names."""
+
 
 def param_groups(
     model: nn.Module,
     *,
     low_rank: str | Sequence[str] = "blocks.*",
     exclude: str | Sequence[str] = (),
+    target: Target | None = None,
     rank: int | None = None,
     weight_decay: float | None = None,
     min_dim: int = 32,
+    **low_rank_options: Any,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into the groups that Fira, GaLore and AdamW take.
 
     low_rank, exclude: shell patterns (`*`, `?`, `[...]`) over parameter names; each must match a parameter.
+    target: modules in place of `low_rank` patterns, see `target_names`.
     rank: rank of the low-rank group; None leaves it to the optimizer's argument.
     weight_decay: decay of the groups that are decayed; None leaves it to the optimizer's argument.
     min_dim: matrices whose smaller side is below it are not projected. A parameter [E, m, n] counts as E matrices.
+    low_rank_options: further keys of the low-rank group, by our names or those of the packages `fira`, `galore-torch`
+    and `pytorch-optimizer` (update_proj_gap, scale, proj_type, projection_type).
 
     Groups, in this order, empty ones left out: `low_rank`, the matrices that match and are large enough;
     `decay`, the other parameters of two or more dimensions; `no_decay`, vectors, scalars and parameters with
@@ -37,6 +55,8 @@ def param_groups(
     above the smaller side of a selected matrix.
     """
     named = dict(model.named_parameters())
+    if target is not None:
+        low_rank = [fnmatch_literal(name) for name in target_names(model, target)]
     kinds = assign_groups(
         {name: tuple(param.shape) for name, param in named.items()},
         low_rank=low_rank,
@@ -56,9 +76,57 @@ def param_groups(
             for name, param in params:
                 check_rank(rank, tuple(param.shape), name)
             group["rank"] = rank
+        if kind == "low_rank":
+            group |= low_rank_options
         if params:
             groups.append(group)
     return groups
+
+
+def target_names(model: nn.Module, target: Target) -> list[str]:
+    """Names of the parameters that the modules chosen by `target` hold: weights of nn.Linear, and experts [E, m, n].
+
+    target: "all-linear", every nn.Linear but one that gives logits (the model's output embedding, or one of the shape
+    of an embedding); any other text or a compiled pattern, a regular expression for whole module names; a list, names
+    or parts of names of modules, as the authors of GaLore and Fira and `optim_target_modules` of Hugging Face read it;
+    a function of (name, module), which says yes or no. Raises ConfigError where nothing is chosen.
+    """
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    if target == "all-linear":
+        tables = {tuple(m.weight.shape) for m in modules.values() if isinstance(m, nn.Embedding)}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {
+            name
+            for name, m in modules.items()
+            if isinstance(m, nn.Linear) and m is not head and tuple(m.weight.shape) not in tables
+        }
+    elif callable(target):
+        chosen = {name for name, module in modules.items() if target(name, module)}
+    elif isinstance(target, str | re.Pattern):
+        chosen = {name for name in modules if re.fullmatch(target, name)}
+    else:
+        chosen = {name for name in modules if any(part in name for part in target)}
+    found = [
+        f"{name}.{key}" if name else key
+        for name in modules
+        if name in chosen
+        for key, param in modules[name].named_parameters(recurse=False)
+        if param.requires_grad and (param.ndim == 3 or (isinstance(modules[name], nn.Linear) and key == "weight"))
+    ]
+    if not found:
+        raise ConfigError(
+            f"target = {target!r} chooses no nn.Linear and no experts; use 'all-linear', names of modules, a regular "
+            f"expression for whole names{nearest(str(target), _candidates(modules))}, or a function"
+        )
+    known = {name for name, _ in model.named_parameters()}
+    return [name for name in found if name in known]  # tied parameters have one name
+
+
+def fnmatch_literal(name: str) -> str:
+    """The pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def assign_groups(

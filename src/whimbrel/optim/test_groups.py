@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from whimbrel.errors import ConfigError
-from whimbrel.optim import Fira, param_groups
+from whimbrel.optim import Fira, GaLore, param_groups
 from whimbrel.testing.optim import TinyModel
 
 
@@ -83,3 +85,52 @@ def test_rank_above_the_smaller_side_is_refused_when_the_optimizer_is_built():
     with pytest.raises(ConfigError) as error:
         Fira(param_groups(model, low_rank="up.*"), rank=4096)
     assert str(error.value) == "rank = 4096 exceeds the smaller side 1024 of up.weight; choose at most 1024"
+
+
+class Llama(nn.Module):
+    """Names as in other people's models: attention, MLP, experts, an embedding and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            layer = nn.Module()
+            layer.self_attn, layer.mlp, layer.router = nn.Module(), nn.Module(), nn.Linear(32, 40)
+            layer.self_attn.q_proj = nn.Linear(32, 32)
+            layer.mlp.experts = nn.Module()
+            layer.mlp.experts.down = nn.Parameter(torch.ones(4, 32, 64))
+            self.layers.append(layer)
+        self.lm_head = nn.Linear(32, 50, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("all-linear", ["self_attn.q_proj.weight", "router.weight"]),
+        (["attn", "mlp"], ["self_attn.q_proj.weight", "mlp.experts.down"]),
+        (r"layers\.\d+\.(self_attn\.q_proj|router)", ["self_attn.q_proj.weight", "router.weight"]),
+        (re.compile(r".*q_proj"), ["self_attn.q_proj.weight"]),
+        (lambda name, module: name.endswith("router"), ["router.weight"]),
+    ],
+    ids=["all-linear", "parts of names", "regular expression", "compiled", "function"],
+)
+def test_targets_name_modules(target, parts):
+    found = names(param_groups(Llama(), target=target))["low_rank"]
+    assert sorted(found) == sorted(f"layers.{i}.{part}" for i in (0, 1) for part in parts)
+
+
+def test_the_authors_keys_are_taken():
+    """As `divide_params` of `fira` and the groups of `galore-torch` have them."""
+    groups = param_groups(Llama(), target=["attn"], rank=8, update_proj_gap=50, scale=0.5, proj_type="right")
+    group = Fira(groups).param_groups[0]
+    assert (group["rank"], group["refresh_steps"], group["alpha"], group["side"]) == (8, 50, 0.5, "right")
+    assert (
+        GaLore(param_groups(Llama(), target=["attn"], rank=8, projection_type="left")).param_groups[0]["side"] == "left"
+    )
+
+
+def test_a_target_that_chooses_nothing_is_named():
+    with pytest.raises(ConfigError) as error:
+        param_groups(Llama(), target=["atn"])
+    assert str(error.value).startswith("target = ['atn'] chooses no nn.Linear and no experts; use 'all-linear', names")

@@ -126,6 +126,7 @@ def check_all(rank, folder):
     found["ddp"] = data_parallel(rank)
     found["resume"] = resume(mesh, folder)
     found["mesh"] = two_dimensions(rank)
+    found["backward"] = in_backward(mesh, rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -201,6 +202,22 @@ def two_dimensions(rank):
     return found
 
 
+def in_backward(mesh, rank):
+    """Forward and backward by FSDP2 on half of the batch each, updates within."""
+    one, model = Model(), sharded(mesh)
+    ordinary, fused = make("fira", one), make("fira", model)
+    fused.fuse_into_backward(model)
+    for step in range(5):
+        x = torch.randn(8, 10, generator=torch.Generator().manual_seed(step))
+        ordinary.zero_grad()
+        for it, part in ((one, x), (model, x.chunk(WORLD)[rank])):
+            (it(part) - part[:, :1]).square().mean().backward()
+        assert all(param.grad is None for param in model.parameters())
+        ordinary.step()
+        fused.step()
+    return apart(whole(one), model)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
@@ -260,6 +277,11 @@ def test_saved_on_two_processes_and_loaded_on_one(found):
 def test_meshes_of_two_dimensions(how, found):
     for each in found[0]:
         assert max(each["mesh"][how].values()) <= SAME, each["mesh"][how]
+
+
+def test_updates_in_backward_under_fsdp2(found):
+    for each in found[0]:
+        assert max(each["backward"].values()) <= 10 * SAME, each["backward"]  # gradients, too, are sums of halves
 
 
 def test_experts_without_a_token_stay_as_they_are():

@@ -194,13 +194,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from whimbrel.optim.kernels import launch, passes
 
-types = dict.fromkeys("s d m n r weight_m weight_n grad_s grad_d grad_m grad_n".split(), "i32")
-types |= dict.fromkeys("first_square columns_at first_row".split(), "u32")
+types = dict.fromkeys("s d m n r weight_m weight_n grad_s grad_d grad_m grad_n first_column".split(), "i32")
+types |= dict.fromkeys("first_mean first_square columns_at first_row".split(), "u32")
 types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
 types |= dict.fromkeys("steps base_words".split(), "*i64")
 types |= dict.fromkeys("beta1 beta2 eps log_beta1 log_beta2".split(), "fp32") | dict(actives="*i1", codes="*i64")
 types |= dict(scales="*i64")
 shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, HAS_SCALE=True, HAS_FOUND=True, GROUP=128)
+shared |= dict(HAS_TOTAL=True)
 for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
     shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
     types |= dict.fromkeys(("direction", "inside", "low"), "*bf16" if kind == tl.bfloat16 else "*fp32")
