@@ -62,6 +62,7 @@ def main() -> int:
             *draw_all(given.results, given.out),
             *draw_lengths(given.results, given.methods),
             *draw_prefill(given.results, given.methods),
+            *draw_optimizers(given.results, given.methods),
         ):
             print(path)
     except WhimbrelError as error:
@@ -183,6 +184,48 @@ def draw_prefill(results: Path, out: Path) -> list[Path]:
         if curves:
             written.append(out / f"sparse-prefill-{name}.svg")
             atomic_write_text(written[-1], _draw_curves(curves, title, along, log=name == "time").file())
+    return written
+
+
+def draw_optimizers(results: Path, out: Path) -> list[Path]:
+    """Step time against rank and loss against bytes of state, as `low-rank-optimizers-*.svg`, where there are lines.
+
+    Losses are means over seeds, of the runs with the most tokens: of `pretrain` lines, or where there are none of the
+    demo's model. An optimizer without a rank is drawn at all ranks.
+    """
+    path, times = results / "optim_step.jsonl", {}
+    gpu = last_gpu([path]) if path.exists() else ""
+    lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
+    lines = [x for x in lines if x["metric"] == "time" and x["params"]["model"] == "1.2b"]
+    ranks = sorted({int(x["params"]["rank"]) for x in lines})
+    for line in lines:
+        ranked = line["impl"] not in ("torch-adamw-fused", "adamw-8bit")
+        name = f"{line['impl']}, {line['params']['state']} state" if ranked else line["impl"]
+        at = [int(line["params"]["rank"])] if ranked else ranks
+        times.setdefault(name, []).extend((float(rank), line["value"]) for rank in at)
+    losses: dict[str, list[tuple[float, float]]] = {}
+    title = ""
+    for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
+        path = results / f"{case}.jsonl"
+        found = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
+        if not found:
+            continue
+        most = max(int(x["params"]["tokens"]) for x in found)
+        for line in found:
+            if int(line["params"]["tokens"]) == most:
+                losses.setdefault(line["impl"], []).append((int(line["params"]["state_bytes"]) / 2**20, line["value"]))
+        title = f"validation loss, {found[0]['unit']}, {most / 1e6:.3g} M tokens"
+        break
+    averaged = {name: [(points[0][0], sum(v for _, v in points) / len(points))] for name, points in losses.items()}
+    written = []
+    for points, name, what, along in (
+        (times, "time", "median ms of a step, 1.2 B weights", f"rank, on {gpu}"),
+        (averaged, "loss", title, "MiB of optimizer state"),
+    ):
+        if len(points) > 1:
+            curves = {impl: (i, sorted(set(found))) for i, (impl, found) in enumerate(points.items())}
+            written.append(out / f"low-rank-optimizers-{name}.svg")
+            atomic_write_text(written[-1], _draw_curves(curves, what, along, log=name == "loss").file())
     return written
 
 

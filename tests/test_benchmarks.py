@@ -119,6 +119,26 @@ def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_optimizers_against_rank_and_bytes(plots, tmp_path):
+    results, out = tmp_path / "results", tmp_path / "docs"
+    assert plots.draw_optimizers(tmp_path, out) == []
+    for impl, rank, value in (("torch-adamw-fused", 128, 6.0), ("fira", 128, 5.0), ("fira", 512, 8.0)):
+        params = {"model": "1.2b", "rank": rank, "state": "bfloat16"}
+        line = record("optim_step", impl, params, "time", value, "ms", out=None) | {"device": "A GPU"}
+        results.mkdir(exist_ok=True)
+        with (results / "optim_step.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    for impl, size, value in (("adamw", 2**24, 3.0), ("fira", 2**23, 2.5)):
+        for seed, more in enumerate((0.0, 0.5)):
+            params = {"tokens": 1000, "seed": seed, "state_bytes": size}
+            record("quality-optimizers", impl, params, "validation loss", value + more, "bits per byte", out=results)
+    time, loss = (path.read_text(encoding="utf-8") for path in plots.draw_optimizers(results, out))
+    assert all(f"<title>torch-adamw-fused, {rank}: 6</title>" in time for rank in (128, 512))
+    assert "<title>fira, bfloat16 state, 512: 8</title>" in time
+    assert "<title>adamw, 16: 3.25</title>" in loss
+    assert "<title>fira, 8: 2.75</title>" in loss
+
+
 def test_lines_of_two_cards_are_not_shown_together(plots, tables, kernel_lines, tmp_path):
     path = kernel_lines / "rdn_fwd_bwd.jsonl"
     older = [line | {"device": "Another GPU", "time": "2020-01-01T00:00:00+00:00"} for line in read_lines(path)]
