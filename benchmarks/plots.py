@@ -162,8 +162,9 @@ def against_length(path: Path, impl: str, metric: str, device: str) -> list[tupl
 def draw_prefill(results: Path, out: Path) -> list[Path]:
     """Time against length and recall against density, as `sparse-prefill-*.svg`; none without lines of a GPU."""
     path = results / "prefill.jsonl"
-    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
-    lines = [x for x in lines if x["device"] == lines[-1]["device"] and x["params"]["input"] == "mixed"]
+    gpu = last_gpu([path] if path.exists() else [])
+    lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
+    lines = [x for x in lines if x["params"]["input"] == "mixed"]
     times, kept = {}, {}
     for colour, impl in enumerate(PREFILL):
         own = [x for x in lines if x["impl"] == impl]

@@ -253,9 +253,8 @@ def prefill(results: Path, *, links: str) -> list[str]:
     lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
     lines = [
         x
-        for x in lines
-        if x["device"] == lines[-1]["device"]
-        and x["params"]["input"] == "mixed"
+        for x in _of_one_card(lines, lines)
+        if x["params"]["input"] == "mixed"
         and x["params"].get("coverage", COVERAGE) == COVERAGE
         and x["params"].get("threshold", THRESHOLD) == THRESHOLD
     ]
