@@ -41,6 +41,8 @@ LENGTH_FIGURES = (
 PREFILL = ("row_local", "row_local-4", "flex_prefill", "flexprefill-official", "flashprefill-v1", "sdpa-cudnn")
 """What is drawn of sparse prefill, on the input `mixed` at this coverage, or with this threshold of FlashPrefill's."""
 COVERAGE, THRESHOLD = 0.95, 0.18
+JUDGED = ("row_local", "row_local-4", "flex_prefill", "flex_prefill, official mode")
+"""What is drawn of what selectors keep."""
 
 
 class Group(NamedTuple):
@@ -165,22 +167,28 @@ def draw_prefill(results: Path, out: Path) -> list[Path]:
     gpu = last_gpu([path] if path.exists() else [])
     lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
     lines = [x for x in lines if x["params"]["input"] == "mixed"]
+    every = newest(read_lines(path)) if path.exists() else []
+    every = [x for x in every if x["params"]["input"] == "mixed" and "coverage" in x["params"]]
+    # Where most coverages were judged: what a plan keeps does not depend on the device.
+    settings = [_problem(x)[:2] for x in every if x["metric"] == "density"]
+    judged = max(settings, key=settings.count, default=None)
     times, kept = {}, {}
     for colour, impl in enumerate(PREFILL):
         own = [x for x in lines if x["impl"] == impl]
         points = [(int(x["params"]["N"]), x["value"]) for x in own if x["metric"] == "time" and _at_setting(x)]
         if len(points) > 1:
             times[impl] = (colour, sorted(points))
+    for colour, impl in enumerate(JUDGED):
+        own = [x for x in every if x["impl"] == impl]
         density, recall = ({_problem(x): x["value"] for x in own if x["metric"] == m} for m in ("density", "recall_p5"))
-        lengths = [int(x["params"]["N"]) for x in own if x["metric"] == "density"]
-        longest = max(lengths, key=lengths.count, default=0)  # the length at which most coverages were judged
-        points = [(100 * density[at], 100 * recall[at]) for at in density if at in recall and at[0] == longest]
+        points = [(100 * density[at], 100 * recall[at]) for at in density if at in recall and at[:2] == judged]
         if len(points) > 1:
             kept[impl] = (colour, sorted(points))
     written = []
+    where = "" if judged is None else f"{power_count(judged[1])} tokens"
     for curves, name, title, along in (
         (times, "time", f"ms of attention, selection included, coverage {COVERAGE}", "tokens of a sequence"),
-        (kept, "recall", "% of attention kept, 5th percentile of queries", "% of causal pairs attended to"),
+        (kept, "recall", f"% of attention kept, 5th percentile of queries, {where}", "% of causal pairs attended to"),
     ):
         if curves:
             written.append(out / f"sparse-prefill-{name}.svg")
@@ -235,8 +243,8 @@ def _at_setting(line: ResultLine) -> bool:
     return params.get("coverage", COVERAGE) == COVERAGE and params.get("threshold", THRESHOLD) == THRESHOLD
 
 
-def _problem(line: ResultLine) -> tuple[int, float]:
-    return int(line["params"]["N"]), float(line["params"].get("coverage", 0))
+def _problem(line: ResultLine) -> tuple[str, int, float]:
+    return line["device"], int(line["params"]["N"]), float(line["params"]["coverage"])
 
 
 def _draw_curves(
@@ -246,7 +254,7 @@ def _draw_curves(
     used = legend(svg, [(name, colour) for name, (colour, _) in curves.items()], x=0, y=14, right=WIDTH, marks=True)
     box = Box(64, used + 36, WIDTH - 8, 352)
     places = sorted({float(place) for _, points in curves.values() for place, _ in points})
-    tokens = "tokens" in along
+    tokens = along.startswith("tokens")
     x = scale(places, start=box.left, end=box.right, log=tokens, pad=0.03)
     values = [value for _, points in curves.values() for _, value in points]
     y = scale(values, start=box.bottom, end=box.top, log=log, include=() if log else (0.0,))

@@ -13,7 +13,7 @@ from torch import Tensor
 PROVEN_ON: tuple[tuple[int, int], ...] = ((9, 0),)
 """CUDA capabilities on which the kernel was compared with fp64 and found the fastest; "auto" takes it there alone."""
 
-SPARSE_FROM: dict[tuple[int, int], int] = {}
+SPARSE_FROM: dict[tuple[int, int], int] = {(9, 0): 16_384}
 """CUDA capability -> keys from which on selecting blocks and attending to them took less time than dense attention,
 where the selection keeps 95 % of the attention of heads of mixed sharpness."""
 

@@ -75,6 +75,7 @@ def sampled_plan(
             HKV=k.shape[2], GROUP=heads // k.shape[2], P=slots, S=part.shape[1] // slots, N=width, UNIT_BITS=UNIT_BITS,
             BUDGET=least > 0 or most is not None, num_warps=max(1, min(16, width * slots // 2048)),
         )  # fmt: skip
+        del mass, shares  # or the next ones would lie beside them
     return _plan(bits, counts, grid, batch, most)
 
 

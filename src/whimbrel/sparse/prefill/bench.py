@@ -31,9 +31,8 @@ from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.heads import Heads, mixed, structured
 
 COVERAGES = (0.9, 0.95)
-JUDGED = (0.7, 0.8, 0.98)
-"""Coverages that are not timed, for a curve of recall against density."""
-CURVE_LENGTH = 32_768
+CURVE = (0.7, 0.8, 0.9, 0.95, 0.98)
+"""Coverages of a curve of recall against density."""
 THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
@@ -167,12 +166,24 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
             found.append(_dense(problem))
             if problem.on_gpu:
                 found += [case for threshold in THRESHOLDS for case in _thresholded(problem, threshold)]
-            for share in COVERAGES + (JUDGED if length == CURVE_LENGTH else ()):
+            for share in COVERAGES:
                 found += _sparse(problem, share)
     for problem in captured(device):
         found.append(_dense(problem))
         for share in COVERAGES:
             found += _sparse(problem, share)
+    return found
+
+
+def curve(*, device: str, quick: bool = False) -> list[Case]:
+    """What selectors keep by coverage, without times: `whimbrel bench whimbrel.sparse.prefill.bench:curve`."""
+    problem = Problem("mixed", 512 if quick else 32_768 if device == "cuda" else 8192, device)
+    found = [case for share in CURVE for case in _sparse(problem, share) if case.figures]
+    for share in CURVE:
+        official = FlexPrefillConfig(coverage=share, mode="official", tau=0.1, min_budget=1024).build()
+        figures = {"flex_prefill, official mode": partial(_kept, problem, official)}
+        params = problem.params | {"coverage": share}
+        found.append(Case(name="prefill", params=params, figures=figures, check=lambda: None, rounds=1))
     return found
 
 
@@ -207,8 +218,6 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     else:
         extra = {}
     case = partial(Case, name="prefill", params=params)
-    if share not in COVERAGES:
-        return [case(figures=figures, check=lambda: None, rounds=1)]
     return [
         case(impls=whole, check=partial(_check, problem, share), rivals=extra, metric="time"),
         case(impls=chosen, check=lambda: None, metric="time_select"),
