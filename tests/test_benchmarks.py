@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
 
 from whimbrel.bench import CASES
 from whimbrel.bench.results import read_lines, record
@@ -117,6 +120,43 @@ def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
     assert ("softmax" in time, "softmax" in memory, "RLA" in time) == (True, False, False)
     assert plots.draw_lengths(tmp_path, tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
+
+
+def test_pretraining_is_judged_correctly_and_as_published():
+    class Text:
+        num_tokens = 1000
+
+        def read(self, start, stop):
+            return np.arange(start, stop)
+
+    class Model:
+        def per_token_loss(self, tokens, targets):
+            assert tokens.shape == (3, 10)
+            assert torch.equal(targets, tokens + 1)
+            return tokens / 100  # of a batch that begins at 30 i: 0.145 + 0.3 i in the mean
+
+    found = script("pretrain").evaluate(Model(), Text(), 10, 100, 3, "cpu")
+    losses = [0.145, 0.445, 0.745]  # the rest of 100 tokens does not fill a batch
+    assert found["eval_batches"] == 3
+    assert found["loss"] == pytest.approx(sum(losses) / 3)
+    assert found["perplexity"] == pytest.approx(np.exp(sum(losses) / 3))
+    assert found["perplexity_as_published"] == pytest.approx(np.exp(sum(losses) / 4))
+
+
+def test_pretraining_runs_the_recipe_of_the_papers(tmp_path):
+    pretrain = script("pretrain")
+    (tmp_path / "manifest.json").write_text('{"vocab_size": 500}')
+    args = argparse.Namespace(
+        recipe="fira-60m", shards=tmp_path, batch_tokens=512 * 256, checkpoint_steps=500, device="cpu"
+    )
+    for name in pretrain.OPTIMIZERS:
+        config = pretrain.config_for(args, name, 0.01, 1, 200_000_000)
+        assert (config.steps, config.schedule.warmup_steps, config.schedule.min_ratio) == (1525, 152, 0.1)
+        assert (config.optim.lr, config.optim.weight_decay, config.clip_grad_norm) == (0.01, 0.0, 0.0)
+        assert (config.seed, config.data.seq_len, config.model.vocab_size) == (1, 256, 500)
+        if name != "adamw":
+            assert (config.optim.rank, config.optim.refresh_steps) == (128, 200)
+    assert pretrain.config_for(args, "fira-paper", 0.01, 1, 1 << 20).optim.residual_mode == "paper"
 
 
 def test_optimizers_against_rank_and_bytes(plots, tmp_path):
