@@ -18,7 +18,16 @@ PUBLIC = {
     "whimbrel.mixers": ["GDN", "RDN", "RLA", "SGLA", "SoftmaxAttention"],
     "whimbrel.mixers.rdn": ["rdn", "rdn_step"],
     "whimbrel.mixers.rla": ["rla", "rla_step"],
-    "whimbrel.optim": ["AdamW", "Apollo", "Fira", "GaLore", "memory_report", "param_groups"],
+    "whimbrel.optim": [
+        "AdamW",
+        "Apollo",
+        "Fira",
+        "GaLore",
+        "load_foreign",
+        "memory_report",
+        "param_groups",
+        "read_foreign",
+    ],
     "whimbrel.merge": [
         "OnlineAverage",
         "SpikeDetector",

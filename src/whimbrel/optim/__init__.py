@@ -20,8 +20,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "FiraConfig": "whimbrel.optim.fira.config:FiraConfig",
         "GaLore": "whimbrel.optim.galore.optimizer:GaLore",
         "GaLoreConfig": "whimbrel.optim.galore.config:GaLoreConfig",
+        "load_foreign": "whimbrel.optim.foreign:load_foreign",
         "learning_rate_factor": "whimbrel.optim.schedule:learning_rate_factor",
         "memory_report": "whimbrel.optim.memory:memory_report",
         "param_groups": "whimbrel.optim.groups:param_groups",
+        "read_foreign": "whimbrel.optim.foreign:read_foreign",
     },
 )

@@ -329,15 +329,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for key in self._layout(self.param_groups[self._home[param]], param):
                 self.state[param][key] = self.empty_state(param, key)
 
+    def layout(self, param: Tensor) -> dict[str, Entry]:
+        """Names, shapes and dtypes of a parameter's state."""
+        if not self._offsets:
+            self._number()
+        return self._layout(self.param_groups[self._home[param]], param)
+
     def empty_state(self, param: Tensor, key: str) -> Tensor:
         """Zeros for one entry of a parameter's state; a DTensor where processes hold parts of it.
 
         Moments lie with the slices, or rows, of their parameter; bases and numbers are the same on every process.
         """
-        if not self._offsets:
-            self._number()
+        entry = self.layout(param)[key]
         group = self.param_groups[self._home[param]]
-        entry = self._layout(group, param)[key]
         dtype = storage.DTYPES[entry.dtype]
         if not isinstance(param, DTensor):
             return torch.zeros(entry.shape, dtype=dtype, device=param.device)
