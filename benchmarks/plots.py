@@ -8,6 +8,7 @@ which the page of residual linear attention shows.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def main() -> int:
             *draw_lengths(given.results, given.methods),
             *draw_prefill(given.results, given.methods),
             *draw_optimizers(given.results, given.methods),
+            *draw_windows(given.results, given.methods),
         ):
             print(path)
     except WhimbrelError as error:
@@ -236,6 +238,33 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
             written.append(out / f"low-rank-optimizers-{name}.svg")
             atomic_write_text(written[-1], _draw_curves(curves, what, along, log=name == "loss").file())
     return written
+
+
+def draw_windows(results: Path, out: Path) -> list[Path]:
+    """Loss of a mean less that of its newest checkpoint, against its window's tokens; none without lines of a GPU."""
+    path = results / "merge_quality.jsonl"
+    lines = [x for x in newest(read_lines(path)) if x["metric"] == "loss"] if path.exists() else []
+    gpu = last_gpu([path] if path.exists() else [])
+    lines = [x for x in lines if x["params"]["method"] == "sma" and x["device"] == gpu]
+    places = sorted({int(x["params"]["tokens"]) for x in lines})
+    curves: dict[str, tuple[int, list[tuple[float, float]]]] = {}
+    for tokens in places:
+        gains: dict[tuple[int, int], list[float]] = {}
+        for x in lines:
+            given = x["params"]
+            if given["tokens"] == tokens:
+                count, interval = int(given["count"]), int(given["interval_tokens"])
+                gains.setdefault((count, (count - 1) * interval), []).append(float(given["difference"]))
+        for count in sorted({count for count, _ in gains}):
+            points = [(window, statistics.mean(found)) for (n, window), found in sorted(gains.items()) if n == count]
+            if len(points) > 1:
+                curves[f"{count} up to {tokens / 1e6:.1f} M tokens"] = (len(curves), points)
+    if not curves:
+        return []
+    target = out / "checkpoint-averaging-windows.svg"
+    title = "nats a token above the newest checkpoint"
+    atomic_write_text(target, _draw_curves(curves, title, "tokens between first and last", log=False).file())
+    return [target]
 
 
 def _at_setting(line: ResultLine) -> bool:

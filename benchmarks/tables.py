@@ -18,6 +18,7 @@ from whimbrel.report.numbers import power_count, significant, size
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PREFILL_PAGE = ROOT / "docs" / "methods" / "sparse-prefill.md"
+AVERAGING_PAGE = ROOT / "docs" / "methods" / "checkpoint-averaging.md"
 METHOD = ROOT / "docs" / "methods" / "residual-linear-attention.md"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
@@ -81,6 +82,7 @@ def tables(results: Path = RESULTS) -> str:
             *_quality("quality-mixers", "Mixers", "blocks", results),
             "",
             *_averaging(results),
+            *_replica_short(results),
         ]
     )
 
@@ -328,6 +330,124 @@ def prefill_page(results: Path = RESULTS, page: Path = PREFILL_PAGE) -> str:
     return "\n".join(found or ["No GPU has been measured yet.", ""]).rstrip("\n")
 
 
+def averaging_page(results: Path = RESULTS, page: Path = AVERAGING_PAGE) -> str:
+    """The Markdown between the two marks of the page of checkpoint averaging."""
+    figure = "checkpoint-averaging-windows.svg"
+    figures = [f"![Gain of an average against the length of its window]({figure})", ""]
+    to = "../../benchmarks/results"
+    shown = figures if (page.parent / figure).exists() else []
+    return "\n".join([*shown, *_replica(results, links=to), *_memory(results, links=to)]).rstrip("\n")
+
+
+def replica_lines(results: Path) -> list[ResultLine]:
+    """The newest losses of the study of averages on a GPU."""
+    path = results / "merge_quality.jsonl"
+    lines = [x for x in newest(read_lines(path)) if x["metric"] == "loss"] if path.exists() else []
+    lines = [x for x in lines if "thread" not in x["device"] and not x["params"]["method"].startswith("collapse")]
+    return _of_one_card(lines, lines)
+
+
+def _replica(results: Path, *, links: str) -> list[str]:
+    """Losses at each place of the run: the last checkpoint, averages, branches; nothing without lines of a GPU."""
+    lines = replica_lines(results)
+    groups: dict[tuple[int, str, int, int], list[ResultLine]] = {}
+    for x in lines:
+        given = x["params"]
+        key = (
+            int(given["tokens"]),
+            str(given["method"]),
+            int(given.get("interval_tokens", 0)),
+            int(given.get("count", 0)),
+        )
+        groups.setdefault(key, []).append(x)
+    rows: list[str] = []
+    for tokens in sorted({key[0] for key in groups}, reverse=True):
+        own = {key[1:]: found for key, found in groups.items() if key[0] == tokens}
+        if len(own) < 2:
+            continue  # a place at which nothing but the checkpoint was judged
+        seeds = sorted({int(x["params"]["seed"]) for found in own.values() for x in found})
+        rows += [
+            f"**After {tokens / 1e6:.1f} M tokens**, {lines[0]['params']['recipe']}, {len(seeds)} seeds "
+            f"({lines[0]['device']}, [lines]({links}/merge_quality.jsonl)):",
+            "",
+            "| | window: count x interval | loss, nats a token | difference: mean (lowest to highest seed) |",
+            "|---|---|---|---|",
+            *(_replica_row(key, own[key]) for key in sorted(own, key=_replica_order)),
+            "",
+        ]
+    return rows
+
+
+SHORT = (
+    ("annealed", 0, 0, "branch annealed over the last tenth, minus the last checkpoint"),
+    ("sma", 327_680, 6, "mean of 6 checkpoints, minus the last checkpoint"),
+    ("sma", 655_360, 15, "mean of 15 checkpoints at twice the interval, minus the last checkpoint"),
+    ("start-average", 327_680, 6, "the same annealing from the mean, minus from the checkpoint"),
+    ("tune-average", 0, 6, "fine-tuned on unseen manuals from the mean, minus from the checkpoint"),
+)
+"""Rows of the README: method, tokens of an interval, count, what it is."""
+
+
+def _replica_short(results: Path) -> list[str]:
+    lines = replica_lines(results)
+    most = max((int(x["params"]["tokens"]) for x in lines), default=0)
+    rows = []
+    for method, interval, count, text in SHORT:
+        own = [x["params"] for x in lines if x["params"]["method"] == method and x["params"]["tokens"] == most]
+        own = [p for p in own if (p.get("interval_tokens", 0), p.get("count", 0)) == (interval, count)]
+        if own:
+            values = [f"{float(p['difference']):+.3f}" for p in own]
+            rows.append(f"| {text} | {', '.join(values)} |")
+    if not rows:
+        return []
+    about = f"{lines[0]['params']['recipe']}, {most / 1e6:.1f} M tokens at a constant rate"
+    source = f"{lines[0]['device']}, [lines](benchmarks/results/merge_quality.jsonl)"
+    return [
+        "",
+        f"**Averaging at 60 M parameters**, {about} ({source}; all windows are on [the method's page]"
+        "(docs/methods/checkpoint-averaging.md)):",
+        "",
+        "| | nats a token, by seed |",
+        "|---|---|",
+        *rows,
+    ]
+
+
+def _replica_order(key: tuple[str, int, int]) -> tuple[int, str, int, int]:
+    method, interval, count = key
+    first = {"last": 0, "annealed": 1, "sma": 2, "wma": 3, "ema": 4, "minus-sqrt": 5}
+    return first.get(method, 6), method, interval, count
+
+
+def _replica_row(key: tuple[str, int, int], lines: Sequence[ResultLine]) -> str:
+    method, interval, count = key
+    window = f"{count} x {interval / 1e6:.2f} M" if interval else f"{count}" if count else ""
+    differences = [float(x["params"]["difference"]) for x in lines if "difference" in x["params"]]
+    text = ""
+    if differences:
+        text = f"{statistics.mean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+    return f"| {method} | {window} | {statistics.mean(x['value'] for x in lines):.3f} | {text} |"
+
+
+def _memory(results: Path, *, links: str) -> list[str]:
+    """Peak memory of merges by number and size of checkpoints; nothing where it has not been measured."""
+    lines = [x for x in newest(read_lines(results / "merge.jsonl")) if x["params"].get("study") == "memory"]
+    if not lines:
+        return []
+    found = {(int(x["params"]["MiB"]), int(x["params"]["sources"])): x["value"] for x in lines}
+    counts = sorted({count for _, count in found})
+    rows = [
+        f"**Peak memory of a merge** ({lines[0]['device']}, [lines]({links}/merge.jsonl)):",
+        "",
+        f"| a checkpoint | {' | '.join(f'{count} checkpoints' for count in counts)} |",
+        f"|---|{'---|' * len(counts)}",
+    ]
+    for mebibytes in sorted({mebibytes for mebibytes, _ in found}):
+        cells = [size(found[mebibytes, count]) if (mebibytes, count) in found else "" for count in counts]
+        rows.append(f"| {size(mebibytes * 2**20)} | {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
 def insert(page: str, text: str) -> str:
     """`page` with what stands between the marks replaced."""
     before, rest = page.split(BEGIN)
@@ -335,7 +455,12 @@ def insert(page: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    for page, text in ((ROOT / "README.md", tables()), (METHOD, method_tables()), (PREFILL_PAGE, prefill_page())):
+    for page, text in (
+        (ROOT / "README.md", tables()),
+        (METHOD, method_tables()),
+        (PREFILL_PAGE, prefill_page()),
+        (AVERAGING_PAGE, averaging_page()),
+    ):
         page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 

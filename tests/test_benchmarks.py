@@ -259,6 +259,32 @@ def test_figures_of_sparse_prefill(plots, prefill_lines, tmp_path):
     assert plots.draw_prefill(tmp_path, tmp_path / "none") == []
 
 
+def test_averages_are_shown_with_their_losses(plots, tables, tmp_path):
+    for seed, gain in ((0, -0.1), (1, -0.2)):
+        for window, difference in ((10, gain), (40, 0.5)):
+            given = {"recipe": "r", "tokens": 8_000_000, "method": "sma", "seed": seed, "count": 3}
+            given |= {"interval_tokens": window * 10_000, "difference": difference}
+            record("merge_quality", "whimbrel", given, "loss", 4 + difference, "nats", out=tmp_path)
+    record(
+        "merge", "whimbrel", {"sources": 50, "MiB": 512, "study": "memory"}, "peak_rss", 2**28, "bytes", out=tmp_path
+    )
+    text = (tmp_path / "merge_quality.jsonl").read_text(encoding="utf-8")
+    own = read_lines(tmp_path / "merge_quality.jsonl")[0]["device"]
+    (tmp_path / "merge_quality.jsonl").write_text(text.replace(own, "NVIDIA A"), encoding="utf-8")
+    (drawn,) = plots.draw_windows(tmp_path, tmp_path)
+    assert drawn.exists()
+    shown = tables.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
+    assert "| sma | 3 x 0.10 M | 3.850 | -0.150 (-0.200 to -0.100) |" in shown
+    assert "| sma | 3 x 0.40 M | 4.500 | +0.500 (+0.500 to +0.500) |" in shown
+    assert "| 512 MiB | 256 MiB |" in shown
+    assert plots.draw_windows(tmp_path / "nothing", tmp_path) == []
+
+
+def test_the_page_of_averaging_shows_the_recorded_lines(tables):
+    page = tables.AVERAGING_PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.averaging_page())
+
+
 def test_tables_of_sparse_prefill(tables, prefill_lines, tmp_path):
     text = "\n".join(tables.prefill(prefill_lines, links="there"))
     assert "| tokens | row_local | dense, cuDNN | FlashPrefill V1 |" in text
