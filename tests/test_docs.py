@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-HOWTO = [page for page in PAGES if page.parent.name == "howto"]
+HOWTO = [page for page in PAGES if page.parent.name == "howto" or page.name == "tutorial.md"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in HOWTO], ids=name)
@@ -88,8 +90,9 @@ def test_howto_pages_run(page: Path, users_folder: Path, capsys) -> None:
 
 def tiny_recipe(wanted: str) -> Config:
     overrides = {key: value for key, value in tiny_overrides(Path("my-text")).items() if key != "name"}
-    # The shards of the README have room for 4096 ids.
-    tiny = with_overrides(recipes.RECIPES["demo"](), overrides | {"model.vocab_size": 4096})
+    # The shards of a page must fit the recipe that it trains.
+    room = recipes.RECIPES[wanted]().model.vocab_size
+    tiny = with_overrides(recipes.RECIPES["demo"](), overrides | {"model.vocab_size": room})
     return replace(tiny, name=wanted, data=replace(tiny.data, recall_fraction=0.0))
 
 
@@ -98,9 +101,16 @@ def expand(folder: Path, word: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.glob(word)) if "*" in word else [word]
 
 
+def test_the_api_reference_is_that_of_the_docstrings() -> None:
+    """If this fails, run python docs/api/write.py."""
+    done = subprocess.run([sys.executable, str(ROOT / "docs/api/write.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_have_targets(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
 
