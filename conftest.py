@@ -15,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # reads OMP_NUM_THREADS as it loads
 
-os.environ["WHIMBREL_LAYER_KERNELS"] = "1"  # kernels that are off until their speed is measured are tested all the same
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

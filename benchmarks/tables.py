@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,9 @@ class Column(NamedTuple):
     case: str
     impl: str
 
+
+Cells = Mapping[tuple[Column, tuple[int, int]], ResultLine]
+"""Lines by column and shape."""
 
 OPERATORS = (
     Column("RDN", "rdn", "triton"),
@@ -97,6 +100,7 @@ def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
         *_kernels(results, "fwd_bwd", "Peak memory of forward and backward", OPERATORS, ("peak_bytes", ""), links=to),
         *_kernels(results, "fwd_bwd", "First call", OPERATORS, ("first_call", "s"), links=to),
         *_kernels(results, "step", "One token of each sequence", STEPS, ("time", "ms"), links=to),
+        *_layer(results, links=to),
         *_models(results, "train_tokens", "Training", links=to),
         *_models(results, "prefill_tokens", "Prefill", links=to),
     ]
@@ -109,31 +113,43 @@ def _figures(folder: Path) -> list[str]:
     return [part for name, text in names if (folder / name).exists() for part in (f"![{text}]({name})", "")]
 
 
-def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
-    """The newest lines of a case's metric on the GPU that was measured last, without those of other gates."""
+def _on_gpus(results: Path, case: str, metric: str) -> list[ResultLine]:
+    """The newest lines of a case's metric on every GPU, without those of other gates."""
     path = results / f"{case}.jsonl"
     lines = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
-    lines = [x for x in lines if "thread" not in x["device"] and "gates" not in x["params"]]
-    return _of_one_card(lines, lines)
+    return [x for x in lines if "thread" not in x["device"] and "gates" not in x["params"]]
 
 
-def _of_one_card(lines: Sequence[ResultLine], among: Sequence[ResultLine]) -> list[ResultLine]:
-    """Those of `lines` that the device of the newest line in `among` gave; a table holds lines of one card."""
-    device = max(among, key=lambda x: x["time"])["device"] if among else None
-    return [x for x in lines if x["device"] == device]
+def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
+    """The same on the GPU that was measured last."""
+    lines = _on_gpus(results, case, metric)
+    return [x for x in lines if x["device"] == _by_card(lines)[0]]
+
+
+def _by_card(lines: Sequence[ResultLine]) -> list[str]:
+    """The devices of `lines`, the one measured last first; a table holds lines of one card."""
+    return sorted({x["device"] for x in lines}, key=lambda d: max(x["time"] for x in lines if x["device"] == d))[::-1]
 
 
 def _kernels(
     results: Path, part: str, title: str, columns: Sequence[Column], metric: tuple[str, str], *, links: str
 ) -> list[str]:
-    """A row for each shape, a column for each implementation that has a line; nothing where no kernel here has one."""
-    lines = {case: _on_gpu(results, f"{case}_{part}", metric[0]) for case in dict.fromkeys(c.case for c in columns)}
-    every = [x for case in lines.values() for x in case]
-    lines = {case: _of_one_card(found, every) for case, found in lines.items()}
-    cells = {(c, _sizes(x)): x for c in columns for x in lines[c.case] if x["impl"] == c.impl}
-    if not any(column.impl == "triton" for column, _ in cells):
-        return []
-    shown = [c for c in columns if any(column == c for column, _ in cells)]
+    """A table for each card; an older one is shown for the implementations that newer ones lack."""
+    lines = [(c, x) for c in columns for x in _on_gpus(results, f"{c.case}_{part}", metric[0]) if x["impl"] == c.impl]
+    found, shown = [], set()
+    for device in _by_card([x for _, x in lines]):
+        cells = {(c, _sizes(x)): x for c, x in lines if x["device"] == device}
+        here = {column for column, _ in cells}
+        if any(column.impl == "triton" for column in here) and not here <= shown:
+            shown |= here
+            found += _kernel_table(cells, part, title, [c for c in columns if c in here], metric, columns is FEW, links)
+    return found
+
+
+def _kernel_table(
+    cells: Cells, part: str, title: str, shown: Sequence[Column], metric: tuple[str, str], few: bool, links: str
+) -> list[str]:
+    """A row for each shape, with `few` for each in which a rival was timed; a column for each implementation."""
     some = next(iter(cells.values()))
     files = ", ".join(f"[{case}]({links}/{case}_{part}.jsonl)" for case in dict.fromkeys(c.case for c in shown))
     unit = f", {metric[1]}" if metric[1] else ""
@@ -144,7 +160,7 @@ def _kernels(
         f"|---|{'---|' * len(shown)}",
     ]
     text: Callable[[float], str] = significant if metric[1] else size
-    for shape in dict.fromkeys(shape for column, shape in cells if columns is not FEW or column.impl != "triton"):
+    for shape in dict.fromkeys(shape for column, shape in cells if not few or column.impl != "triton"):
         values = [text(cells[c, shape]["value"]) if (c, shape) in cells else "" for c in shown]
         rows.append(f"| {shape[0]}, {power_count(shape[1])} | {' | '.join(values)} |")
     return [*rows, ""]
@@ -152,6 +168,34 @@ def _kernels(
 
 def _sizes(line: ResultLine) -> tuple[int, int]:
     return int(line["params"]["B"]), int(line["params"]["T"])
+
+
+def _layer(results: Path, *, links: str) -> list[str]:
+    """An RDN layer with the kernels around its recurrence and without."""
+    parts = [("forward", "rdn_layer_fwd", 1.0, "time"), ("forward and backward", "rdn_layer_fwd_bwd", 1.0, "time")]
+    parts.append(("peak of both, GiB", "rdn_layer_fwd_bwd", 2.0**-30, "peak_bytes"))
+    lines = {title: _on_gpu(results, case, metric) for title, case, _, metric in parts}
+    cells = {
+        (title, impl, line["params"]["width"], *_sizes(line)): factor * line["value"]
+        for title, _, factor, _ in parts
+        for line in lines[title]
+        for impl in [line["impl"]]
+    }
+    if not cells:
+        return []
+    heads = [f"{title}, {impl}" for title, *_ in parts for impl in ("kernels", "torch")]
+    rows = [
+        "**An RDN layer**, ms, with the kernels around its recurrence and with PyTorch in their place, "
+        f"weights in fp32, bf16 autocast ({lines['forward'][0]['device']}, [lines]({links}/rdn_layer_fwd_bwd.jsonl)):",
+        "",
+        f"| width, B, T | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+    ]
+    for width, batch, time in dict.fromkeys(key[2:] for key in cells):
+        values = [cells.get((title, i, width, batch, time)) for title, *_ in parts for i in ("kernels", "torch")]
+        shown = " | ".join("" if value is None else significant(value) for value in values)
+        rows.append(f"| {width}, {batch}, {power_count(time)} | {shown} |")
+    return [*rows, ""]
 
 
 def _models(results: Path, case: str, title: str, *, links: str) -> list[str]:
