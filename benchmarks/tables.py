@@ -122,7 +122,11 @@ def _on_gpus(results: Path, case: str, metric: str) -> list[ResultLine]:
 
 def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
     """The same on the GPU that was measured last."""
-    lines = _on_gpus(results, case, metric)
+    return _of_one_card(_on_gpus(results, case, metric))
+
+
+def _of_one_card(lines: Sequence[ResultLine]) -> list[ResultLine]:
+    """Those of the device that was measured last."""
     return [x for x in lines if x["device"] == _by_card(lines)[0]]
 
 
@@ -299,7 +303,7 @@ def prefill(results: Path, *, links: str) -> list[str]:
     lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
     lines = [
         x
-        for x in _of_one_card(lines, lines)
+        for x in _of_one_card(lines)
         if x["params"]["input"] == "mixed"
         and x["params"].get("coverage", COVERAGE) == COVERAGE
         and x["params"].get("threshold", THRESHOLD) == THRESHOLD
