@@ -7,17 +7,14 @@ import itertools
 import pytest
 import torch
 
-from whimbrel.attend import Grid
 from whimbrel.sparse import RowLocalConfig
-from whimbrel.sparse.blocks import block_mass, heads_first
+from whimbrel.sparse.kernels.test_kernels import check_masses
 from whimbrel.testing.gluon import emulated
 from whimbrel.testing.heads import gaussian, mixed
 
 pytest.importorskip("triton.experimental.gluon")
 from whimbrel.attend.kernels import hopper_launch
 from whimbrel.sparse.kernels import launch
-
-UNIT = 2**launch.UNIT_BITS
 
 
 @pytest.fixture
@@ -29,28 +26,15 @@ def hopper(monkeypatch):
         yield
 
 
-def check_masses(q, k, probe, error):
-    grid = Grid(128, q.shape[1], k.shape[1])
-    positions = launch.sample_positions(grid, probe, q.device)
-    got = launch.tile_mass(q, k, grid, positions, first_block=grid.first_block, scale=0.2).double() / UNIT
-    for row in range(grid.query_blocks):
-        at = positions[row][positions[row] >= 0].long()
-        keys = heads_first(k[:, : int(at[-1]) + 1])
-        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=128, scale=0.2).mean(2)
-        found = got[:, :, row, : want.shape[-1]]
-        assert (found - want).abs().max() < error
-        assert (got[:, :, row, want.shape[-1] :] == 0).all()
-
-
 @pytest.mark.parametrize(("probe", "heads", "kv_heads"), [(1, 2, 2), (4, 8, 2), (16, 6, 2), (128, 2, 1)])
 def test_masses_are_exact(hopper, probe, heads, kv_heads):
     q, k, _ = gaussian(1, tokens=650, q_len=300, batch=2, heads=heads, kv_heads=kv_heads, dim=64)
-    check_masses(3 * q, k, probe, 1e-5)
+    check_masses(3 * q, k, probe, 1e-5, block_size=128)
 
 
 def test_heads_first_keys(hopper):
     q, k, _ = gaussian(2, tokens=300, heads=4, kv_heads=2, dim=128)
-    check_masses(q, k.transpose(1, 2).contiguous().transpose(1, 2), 4, 1e-5)
+    check_masses(q, k.transpose(1, 2).contiguous().transpose(1, 2), 4, 1e-5, block_size=128)
 
 
 def test_rows_do_not_depend_on_cuts(hopper):
@@ -68,7 +52,7 @@ def test_compiled_masses_are_exact(probe, dim, batch):
     sizes = {"tokens": 5000, "q_len": 3000, "heads": 8, "kv_heads": 2, "dim": dim, "batch": batch}
     q, k, _ = (x.cuda() for x in gaussian(4, dtype=torch.bfloat16, **sizes))
     assert hopper_launch.fits(q, q, 128)
-    check_masses(q, k, probe, 2e-5)
+    check_masses(q, k, probe, 2e-5, block_size=128)
 
 
 @pytest.mark.gpu

@@ -57,15 +57,20 @@ def test_positions_are_those_of_the_slow_path(q_len, k_len, size, probe):
 def test_masses_are_exact(probe, dtype, rows, monkeypatch):
     monkeypatch.setattr(launch, "PROGRAM_ROWS", rows)
     q, k, _ = gaussian(1, tokens=150, q_len=100, batch=2, heads=6, kv_heads=2, dim=24, dtype=dtype)
-    grid, q = Grid(32, 100, 150), 3 * q
+    check_masses(3 * q, k, probe, 1e-6, block_size=32)
+
+
+def check_masses(q, k, probe, error, *, block_size):
+    """The masses that kernels give the sampled queries' key blocks, against the definition."""
+    grid = Grid(block_size, q.shape[1], k.shape[1])
     positions = launch.sample_positions(grid, probe, q.device)
     got = launch.tile_mass(q, k, grid, positions, first_block=grid.first_block, scale=0.2).double() / UNIT
     for row in range(grid.query_blocks):
         at = positions[row][positions[row] >= 0].long()
         keys = heads_first(k[:, : int(at[-1]) + 1])
-        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=32, scale=0.2).mean(2)
+        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=block_size, scale=0.2).mean(2)
         found = got[:, :, row, : want.shape[-1]]
-        assert (found - want).abs().max() < 1e-6
+        assert (found - want).abs().max() < error
         assert (got[:, :, row, want.shape[-1] :] == 0).all()
 
 
