@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ VARIANTS = {
 }
 LOOSE = {"fira, left, small state": 2e-3, "fira, int8": 2e-3}
 """Moments in few bits are rounded by the same words, but may fall to the other side of a threshold."""
+
+RUNS = [(variant, "fsdp") for variant in VARIANTS] + [
+    ("fira", "rows"),
+    ("fira", "columns"),
+    ("fira, exact, rotate", "columns"),
+    ("fira, right, lazy", "columns"),
+    ("apollo", "columns"),
+]
+"""What runs where: by FSDP2, or with every matrix, experts' too, split by rows or by columns."""
 
 
 class Model(nn.Module):
@@ -109,7 +119,8 @@ def check_all(rank, folder):
     for variant in VARIANTS:
         one = Model()
         advance(one, make(variant, one), range(7))
-        for how, place in (("fsdp", None), ("rows", 0), ("columns", 1)):
+        for how in [how for name, how in RUNS if name == variant]:
+            place = {"fsdp": None, "rows": 0, "columns": 1}[how]
             model = sharded(mesh, place)
             optimizer = make(variant, model)
             advance(model, optimizer, range(4))
@@ -127,6 +138,9 @@ def check_all(rank, folder):
     found["resume"] = resume(mesh, folder)
     found["mesh"] = two_dimensions(rank)
     found["backward"] = in_backward(mesh, rank)
+    has_kernels = find_spec("triton") is not None
+    found["empty"] = {how: empty(mesh, **options) for how, options in EMPTY.items() if has_kernels or how != "kernels"}
+    found["kernels"] = kernels(mesh) if has_kernels else {}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -202,6 +216,32 @@ def two_dimensions(rank):
     return found
 
 
+EMPTY = {"std": {}, "right": {"side": "right"}, "kernels": {"side": "right", "impl": "triton"}}
+
+
+def empty(mesh, **options):
+    """A matrix of one row, of which one process holds nothing; GaLore, as Fira's residual is rounding noise there."""
+    one, model = Model(), sharded(mesh)
+    for it in (one, model):
+        groups = param_groups(it, low_rank=["short"], min_dim=1)
+        mine = options if it is model else {}
+        advance(it, GaLore(groups, lr=1e-2, rank=1, refresh_steps=2, **{"side": "right", **mine}), range(3))
+    return apart(whole(one), model)
+
+
+def kernels(mesh):
+    """The kernels, interpreted without a GPU, on the rows of every process; experts among the matrices."""
+    found = {}
+    for state_dtype in ("float32", "bfloat16"):
+        one, model = Model(), sharded(mesh)
+        for it, impl in ((one, "eager"), (model, "triton")):
+            groups = param_groups(it, low_rank=["tall", "wide", "experts"], min_dim=3)
+            options = {"rank": 3, "refresh_steps": 1, "weight_decay": 0.1, "side": "right", "state_dtype": state_dtype}
+            advance(it, Fira(groups, lr=1e-2, impl=impl, **options), range(2))
+        found[state_dtype] = apart(whole(one), model)
+    return found
+
+
 def in_backward(mesh, rank):
     """Forward and backward by FSDP2 on half of the batch each, updates within."""
     one, model = Model(), sharded(mesh)
@@ -225,8 +265,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)], folder
 
 
-@pytest.mark.parametrize("how", ["fsdp", "rows", "columns"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "how"), RUNS)
 def test_two_processes_equal_one(variant, how, found):
     for ratios in found[0]:
         assert len(ratios[variant, how]) == 5
@@ -282,6 +321,22 @@ def test_meshes_of_two_dimensions(how, found):
 def test_updates_in_backward_under_fsdp2(found):
     for each in found[0]:
         assert max(each["backward"].values()) <= 10 * SAME, each["backward"]  # gradients, too, are sums of halves
+
+
+@pytest.mark.parametrize("how", EMPTY)
+def test_a_process_without_a_row_joins_in(how, found):
+    if how == "kernels":
+        pytest.importorskip("triton")
+    for each in found[0]:
+        assert max(each["empty"][how].values()) <= 10 * SAME, each["empty"][how]
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_kernels_step_the_rows_of_each_process(state_dtype, found):
+    pytest.importorskip("triton")
+    for each in found[0]:
+        worst = max(each["kernels"][state_dtype].values())
+        assert worst <= (1e-5 if state_dtype == "float32" else 2e-3), each["kernels"][state_dtype]
 
 
 def test_experts_without_a_token_stay_as_they_are():
