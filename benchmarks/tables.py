@@ -392,7 +392,7 @@ def replica_lines(results: Path) -> list[ResultLine]:
     path = results / "merge_quality.jsonl"
     lines = [x for x in newest(read_lines(path)) if x["metric"] == "loss"] if path.exists() else []
     lines = [x for x in lines if "thread" not in x["device"] and not x["params"]["method"].startswith("collapse")]
-    return _of_one_card(lines, lines)
+    return _of_one_card(lines)
 
 
 def _replica(results: Path, *, links: str) -> list[str]:
