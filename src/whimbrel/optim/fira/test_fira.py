@@ -21,6 +21,11 @@ from whimbrel.testing.budget import assert_close, rms_ratio
 FIXTURE = Path(__file__).with_name("fixtures") / "fira_1_0_2.npz"
 
 
+# Recorded on another processor, whose exact fits in float32 are rounded otherwise: RMS ratios of up to 3.4e-6 were
+# seen on an EPYC, 7e-7 on a Xeon. One rounding of the gradients moves the weights by up to 1.3e-6 of their size.
+OTHER_PROCESSOR = 1e-5
+
+
 @pytest.mark.parametrize("case", [*CASES, PLAIN], ids=lambda case: case.name)
 def test_follows_the_published_package(case):
     """300 steps with six bases; the recorded weights are those of fira 1.0.2, see fixtures/."""
@@ -46,7 +51,7 @@ def test_follows_the_published_package(case):
             kept.append(weight.detach().clone())
     with np.load(FIXTURE) as recorded:
         for step, want, got in zip(SAVED, recorded[f"{case.name}/weights"], kept, strict=True):
-            assert_close(f"weights after {step} steps", torch.from_numpy(want), got, 1e-6)
+            assert_close(f"weights after {step} steps", torch.from_numpy(want), got, OTHER_PROCESSOR)
         # a norm of a difference of nearly equal things where alpha = 1, hence the wider bound
         assert_close("norms", torch.from_numpy(recorded[f"{case.name}/norms"]), torch.tensor(norms), 1e-5)
 
