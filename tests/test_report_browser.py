@@ -131,11 +131,12 @@ def test_every_width_and_section_is_drawn(measured):
             "Averaging",
             "Memory",
             "Recall",
+            "Inside the model",
             "Long context",
             "Side by side",
             "Repeat it",
         ]
-        assert each["drawn"] == 13
+        assert each["drawn"] == 15
         assert each["tips"] > 200
 
 

@@ -7,6 +7,7 @@ In a layer only the short convolution also looks back, by `conv_start`; everythi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ def rla(
     residual: str = "undecayed",
     state: State | None = None,
     cu_seqlens: Tensor | None = None,
+    recompute: int = 0,
     impl: str = "auto",
 ) -> Out:
     """`whimbrel.mixers.rla.rla` over this process's stretch of every sequence; the rest as `rdn` here."""
     options = {"clip": clip, "scale": scale, "combine": combine, "residual": residual}
     tensors = (q, k, v, log_decay, beta, gamma)
-    return _two_states("rla", rla_whole, tensors, group, schedule, state, cu_seqlens, impl, options)
+    return _two_states(
+        "rla", partial(rla_whole, recompute=recompute), tensors, group, schedule, state, cu_seqlens, impl, options
+    )
 
 
 def rdn(
@@ -62,12 +66,13 @@ def rdn(
     residual: str = "undecayed",
     state: State | None = None,
     cu_seqlens: Tensor | None = None,
+    recompute: int = 0,
     impl: str = "auto",
 ) -> Out:
     """`whimbrel.mixers.rdn.rdn` over this process's stretch of every sequence.
 
-    Tensors and options are those of `whimbrel.mixers.rdn.rdn`; all processes of the group call it together, with
-    equal shapes but for T, which may be 0, and take part in the backward together.
+    Tensors and options, `recompute` among them, are those of `whimbrel.mixers.rdn.rdn`; all processes of the group call
+    it together, with equal shapes but for T, which may be 0, and take part in the backward together.
 
     group: the processes that share the sequences, in their order: a process group, one dim of a device mesh, or None
         for all processes (one, where `torch.distributed` was not initialised).
@@ -84,7 +89,9 @@ def rdn(
     """
     options = {"clip": clip, "scale": scale, "combine": combine, "residual": residual}
     tensors = (q, k, v, log_decay, beta, gamma)
-    return _two_states("rdn", rdn_whole, tensors, group, schedule, state, cu_seqlens, impl, options)
+    return _two_states(
+        "rdn", partial(rdn_whole, recompute=recompute), tensors, group, schedule, state, cu_seqlens, impl, options
+    )
 
 
 def _two_states(

@@ -20,8 +20,8 @@ THEME = """
 --c0:#1664a8;--c1:#c2510c;--c2:#0b8265;--c3:#93458c;--c4:#8a6a00;--c5:#6a727a}
 @media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e7e5df;--muted:#a0a6ac;--rule:#33383d;
 --wash:#1d2124;--c0:#6db3ec;--c1:#f39a5c;--c2:#50c8a6;--c3:#d79ad0;--c4:#d8b750;--c5:#98a1aa}}
-svg text{font:12px/1.2 -apple-system,"Segoe UI",Inter,"Helvetica Neue",Arial,"Liberation Sans",sans-serif;
-fill:var(--muted);font-variant-numeric:tabular-nums}
+svg text{font:12px/1.2 -apple-system,"Segoe UI",Inter,"Helvetica Neue",Arial,"Liberation Sans",
+"DejaVu Sans Condensed",sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
 svg .ink{fill:var(--ink)}svg .bold{font-weight:600}svg .small{font-size:11px}
 svg .start{text-anchor:start}svg .mid{text-anchor:middle}svg .end{text-anchor:end}
 svg .halo{paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
@@ -37,7 +37,7 @@ svg .hit{fill:transparent}svg .hit:hover{fill:var(--ink);fill-opacity:.07}
     for i in range(SERIES)
 )
 
-_CHARACTER = 6.3  # mean width of a 12 px character, on the wide side
+_CHARACTER = 6.8  # mean width of a 12 px character in the widest of the fonts that are asked for
 
 
 class Scale(NamedTuple):
