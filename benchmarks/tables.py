@@ -43,6 +43,7 @@ OPERATORS = (
     Column("RLA", "rla", "triton"),
     Column("one pass, fla simple GLA", "rla", "fla-simple-gla"),
     Column("RLA of fla", "rla", "two-pass-fla"),
+    Column("RDN, recompute=2", "rdn", "triton-recompute-2"),
     Column("GDN", "delta", "triton"),
     Column("sGLA", "decay", "triton"),
     Column("RDN in PyTorch", "rdn", "chunked"),

@@ -210,9 +210,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @cache
-def outputs(op: Callable[..., Any], impl: str = "chunked") -> Callable[..., Tensor]:
+def outputs(op: Callable[..., Any], impl: str = "chunked", **options: int) -> Callable[..., Tensor]:
     """`op` in the named code, y alone; the same object for the same arguments."""
-    return lambda *tensors: op(*tensors, impl=impl).y
+    return lambda *tensors: op(*tensors, impl=impl, **options).y
 
 
 def _decay_without_beta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -237,11 +237,13 @@ def kernel_cases(
     backward: bool,
     device: str,
     quick: bool = False,
+    parts: int = 0,
 ) -> list[Case]:
     """The case NAME_fwd, or NAME_fwd_bwd with `backward`: kernel, plain PyTorch and rivals in one run.
 
     op: called as op(q, k, v, ..., impl=...) with the first `takes` arguments; returns (y, state).
     others: rivals by name, on CUDA.
+    parts: above 0, "triton-recompute-PARTS" is the kernel with `recompute=parts`, beside that without, on CUDA.
     """
     set_up, check = partial(Contender.set_up, backward=backward), partial(Contender.check, backward=backward)
     budget = BUDGET if device == "cuda" else dict.fromkeys(BUDGET, 1e-4)
@@ -252,6 +254,9 @@ def kernel_cases(
             impl: Contender(call=outputs(op, impl), truth=outputs(op), takes=takes) for impl in _impls(problem, quick)
         }
         present = others if device == "cuda" else {}
+        if parts and "triton" in ours and (problem.batch, problem.time) not in BETWEEN:
+            again = Contender(call=outputs(op, "triton", recompute=parts), truth=outputs(op), takes=takes)
+            ours[f"triton-recompute-{parts}"] = again
         if (problem.batch, problem.time) in BETWEEN:
             present = {key: contender for key, contender in present.items() if contender is SDPA_CUDNN}
         cases.append(

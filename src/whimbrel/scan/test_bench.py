@@ -26,6 +26,17 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by(kind, part):
         assert [(case.params["B"], case.params["T"]) for case in plain[:3]] == [(16, 2048), (1, 16_384), (1, 32_768)]
 
 
+def test_parts_that_run_again_are_a_case_of_their_own():
+    def parts(name):
+        cases = load_object(CASES[name])(device="cuda", quick=False)
+        return [(c.params["B"], c.params["T"]) for c in cases if "triton-recompute-2" in c.impls]
+
+    for name in ("rdn_fwd_bwd", "rla_fwd_bwd"):
+        assert parts(name)[:4] == [(16, 2048), (1, 16_384), (1, 32_768), (1, 131_072)]
+        assert (4, 8192) not in parts(name)
+    assert parts("rdn_fwd") == parts("delta_fwd_bwd") == []
+
+
 def test_gates_are_those_of_a_new_layer():
     problem = Problem(1, 4096, 64, 4, "cpu")
     q, k, v, log_decay, beta, gamma = problem.inputs()

@@ -31,7 +31,7 @@ OTHERS = {
 """What it is timed against: passes of single-state operators, whole or as the halves of RDN, and softmax."""
 
 forward = partial(kernel_cases, "rdn", rdn, takes=6, others=OTHERS, backward=False)
-forward_backward = partial(kernel_cases, "rdn", rdn, takes=6, others=OTHERS, backward=True)
+forward_backward = partial(kernel_cases, "rdn", rdn, takes=6, others=OTHERS, backward=True, parts=2)
 one_step = partial(step_cases, "rdn", partial(step, delta=True), rdn, takes=6, states=2, others={"fla-gdn": FLA_STEP})
 
 

@@ -25,7 +25,7 @@ OTHERS = {
 """What it is timed against: passes of single-state operators, whole or as the halves of RLA, and softmax."""
 
 forward = partial(kernel_cases, "rla", rla, takes=6, others=OTHERS, backward=False)
-forward_backward = partial(kernel_cases, "rla", rla, takes=6, others=OTHERS, backward=True)
+forward_backward = partial(kernel_cases, "rla", rla, takes=6, others=OTHERS, backward=True, parts=2)
 one_step = partial(step_cases, "rla", partial(step, delta=False), rla, takes=6, states=2, others={})
 
 

@@ -11,6 +11,7 @@ import torch
 from whimbrel._lazy import load_object
 from whimbrel.scan.base import State
 from whimbrel.testing.budget import assert_close
+from whimbrel.testing.gpu import need_memory
 from whimbrel.testing.recurrence import RECURRENCES, Recurrence, Shape, compare, make_inputs, outputs_and_gradients
 
 pytest.importorskip("triton")
@@ -217,6 +218,7 @@ def test_more_than_two_billion_elements():
     """B T H K past 2^31: the last sequence equals itself alone."""
     from whimbrel.mixers.rdn import rdn
 
+    need_memory(24 * 2**30)
     batch, time, heads = 33, 32768, 16
     random = torch.Generator("cuda").manual_seed(0)
 

@@ -15,6 +15,7 @@ from whimbrel.scan.base import State
 from whimbrel.scan.common import default_scale
 from whimbrel.scan.kernels import step as kernels
 from whimbrel.testing.budget import assert_close
+from whimbrel.testing.gpu import need_memory
 from whimbrel.testing.recurrence import RECURRENCES, Inputs, Shape, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,6 +323,7 @@ def test_graph_replay_equals_eager(name):
 
 @pytest.mark.gpu
 def test_states_beyond_two_to_the_31_elements():
+    need_memory(24 * 2**30)
     heads, dim = 16, 256
     batch = 2**31 // (heads * dim * dim) + 1
     inputs = inputs_of("rdn", Shape(1, 1, heads, heads, dim, dim), torch.bfloat16)
