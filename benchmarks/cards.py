@@ -58,6 +58,7 @@ def settings(args: argparse.Namespace, corpus: Path, steps: int) -> Config:
         "checkpoint.keep": 2,
         "eval.checkpoint_tokens": 0,
         "schedule.warmup_steps": 4,
+        "optim.lr": args.lr,
     }
     return load_config(args.recipe, overrides)
 
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="steps in one process")
     parser.add_argument("--every", type=int, default=8, help="steps between checkpoints")
+    parser.add_argument("--lr", type=float, default=2e-4, help="so low that rounding stays small between the two runs")
     parser.add_argument("--total", type=int, default=18, help="steps of the run in which a worker is killed")
     parser.add_argument("--kill-after", type=int, default=12, help="step after which a worker is killed")
     parser.add_argument("--words", type=int, default=12_000, help="words of each of 100 documents")

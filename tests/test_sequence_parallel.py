@@ -355,14 +355,18 @@ def test_transitions_are_products_over_tokens(op, device):
 
 
 def gpu_cases(world: int) -> list[Case]:
-    """In bf16, on as many devices as there are lengths."""
+    """In bf16, on as many devices as there are lengths.
+
+    Rounding decides whether a residual next to the clip has a gradient: too much for the budget in a stretch of 65.
+    """
     lengths = [(517, 513), (700, 65)] if world == 2 else [(300, 129, 66, 600)]
     shape = Shape(1, 0, 2, 4, 64, 64)
     return [
-        Case(op, schedule, length, shape=shape, dtype=torch.bfloat16, budget=BF16, device="cuda")
+        Case(op, schedule, length, options, shape=shape, dtype=torch.bfloat16, budget=BF16, device="cuda")
         for op in PARALLEL
         for schedule in ("rounds", "chain")
         for length in lengths
+        for options in ({"clip": None} if op in TWO_STATES and min(length) < 100 else {},)
     ]
 
 
@@ -381,6 +385,10 @@ def test_several_gpus_equal_one(world, tmp_path):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} CUDA devices")
     torch.multiprocessing.spawn(work_on_gpu, (str(tmp_path), world), nprocs=world)
-    for rank in range(world):
-        for case, found in zip(gpu_cases(world), torch.load(tmp_path / f"{rank}.pt")):
-            assert not found, f"process {rank}, {case}: {found}"
+    wrong = [
+        f"process {rank}, {case}: {found}"
+        for rank in range(world)
+        for case, found in zip(gpu_cases(world), torch.load(tmp_path / f"{rank}.pt"))
+        if found
+    ]
+    assert not wrong, "\n".join(wrong)
