@@ -1,11 +1,12 @@
 """Benchmark cases of sparse prefill: time, density, achieved recall and error, beside dense attention and rivals.
 
 For each input and length: dense attention; and for each coverage the selectors with their attention, selection alone,
-and what they kept. `benchmarks/README.md` says what the lines hold.
+what they kept, and what a prompt in chunks takes. `benchmarks/README.md` says what the lines hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -22,7 +23,7 @@ from whimbrel.attend.rivals import DENSE, dense_attention
 from whimbrel.attend.shapes import default_scale
 from whimbrel.bench.case import Case, Figures, Rival
 from whimbrel.sparse import rivals
-from whimbrel.sparse.apply import Selector, apply_selector
+from whimbrel.sparse.apply import Out, Selector, apply_selector
 from whimbrel.sparse.blocks import heads_first, per_key_head
 from whimbrel.sparse.coverage import coverage as achieved
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
@@ -35,6 +36,10 @@ CURVE = (0.7, 0.8, 0.9, 0.95, 0.98)
 """Coverages of a curve of recall against density."""
 THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
+LEAST_THRESHOLD = 1e-5
+"""Below which no threshold of equal error is looked for."""
+CHUNK = 8192
+"""Tokens of a chunk, where a prompt comes in chunks."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
 CAPTURED = Path("runs/smollm2/heads.safetensors")
 """Where `benchmarks/smollm2.py capture` leaves queries, keys and values of a real model, below the working directory:
@@ -168,6 +173,8 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
                 found += [case for threshold in THRESHOLDS for case in _thresholded(problem, threshold)]
             for share in COVERAGES:
                 found += _sparse(problem, share)
+                found += _equal_error(problem, share) if problem.on_gpu else []
+                found += [_in_chunks(problem, share)] if length > CHUNK else []
     for problem in captured(device):
         found.append(_dense(problem))
         for share in COVERAGES:
@@ -184,6 +191,8 @@ def curve(*, device: str, quick: bool = False) -> list[Case]:
         figures = {"flex_prefill, official mode": partial(_kept, problem, official)}
         params = problem.params | {"coverage": share}
         found.append(Case(name="prefill", params=params, figures=figures, check=lambda: None, rounds=1))
+    if problem.on_gpu:
+        found += [case for t in THRESHOLDS for case in _thresholded(problem, t) if case.figures]
     return found
 
 
@@ -210,11 +219,14 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     on_plan = partial(_on_plan, problem, share)
     extra = {
         "flexprefill-official": _rival(problem, official),
+        "xattention": _rival(problem, partial(rivals.xattention, coverage=share)),
         "flex-attention": Rival(on_plan, partial(_check_plan, on_plan)),
     }
     figures = {name: partial(_kept, problem, selector) for name, selector in problem.selectors(share).items()}
     if problem.on_gpu:
-        figures["flexprefill-official"] = partial(_kept_by_theirs, problem, share)
+        figures["flexprefill-official"] = partial(_kept_by_theirs, problem, official, _plan_of_flexprefill(share))
+        theirs = partial(rivals.xattention, coverage=share), _plan_of_xattention(share)
+        figures["xattention"] = partial(_kept_by_theirs, problem, *theirs)
     else:
         extra = {}
     case = partial(Case, name="prefill", params=params)
@@ -226,13 +238,88 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
 
 
 def _thresholded(problem: Problem, threshold: float) -> list[Case]:
-    """FlashPrefill promises no coverage: what it costs and errs by threshold, to be compared at equal error."""
+    """FlashPrefill promises no coverage: what it costs, keeps and errs by threshold."""
     function = partial(rivals.flashprefill_v1, threshold=threshold)
+    plan = partial(rivals.flashprefill_plan, threshold=threshold)
     case = partial(Case, name="prefill", params=problem.params | {"threshold": threshold}, check=lambda: None)
     return [
         case(rivals={"flashprefill-v1": _rival(problem, function)}, metric="time"),
-        case(figures={"flashprefill-v1": partial(_error, problem, function)}, rounds=1),
+        case(figures={"flashprefill-v1": partial(_kept_by_theirs, problem, function, plan)}, rounds=1),
     ]
+
+
+def _equal_error(problem: Problem, share: float) -> list[Case]:
+    """FlashPrefill with the threshold at which its output errs as much as that of `row_local` at `share`."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return rivals.flashprefill_v1(q, k, v, threshold=equal_threshold(problem, share))
+
+    def kept() -> Figures:
+        threshold = equal_threshold(problem, share)
+        found = _kept_by_theirs(problem, run, partial(rivals.flashprefill_plan, threshold=threshold))
+        return {**found, "threshold": (threshold, "share")}
+
+    case = partial(Case, name="prefill", params=problem.params | {"coverage": share}, check=lambda: None)
+    return [
+        case(rivals={"flashprefill-v1": _rival(problem, run)}, metric="time"),
+        case(figures={"flashprefill-v1": kept}, rounds=1),
+    ]
+
+
+@cache
+def equal_threshold(problem: Problem, share: float) -> float:
+    """FlashPrefill's threshold, to three digits, at which it errs no more than `row_local` at `share`: by bisection of
+    its logarithm, without what it compiles."""
+    q, k, v = problem.inputs()
+    out = apply_selector(q, k, v, problem.selectors(share)["row_local"], impl=problem.impl)
+    wanted = rms_ratio(_truth(problem), out.y[:, _audited(problem)])
+    low, high = math.log(LEAST_THRESHOLD), math.log(THRESHOLDS[0])
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(8):
+            middle = (low + high) / 2
+            function = partial(rivals.flashprefill_v1, threshold=float(f"{math.exp(middle):.3g}"))
+            low, high = (low, middle) if _error(problem, function) > wanted else (middle, high)
+    return float(f"{math.exp(low):.3g}")
+
+
+def _in_chunks(problem: Problem, share: float) -> Case:
+    """A prompt in chunks, one after the other, beside the whole of it in one piece."""
+    selector = problem.selectors(share)["row_local"]
+    whole = partial(apply_selector, selector=selector, impl=problem.impl)
+    return Case(
+        name="prefill",
+        params=problem.params | {"coverage": share},
+        impls={
+            "row_local, one piece": partial(_call, problem, whole),
+            f"row_local, chunks of {CHUNK}": partial(_call, problem, partial(_chunk_by_chunk, problem, selector)),
+        },
+        check=partial(_check_chunks, problem, selector),
+        metric="time",
+    )
+
+
+def _chunk_by_chunk(problem: Problem, selector: Selector, q: Tensor, k: Tensor, v: Tensor) -> list[Out]:
+    """Every chunk's queries over all keys so far."""
+    outs = []
+    for start in range(0, problem.length, CHUNK):
+        stop = min(start + CHUNK, problem.length)
+        outs.append(apply_selector(q[:, start:stop], k[:, :stop], v[:, :stop], selector, impl=problem.impl))
+    return outs
+
+
+def _check_chunks(problem: Problem, selector: Selector) -> None:
+    """Chunks select what the whole selects, block for block, and give what it gives."""
+    q, k, v = problem.inputs()
+    whole, at = apply_selector(q, k, v, selector, impl=problem.impl), 0
+    mask = whole.plan.to_mask()
+    for out in _chunk_by_chunk(problem, selector, q, k, v):
+        part = out.plan.to_mask()
+        rows = mask[:, :, at // 128 : at // 128 + part.shape[2]]
+        other = (rows[..., : part.shape[3]] != part).sum() + rows[..., part.shape[3] :].sum()
+        assert not other, f"{int(other)} blocks selected otherwise in the chunk of query {at}"
+        want = whole.y[:, at : at + out.y.shape[1]]
+        assert_close(f"chunk of query {at}", want, out.y, 6e-3 if problem.on_gpu else 1e-5)
+        at += out.y.shape[1]
 
 
 def _rival(problem: Problem, function: Callable[..., Tensor]) -> Rival:
@@ -275,10 +362,18 @@ def _kept(problem: Problem, selector: Selector) -> Figures:
     return _recall(problem, out.plan, out.y)
 
 
-def _kept_by_theirs(problem: Problem, share: float) -> Figures:
+def _kept_by_theirs(problem: Problem, attend_to: Callable[..., Tensor], plan: Callable[..., Plan]) -> Figures:
+    """The same of somebody else's code, which is asked for its plan in a second call."""
     tensors = problem.inputs()
-    y = rivals.flexprefill_official(*tensors, coverage=share)
-    return _recall(problem, rivals.flexprefill_plan(*tensors, coverage=share), y)
+    return _recall(problem, plan(*tensors), attend_to(*tensors))
+
+
+def _plan_of_flexprefill(share: float) -> Callable[..., Plan]:
+    return partial(rivals.flexprefill_plan, coverage=share)
+
+
+def _plan_of_xattention(share: float) -> Callable[..., Plan]:
+    return lambda q, k, v: rivals.xattention_plan(q, k, coverage=share)
 
 
 def _recall(problem: Problem, plan: Plan, y: Tensor) -> Figures:
@@ -294,13 +389,13 @@ def _recall(problem: Problem, plan: Plan, y: Tensor) -> Figures:
     }
 
 
-def _error(problem: Problem, function: Callable[..., Tensor]) -> Figures:
+def _error(problem: Problem, function: Callable[..., Tensor]) -> float:
     y = function(*problem.inputs())
-    return {"output_error": (rms_ratio(_truth(problem), y[:, _audited(problem)]), "ratio")}
+    return rms_ratio(_truth(problem), y[:, _audited(problem)])
 
 
 def _remark(problem: Problem, function: Callable[..., Tensor]) -> str:
-    error = _error(problem, function)["output_error"][0]
+    error = _error(problem, function)
     assert error < 0.5, f"output error {error:.3f} against dense attention"
     return f"output error {error:.3f} against dense attention"
 

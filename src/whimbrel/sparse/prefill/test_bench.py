@@ -14,7 +14,20 @@ from whimbrel.errors import UnsupportedError
 from whimbrel.sparse import rivals
 from whimbrel.sparse.dense.config import DenseConfig
 from whimbrel.sparse.prefill import bench
-from whimbrel.sparse.prefill.bench import THRESHOLDS, Problem, _audited, _kept, _truth, cases
+from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
+from whimbrel.sparse.prefill.bench import (
+    COVERAGES,
+    CUDA_LENGTHS,
+    THRESHOLDS,
+    Problem,
+    _audited,
+    _check_chunks,
+    _in_chunks,
+    _kept,
+    _truth,
+    cases,
+    equal_threshold,
+)
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.heads import gaussian
 from whimbrel.testing.selectors import causal_attention
@@ -29,10 +42,13 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert list(first.rivals) == ["sdpa-cudnn", "sdpa-flash"]
     assert second.params == {**first.params, "coverage": 0.9}
     assert list(second.impls) == ["row_local", "row_local-4", "flex_prefill"]
-    assert list(second.rivals) == ["flexprefill-official", "flex-attention"]
+    assert list(second.rivals) == ["flexprefill-official", "xattention", "flex-attention"]
     assert {case.metric for case in made if case.impls and "coverage" in case.params} == {"time", "time_select"}
     theirs = [case for case in made if "flashprefill-v1" in case.rivals]
-    assert {case.params["threshold"] for case in theirs} == set(THRESHOLDS)
+    assert {case.params["threshold"] for case in theirs if "threshold" in case.params} == set(THRESHOLDS)
+    assert {case.params["coverage"] for case in theirs if "coverage" in case.params} == set(COVERAGES)
+    chunked = [case for case in made if "row_local, one piece" in case.impls]
+    assert {case.params["N"] for case in chunked} == set(CUDA_LENGTHS[1:])
     assert {case.params["input"] for case in made} == {"mixed", "structured"}
     assert max(case.params["N"] for case in made) == 131_072
 
@@ -76,11 +92,59 @@ def test_rivals_are_called_with_their_papers_numbers(monkeypatch):
     assert torch.equal(rivals.flashprefill_v1(q, q, q), torch.full_like(q, 128 + 2 + 4 + 0.18 + 2))
 
 
+def test_the_plans_of_rivals(monkeypatch):
+    """FlashPrefill's lists of blocks, and XAttention's mask, which has columns and rows of padding."""
+    flash, x = ModuleType("flash"), ModuleType("x")
+    flash.deal_output_score = lambda score: (torch.tensor([[[[0], [2]], [[0], [1]]]]), None)  # [B, queries, keys, H]
+    flash.flash_prefill = lambda *given: flash.deal_output_score(None)
+    x.given = []
+    padded = torch.tensor([[True, False, False], [True, True, True], [True, True, True]]).expand(1, 2, 3, 3)
+    x.xattn_estimate = lambda *given, **settings: x.given.append((given, settings)) or (None, padded)
+    for name, module in (("ops.flashprefill_native_forward", flash), ("xattn.src.Xattention", x)):
+        for parent in (name.split(".")[0], name.rpartition(".")[0]):
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setitem(sys.modules, name, module)
+    q = torch.zeros(1, 200, 1, 8)
+    assert rivals.flashprefill_plan(q, q, q, threshold=0.1).to_mask().tolist() == [[[[True, False], [True, True]]]]
+    plan = rivals.xattention_plan(q.expand(-1, -1, 2, -1), q, coverage=0.9)
+    assert plan.to_mask().tolist() == [[[[True, False], [True, True]]] * 2]
+    (given, settings) = x.given[0]
+    assert [tuple(tensor.shape) for tensor in given] == [(1, 2, 200, 8)] * 2
+    assert settings == {"block_size": 128, "stride": 16, "threshold": 0.9, "chunk_size": 2048}
+    assert "block_sparse_attn" not in sys.modules
+
+
+def test_the_threshold_of_equal_error_is_found(monkeypatch):
+    """A rival whose error is its threshold: at the found one it errs as row_local does, and no more."""
+    problem = Problem("mixed", 1024, "cpu")
+    truth = causal_attention(*problem.inputs())
+    monkeypatch.setattr(rivals, "flashprefill_v1", lambda q, k, v, threshold: (truth * (1 + threshold)).float())
+    equal_threshold.cache_clear()
+    wanted = _kept(problem, problem.selectors(0.7)["row_local"])["output_error"][0]
+    assert 1e-4 < wanted < 0.18
+    assert wanted * 0.95 <= equal_threshold(problem, 0.7) <= wanted
+    equal_threshold.cache_clear()
+
+
+def test_chunks_are_held_against_the_whole(monkeypatch):
+    """Where a selector looks at the end of the prompt, the check of chunks is red."""
+    monkeypatch.setattr(bench, "CHUNK", 256)
+    problem = Problem("mixed", 700, "cpu")
+    case = _in_chunks(problem, 0.8)
+    assert list(case.impls) == ["row_local, one piece", "row_local, chunks of 256"]
+    case.check()
+    chunks = case.impls["row_local, chunks of 256"]()()
+    assert [out.y.shape[1] for out in chunks] == [256, 256, 188]
+    with pytest.raises(AssertionError, match="blocks selected otherwise in the chunk of query 256"):
+        _check_chunks(problem, FlexPrefillConfig(coverage=0.8, min_budget=128).build())
+
+
 @pytest.mark.parametrize(
     ("call", "source"),
     [
         (lambda q: rivals.flexprefill_official(q, q, q, coverage=0.9), "ByteDance-Seed/FlexPrefill on PYTHONPATH"),
         (lambda q: rivals.flashprefill_v1(q, q, q), "qhfan/FlashPrefill on PYTHONPATH"),
+        (lambda q: rivals.xattention(q, q, q, coverage=0.9), "mit-han-lab/x-attention on PYTHONPATH"),
     ],
 )
 def test_a_missing_rival_says_where_it_comes_from(call, source):
