@@ -182,3 +182,47 @@ def test_the_official_mode_refuses_chunks():
     enable_sparse_prefill(model, FlexPrefillConfig(mode="official", block_size=8, min_budget=0))
     with pytest.raises(UnsupportedError, match="needs as many queries as keys"):
         model.generate(tokens(1, 64), max_new_tokens=2, prefill_chunk_size=32, pad_token_id=0)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_long_prompts_on_a_gpu():
+    """Kernels under transformers, from the measured length on: everything kept is dense, and a repair keeps its promise."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.08,
+        max_position_embeddings=32_768,
+    )
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    ids = tokens(1, 16_500).cuda()
+    dense = model(ids).logits
+
+    sparse = enable_sparse_prefill(model, "row_local", coverage=1.0)
+    assert_close("everything kept", dense, model(ids).logits, 2e-2)
+    assert sparse.calls == {"sparse": 2}
+    assert sparse.density == pytest.approx(1.0)
+    model(ids[:, :200])
+    assert sparse.calls in ({"sparse": 2, "fewer than 16384 keys": 2}, {"sparse": 4})  # the latter on other cards
+
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "min_new_tokens": 2}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    sparse = enable_sparse_prefill(model, "row_local", coverage=0.9, min_length=0, audit_rows=64)
+    whole = model.generate(ids, **options).logits[0]
+    assert sparse.calls == {"sparse": 2, "decoding": 2}
+    kept = [layer.coverage for layer in sparse.layers.values()]
+    assert all(0.88 < layer["p5"] <= layer["mean"] < 1 for layer in kept)
+    assert all(0 < layer["certified"] <= layer["mean"] for layer in kept)
+    chunked = model.generate(ids, **options, prefill_chunk_size=4096).logits[0]
+    assert sparse.calls == {"sparse": 10, "decoding": 2}
+    assert_close("in chunks", whole, chunked, 2e-2)
+
+    narrow = WindowConfig(window_tokens=1024, sink_tokens=128)
+    enabled = enable_sparse_prefill(model, narrow, repair=True, audit_rows=64)
+    model(ids)
+    assert all(layer.coverage["p5"] > 0.93 and layer.repaired > 0.5 for layer in enabled.layers.values())
