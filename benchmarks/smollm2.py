@@ -9,7 +9,8 @@ asks for a seven-digit number that stands in the text at a random place, alone (
 other names (`needle-multi-key`), prefilled sparsely and answered greedily with dense decoding, and measures the
 perplexity of the text. Lines of the case `smollm2` hold `accuracy`, `perplexity`, `density` over layers and prompts,
 and `agreement`, the share of positions whose most probable token is the dense model's. `capture` keeps the queries and
-keys of some layers for `whimbrel bench prefill`, which takes them as the input `smollm2`.
+keys of some layers for `whimbrel bench prefill`, which takes them as the input `smollm2`. On CUDA the model is in bf16,
+elsewhere in fp32; no prompt is too short to be prefilled sparsely here.
 """
 
 from __future__ import annotations
@@ -129,13 +130,14 @@ def needle_prompt(tokenizer: Any, text: list[int], length: int, keys: int, seed:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, tokenizer: Any, prompt: list[int], number: str) -> bool:
-    """Whether greedy decoding goes on with the number."""
-    ids = torch.tensor([prompt])
+def answers(model: Any, tokenizer: Any, prompts: list[tuple[list[int], str]]) -> list[bool]:
+    """Whether greedy decoding goes on with the number; prompts of one length, which go through the model together."""
+    ids = torch.tensor([prompt for prompt, _ in prompts], device=model.device)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=0, use_cache=True
     )
-    return number in tokenizer.decode(made[0, len(prompt) :])
+    texts = tokenizer.batch_decode(made[:, ids.shape[1] :])
+    return [number in text for (_, number), text in zip(prompts, texts)]
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def nats_and_choices(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     hidden = model.model(ids).last_hidden_state[0, :-1]
     nats, chosen = [], []
     for part, targets in zip(hidden.split(1024), ids[0, 1:].split(1024)):
-        logits = model.lm_head(part)
+        logits = model.lm_head(part).float()
         nats.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
         chosen.append(logits.argmax(-1))
     return torch.cat(nats), torch.cat(chosen)
@@ -155,7 +157,7 @@ def use(model: nn.Module, method: str) -> None:
     settings = METHODS[method]
     for module in model.modules():
         module.__dict__.pop("_whimbrel_prefill", None)
-    model.config.prefill = settings
+    model.config.prefill, model.config.prefill_options = settings, {"min_length": 0}
     model.set_attn_implementation("sdpa" if settings is None else "whimbrel_sparse")
 
 
@@ -174,7 +176,7 @@ def judge(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None
                 else:
                     keys = 1 if task == "needle" else len(NAMES)
                     made = [needle_prompt(tokenizer, text, length, keys, seed) for seed in range(options.samples)]
-                    right = [answers(model, tokenizer, *pair) for pair in made]
+                    right = answers(model, tokenizer, made)
                     _line(options, method, params, "accuracy", sum(right) / len(right), "share")
                 density = [layer.density for layer in prefill_report(model).values()]
                 if density:
@@ -184,9 +186,9 @@ def judge(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None
 _DENSE: dict[tuple[int, int], Tensor] = {}
 
 
-def _perplexity(model: nn.Module, method: str, text: list[int], length: int, sample: int) -> tuple[Tensor, Tensor]:
+def _perplexity(model: Any, method: str, text: list[int], length: int, sample: int) -> tuple[Tensor, Tensor]:
     start = random.Random(sample).randrange(len(text) - length)
-    ids = torch.tensor([text[start : start + length]])
+    ids = torch.tensor([text[start : start + length]], device=model.device)
     nats, chosen = nats_and_choices(model, ids)
     if method == "dense":
         _DENSE[length, sample] = chosen
@@ -199,12 +201,12 @@ def _line(
     options: argparse.Namespace, method: str, params: dict[str, Any], metric: str, value: float, unit: str
 ) -> None:
     params = params | {"samples": options.samples, "settings": json.dumps(METHODS[method])}
-    line = record("smollm2", method, params, metric, value, unit, out=options.out)
+    line = record("smollm2", method, params, metric, value, unit, device=options.device, out=options.out)
     print(f"{params['N']:>6} {params['task']:<18} {method:<22} {metric:<11} {line['value']:.4f}", flush=True)
 
 
 @torch.no_grad()
-def capture(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
+def capture(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
     """q, k and v as attention gets them, after the rotation: [1, T, heads, 64] in bf16 for each layer and length."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -214,14 +216,14 @@ def capture(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> No
     def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Any:
         if module.layer_idx in options.layers:
             for name, x in (("q", query), ("k", key), ("v", value)):
-                kept[f"{key.shape[2]}.{module.layer_idx}.{name}"] = x.transpose(1, 2).bfloat16().contiguous()
+                kept[f"{key.shape[2]}.{module.layer_idx}.{name}"] = x.transpose(1, 2).bfloat16().contiguous().cpu()
         return sdpa_attention_forward(module, query, key, value, *rest, **more)
 
     AttentionInterface.register("capture", keep)
     model.set_attn_implementation("capture")
     text = text_ids(tokenizer)
     for length in options.lengths:
-        model.model(torch.tensor([text[:length]]))
+        model.model(torch.tensor([text[:length]], device=model.device))
     options.heads.parent.mkdir(parents=True, exist_ok=True)
     save_file(kept, options.heads)
     print(f"{len(kept) // 3} layers in {options.heads}")
@@ -237,9 +239,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 9, 19, 29])
     parser.add_argument("--heads", type=Path, default=Path("runs/smollm2/heads.safetensors"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    {"judge": judge, "capture": capture}[options.what](*load(options.gguf or find_gguf()), options)
+    model, tokenizer = load(options.gguf or find_gguf())
+    model.to(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    {"judge": judge, "capture": capture}[options.what](model, tokenizer, options)
 
 
 if __name__ == "__main__":
