@@ -39,11 +39,12 @@ LENGTH_FIGURES = (
     ("peak_bytes", "peak KiB a token, forward and backward, above the inputs", 1 / 1024),
 )
 """Metric, title of the axis, factor on ms or bytes a token."""
-PREFILL = ("row_local", "row_local-4", "flex_prefill", "flexprefill-official", "flashprefill-v1", "sdpa-cudnn")
-"""What is drawn of sparse prefill, on the input `mixed` at this coverage, or with this threshold of FlashPrefill's."""
-COVERAGE, THRESHOLD = 0.95, 0.18
-JUDGED = ("row_local", "row_local-4", "flex_prefill", "flex_prefill, official mode")
-"""What is drawn of what selectors keep."""
+EQUAL_ERROR = "flashprefill-v1, equal error"
+PREFILL = ("row_local", "row_local-4", "xattention", "flexprefill-official", EQUAL_ERROR, "sdpa-cudnn")
+"""What is drawn of sparse prefill, on the input `mixed` at this coverage."""
+COVERAGE = 0.95
+JUDGED = ("row_local", "row_local-4", "xattention", "flexprefill-official", "flashprefill-v1", "flex_prefill")
+"""What is drawn of what selectors keep, by coverage or by threshold."""
 
 
 class Group(NamedTuple):
@@ -170,14 +171,15 @@ def draw_prefill(results: Path, out: Path) -> list[Path]:
     lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
     lines = [x for x in lines if x["params"]["input"] == "mixed"]
     every = newest(read_lines(path)) if path.exists() else []
-    every = [x for x in every if x["params"]["input"] == "mixed" and "coverage" in x["params"]]
+    every = [x for x in every if x["params"]["input"] == "mixed" and {"coverage", "threshold"} & set(x["params"])]
     # Where most coverages were judged: what a plan keeps does not depend on the device.
     settings = [_problem(x)[:2] for x in every if x["metric"] == "density"]
     judged = max(settings, key=settings.count, default=None)
     times, kept = {}, {}
     for colour, impl in enumerate(PREFILL):
         own = [x for x in lines if x["impl"] == impl]
-        points = [(int(x["params"]["N"]), x["value"]) for x in own if x["metric"] == "time" and _at_setting(x)]
+        own = [x for x in own if x["metric"] == "time" and x["params"].get("coverage", COVERAGE) == COVERAGE]
+        points = [(int(x["params"]["N"]), x["value"]) for x in own]
         if len(points) > 1:
             times[impl] = (colour, sorted(points))
     for colour, impl in enumerate(JUDGED):
@@ -267,13 +269,9 @@ def draw_windows(results: Path, out: Path) -> list[Path]:
     return [target]
 
 
-def _at_setting(line: ResultLine) -> bool:
-    params = line["params"]
-    return params.get("coverage", COVERAGE) == COVERAGE and params.get("threshold", THRESHOLD) == THRESHOLD
-
-
 def _problem(line: ResultLine) -> tuple[str, int, float]:
-    return line["device"], int(line["params"]["N"]), float(line["params"]["coverage"])
+    asked = line["params"].get("coverage", line["params"].get("threshold", 0.0))
+    return line["device"], int(line["params"]["N"]), float(asked)
 
 
 def _draw_curves(

@@ -67,7 +67,9 @@ PREFILL = {
     "sdpa-flash": "dense, flash",
     "flex-attention": "FlexAttention, blocks given",
     "flexprefill-official": "FlexPrefill, its authors' code",
+    "xattention": "XAttention's selection",
     "flashprefill-v1": "FlashPrefill V1",
+    "flashprefill-v1, equal error": "FlashPrefill V1 at the error of row_local",
 }
 """Implementation -> title of a column."""
 COVERAGE, THRESHOLD = 0.95, 0.18

@@ -242,10 +242,13 @@ def prefill_lines(tmp_path, monkeypatch):
         write("row_local", length, "time", 55.0, coverage=0.95, input="structured")
         write("flashprefill-v1", length, "time", 9.0, threshold=0.18)
         write("flashprefill-v1", length, "output_error", 0.125, threshold=0.18)
+        write("flashprefill-v1, equal error", length, "time", 44.0, coverage=0.95)
     for share in (0.9, 0.95):
         write("row_local", 32_768, "density", share / 2, coverage=share)
         write("row_local", 32_768, "recall_p5", share, coverage=share)
         write("row_local", 32_768, "output_error", 1 - share, coverage=share)
+        write("flashprefill-v1", 32_768, "density", share / 4, threshold=share / 10)
+        write("flashprefill-v1", 32_768, "recall_p5", share / 2, threshold=share / 10)
     return results
 
 
@@ -255,7 +258,10 @@ def test_figures_of_sparse_prefill(plots, prefill_lines, tmp_path):
     time, recall = (x.read_text(encoding="utf-8") for x in drawn)
     assert "<title>row_local, 32K: 8</title>" in time
     assert "<title>sdpa-cudnn, 8K: 8</title>" in time
+    assert "<title>flashprefill-v1, equal error, 32K: 44</title>" in time
+    assert ": 9<" not in time
     assert "<title>row_local, 45: 90</title>" in recall
+    assert "<title>flashprefill-v1, 22.5: 45</title>" in recall
     assert "sdpa" not in recall
     assert ": 66<" not in time
     assert plots.draw_prefill(tmp_path, tmp_path / "none") == []
@@ -289,8 +295,8 @@ def test_the_page_of_averaging_shows_the_recorded_lines(tables):
 
 def test_tables_of_sparse_prefill(tables, prefill_lines, tmp_path):
     text = "\n".join(tables.prefill(prefill_lines, links="there"))
-    assert "| tokens | row_local | dense, cuDNN | FlashPrefill V1 |" in text
-    assert "| 32K | 8 | 32 | 9 |" in text
+    assert "| tokens | row_local | dense, cuDNN | FlashPrefill V1 | FlashPrefill V1 at the error of row_local |" in text
+    assert "| 32K | 8 | 32 | 9 | 44 |" in text
     assert "| 32K | 48%, 95.0%, 0.050 | 0.125 |" in text
     assert "A GPU; [lines](there/prefill.jsonl)" in text
     assert tables.prefill(tmp_path, links="there") == []

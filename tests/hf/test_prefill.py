@@ -187,7 +187,7 @@ def test_the_official_mode_refuses_chunks():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_long_prompts_on_a_gpu():
-    """Kernels under transformers, from the measured length on: everything kept is dense, and a repair keeps its promise."""
+    """Kernels under transformers from the measured length on: all kept is dense, and a repair keeps its promise."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=61,

@@ -261,8 +261,8 @@ def _equal_error(problem: Problem, share: float) -> list[Case]:
 
     case = partial(Case, name="prefill", params=problem.params | {"coverage": share}, check=lambda: None)
     return [
-        case(rivals={"flashprefill-v1": _rival(problem, run)}, metric="time"),
-        case(figures={"flashprefill-v1": kept}, rounds=1),
+        case(rivals={"flashprefill-v1, equal error": _rival(problem, run)}, metric="time"),
+        case(figures={"flashprefill-v1, equal error": kept}, rounds=1),
     ]
 
 
