@@ -13,8 +13,8 @@ from whimbrel.bench.runner import run_case
 from whimbrel.errors import UnsupportedError
 from whimbrel.sparse import rivals
 from whimbrel.sparse.dense.config import DenseConfig
-from whimbrel.sparse.prefill import bench
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
+from whimbrel.sparse.prefill import bench
 from whimbrel.sparse.prefill.bench import (
     COVERAGES,
     CUDA_LENGTHS,
