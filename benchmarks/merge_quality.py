@@ -1,80 +1,56 @@
 """Averages against annealing, as a start, and after a collapse: small replicas of arXiv 2505.12082, figures 3 to 7.
 
-    python benchmarks/merge_quality.py anneal demo --seeds 0 1 2     # windows along a run, and annealed branches
-    python benchmarks/merge_quality.py start demo --seeds 0 1 2      # annealing from an average and from the last
-    python benchmarks/merge_quality.py spike demo --seeds 0 1 2      # optimizer states after a collapse
+    python benchmarks/merge_quality.py anneal benchmarks/recipes/pma-60m.toml --seeds 0 1 2 --apart data/other-shards
+    python benchmarks/merge_quality.py collapse benchmarks/recipes/pma-60m.toml --burst-factor 100
+    python benchmarks/merge_quality.py collapse benchmarks/recipes/pma-60m.toml --rates 6e-3 1.2e-2
 
-The second argument is a recipe or a TOML file, as for `whimbrel train`; --steps, --every, --anneal-steps and --device
-override it. Runs are kept in --runs, so that a second call, or one after an interruption, does no work twice. Lines go
-to benchmarks/results/merge_quality.jsonl: params recipe, tokens, method, interval_tokens, count and seed; metric loss,
-on the held-out text of eval.validation_tokens.
+The recipe, or TOML file, has AdamW and a folder of token shards; the run is at a constant rate after a warm-up.
+Checkpoints stay in memory, blocks are compiled, and the host waits for the device only where it must, so that a model
+of 60 M parameters takes minutes on a GPU. Averages are made by whimbrel.merge.OnlineAverage, a collapse is seen by
+whimbrel.merge.SpikeDetector. Work that would begin after --seconds is left out and named. A process for each seed,
+side by side, keeps a large card busy; each needs about 20 GB.
+
+Lines go to benchmarks/results/merge_quality.jsonl: metric loss, on the first --validation-tokens of the held-out text,
+with differences paired over blocks of one training sequence; metric training_loss, the mean of --stretch steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from whimbrel.bench.results import RESULTS, record
-from whimbrel.checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint, step_dir
-from whimbrel.config import Config, load_config, to_toml, with_overrides
-from whimbrel.data import TokenShards
-from whimbrel.errors import TrainingError
-from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb
-from whimbrel.evals.intervals import Interval
-from whimbrel.merge import OnlineAverage, load_average
+from whimbrel.config import MergeConfig, ScheduleConfig, SpikesConfig, load_config
+from whimbrel.data import Loader, TokenShards
+from whimbrel.evals.intervals import Interval, paired_difference
+from whimbrel.merge import OnlineAverage
 from whimbrel.merge.config import DecayConfig, EMAConfig, SMAConfig, WMAConfig
+from whimbrel.merge.spikes import SpikeDetector
 from whimbrel.model import build_model
-from whimbrel.training import loop
-from whimbrel.training.loop import annealed, shards_for, train
+from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.training.processes import pick_device
 
 METHODS = {"sma": SMAConfig(), "wma": WMAConfig(), "ema": EMAConfig(), "minus-sqrt": DecayConfig()}
-COUNTS, STRIDES = (3, 6, 10, 15), (1, 2, 4)
-POLICIES = ("average", "newest", "reset")
-
-
-class Study:
-    """One recipe and seed: its runs, its held-out text, and where lines go."""
-
-    def __init__(self, args: argparse.Namespace, config: Config, seed: int) -> None:
-        self.args, self.config = args, with_overrides(config, {"seed": seed})
-        self.device = pick_device(args.device)
-        self.recipe = Path(args.source).stem
-        self.folder = args.runs / f"{self.recipe}-{config.steps}" / f"seed-{seed}"
-        self.model = build_model(self.config.model).to(self.device)
-        self.text = TokenShards(shards_for(self.config), "validation")
-
-    def evaluate(self, model: nn.Module) -> BpbResult:
-        sizes = {"seq_len": self.config.data.seq_len, "max_tokens": self.config.eval.validation_tokens}
-        return evaluate_bpb(model, self.text, **sizes)
-
-    def judge(self, path: Path) -> BpbResult:
-        load_weights(path, self.model)
-        return self.evaluate(self.model)
-
-    def train(self, name: str, config: Config, branch_from: Path | None = None) -> Path:
-        """Run folder of a finished run."""
-        folder = self.folder / name
-        result = train(config, run_dir=folder, branch_from=branch_from)
-        if result.interrupted:
-            raise SystemExit(f"stopped at step {result.step} of {folder}; the same command goes on from there")
-        return folder
-
-    def line(self, method: str, score: BpbResult, *, step: int, raw: BpbResult | None = None, **params: Any) -> None:
-        """Record and print one loss; with `raw` also the paired difference to it."""
-        given = {"recipe": self.recipe, "tokens": step * self.config.batch_tokens, "method": method}
-        given |= {"seed": self.config.seed, **params}
-        difference = None if raw is None else compare_bpb(score, raw)
-        write_line(given, score.nats_per_token, difference, device=self.device.type, out=self.args.out)
+COUNTS = (3, 6, 10, 15)
+STRIDES = (1, 2, 4, 8)
+"""Intervals between averaged checkpoints, in distances of checkpoints."""
+METHOD_STRIDE = 2
+"""The interval at which methods other than the plain mean are compared."""
+MOMENTS = {"average": "average", "newest": "newest", "reset": "reset", "half-rate": "average"}
+"""Ways to go back from a collapse: what becomes of the moments. `half-rate` also halves the rate each time."""
+KEPT = 12
+"""Checkpoints that a run which may collapse keeps: it goes back to the three before the collapse."""
+REWARM_STEPS = 50
 
 
 def write_line(
@@ -98,178 +74,492 @@ def write_line(
     record("merge_quality", "whimbrel", given, metric, loss, "nats per token", device=device, out=out)
 
 
-def ends(study: Study) -> list[int]:
-    """Steps at which an annealed branch ends, the last step among them."""
-    config, every = study.config, study.config.checkpoint.every_steps
-    forks = study.args.forks
-    found = [round(config.steps * (i + 1) / forks / every) * every for i in range(forks)]
-    least = config.schedule.warmup_steps + config.averaging.anneal_steps
-    return [step for step in found if step >= least]
+class Snapshot(NamedTuple):
+    """A checkpoint in memory."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    """Both moments of AdamW, named `first.NAME` and `second.NAME`; empty where only weights were kept."""
 
 
-def anneal(study: Study) -> None:
-    """At each fork, from equal tokens: the checkpoint, averages of every method, count and interval, the branch."""
-    config, every = study.config, study.config.checkpoint.every_steps
-    constant = study.train("constant", config)
-    for end in ends(study):
-        raw = study.judge(step_dir(constant, end))
-        study.line("last", raw, step=end)
-        start = end - config.averaging.anneal_steps
-        branch = study.train(f"annealed-{end}", annealed(config, from_step=start), step_dir(constant, start))
-        study.line("annealed", study.judge(branch / step_dir("", end).name), step=end, raw=raw)
-        for stride in STRIDES:
-            first = max(config.schedule.warmup_steps, every)
-            paths = [step_dir(constant, step) for step in range(end, first - 1, -stride * every)][: max(COUNTS)][::-1]
-            interval = stride * every * config.batch_tokens
-            for (name, count), score in _averages(study, paths):
-                study.line(name, score, step=end, raw=raw, count=count, interval_tokens=interval)
+class Score(NamedTuple):
+    """Loss on held-out text, and its sum over each block of equal size."""
+
+    loss: float
+    blocks: np.ndarray
 
 
-def _averages(study: Study, paths: list[Path]) -> Iterator[tuple[tuple[str, int], BpbResult]]:
-    """Name and count of an average, and its evaluation, for the averages that end at the last of `paths`.
+class Job:
+    """The model, its optimizer and its text; what is trained is put into it and taken out of it."""
 
-    Each checkpoint is read once, for all averages that it is in; their sums lie where the model does.
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, pick_device(args.device)
+        self.began = time.perf_counter()
+        given = {"data.corpus": args.corpus and str(args.corpus), "batch_tokens": args.batch_tokens}
+        settings: Mapping[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self.config = config = load_config(args.recipe, settings)
+        self.seq_len, self.batch = config.data.seq_len, config.batch_sequences
+        self.corpus = Path(config.data.corpus)
+        self.model = build_model(config.model, seed=0).to(self.device)
+        if args.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizer = config.optim.build(config.optim.groups(self.model))
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["fused"] = True
+            group["betas"] = (group["betas"][0], args.beta2 or group["betas"][1])
+        self.params = dict(self.model.named_parameters())
+        self.text = TokenShards(self.corpus, "validation")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def has_time(self, what: str, need: float = 0.0) -> bool:
+        """Whether the time allowed is not used up; says what is left out if it is."""
+        if self.seconds() + need < self.args.seconds:
+            return True
+        print(f"left out for lack of time: {what}", flush=True)
+        return False
+
+    def loader(self, seed: int, corpus: Path | None = None) -> Loader:
+        """Batches of the training text, or of another folder's."""
+        shards = TokenShards(corpus or self.corpus, "train")
+        return Loader(shards, seq_len=self.seq_len, batch_sequences=self.batch, seed=seed)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what the model holds now."""
+        return {name: value.detach().clone() for name, value in self.params.items()}
+
+    def start(self, seed: int) -> None:
+        """Weights drawn from `seed`, and an optimizer that has seen nothing."""
+        fresh = build_model(self.config.model, seed=seed)
+        with torch.no_grad():
+            for name, value in fresh.named_parameters():
+                self.params[name].copy_(value)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the optimizer's state."""
+        self.optimizer.state.clear()
+
+    def take(self, step: int, *, moments: bool) -> Snapshot:
+        """What the model, and on request the optimizer, hold now."""
+        kept: dict[str, Tensor] = {}
+        if moments:
+            for name, value in self.params.items():
+                state = self.optimizer.state[value]
+                kept |= {f"first.{name}": state["exp_avg"].clone(), f"second.{name}": state["exp_avg_sq"].clone()}
+        return Snapshot(step, self.weights(), kept)
+
+    @torch.no_grad()
+    def put(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; without moments the optimizer begins anew."""
+        for name, value in self.params.items():
+            value.copy_(snapshot.weights[name])
+        self.forget()
+        if snapshot.moments:
+            for name, value in self.params.items():
+                self.optimizer.state[value] = {
+                    "step": torch.tensor(float(snapshot.step), device=self.device),
+                    "exp_avg": snapshot.moments[f"first.{name}"].to(self.device, copy=True),
+                    "exp_avg_sq": snapshot.moments[f"second.{name}"].to(self.device, copy=True),
+                }
+
+    def gradient(self, loader: Loader, step: int) -> tuple[Tensor, Tensor]:
+        """Gradients of a step's batch; returns loss and norm before clipping, on the device."""
+        tokens, targets = (self._moved(part) for part in loader.batch(step))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.model.loss(tokens, targets)
+        loss.backward()
+        return loss.detach(), nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+
+    def apply(self, rate: float, norm: Tensor) -> None:
+        """The optimizer's step with these gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.args.clip:
+            nn.utils.clip_grads_with_norm_(self.params.values(), self.args.clip, norm)
+        self.optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+
+    @torch.no_grad()
+    def score(self, weights: dict[str, Tensor], text: TokenShards | None = None) -> Score:
+        """The loss of `weights` on held-out text; the model's weights are overwritten."""
+        text, args = text or self.text, self.args
+        for name, value in self.params.items():
+            value.copy_(weights[name])
+        rows = min(args.validation_tokens, text.num_tokens - 1) // self.seq_len
+        ids = torch.from_numpy(text.read(0, rows * self.seq_len + 1)).to(self.device)
+        inputs, targets = ids[:-1].view(rows, -1), ids[1:].view(rows, -1)
+        sums = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            for part, wanted in zip(inputs.split(self.batch), targets.split(self.batch), strict=True):
+                sums.append(self.model.per_token_loss(part, wanted).double().sum(1))
+        blocks = torch.cat(sums).cpu().numpy()
+        return Score(float(blocks.sum()) / (rows * self.seq_len), blocks)
+
+    def line(self, method: str, score: Score, *, seed: int, step: int, raw: Score | None = None, **params: Any) -> None:
+        """Record and print one loss; with `raw` also the paired difference to it."""
+        sizes = np.full(len(score.blocks), self.seq_len)
+        difference = None if raw is None else paired_difference(score.blocks, raw.blocks, sizes, draws=1000)
+        given = {"recipe": self.config.name, "tokens": step * self.config.batch_tokens, "method": method}
+        write_line(given | {"seed": seed, **params}, score.loss, difference, device=self.device.type, out=self.args.out)
+
+
+def mean(snapshots: Sequence[Snapshot], method: MergeConfig, *, moments: bool = False) -> Snapshot:
+    """The average of snapshots, oldest first; it stands at the newest one's step."""
+    current: dict[str, Tensor] = {}
+
+    def tensors() -> dict[str, Tensor]:
+        return current
+
+    def use(snapshot: Snapshot) -> None:
+        current.update(snapshot.weights)
+        if moments:
+            place = next(iter(snapshot.weights.values())).device
+            current.update({name: value.to(place) for name, value in snapshot.moments.items()})
+
+    use(snapshots[0])
+    average = OnlineAverage(tensors, count=len(snapshots), method=method, device="same")
+    for number, snapshot in enumerate(snapshots):
+        use(snapshot)
+        average.update(number)
+    found = average.average()
+    newest = snapshots[-1]
+    return Snapshot(
+        newest.step,
+        {name: found[name] for name in newest.weights},
+        {name: found[name] for name in newest.moments} if moments else {},
+    )
+
+
+def train(
+    job: Job, loader: Loader, first: int, last: int, *, decay: int = 0, rate: float | None = None, warmup: int = 0
+) -> Iterator[int]:
+    """Steps `first` to `last`, decaying to zero over the last `decay` of them; yields the step that has been done."""
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=warmup, decay_steps=decay)
+    for step in range(first, last):
+        factor = learning_rate_factor(step, schedule, steps=last)
+        job.apply((rate or job.rate) * factor, job.gradient(loader, step)[1])
+        yield step + 1
+
+
+def finish(steps: Iterator[int]) -> None:
+    """Train to the end."""
+    for _ in steps:
+        pass
+
+
+def anneal(job: Job, seed: int) -> None:
+    """One run at a constant rate. At each fork the last checkpoint, averages, and branches; then fine-tuning."""
+    args, every = job.args, job.args.every
+    loader = job.loader(seed)
+    forks = [round(args.steps * share / every) * every for share in args.forks]
+    branches = [end for end in forks if end - args.anneal_steps >= args.count * every and end >= args.steps // 4]
+    # Moments are large; they are kept where a branch begins and where they are averaged for one, in main memory.
+    starts = {end - args.anneal_steps - i * every for end in branches for i in range(args.count)}
+    job.start(seed)
+    kept: dict[int, Snapshot] = {}
+    began = time.perf_counter()
+    for step in train(job, loader, 0, args.steps, warmup=args.warmup):
+        if step % every == 0:
+            taken = job.take(step, moments=step in starts)
+            kept[step] = taken._replace(moments={name: value.cpu() for name, value in taken.moments.items()})
+    _speak(job, f"seed {seed}: constant rate, {loader.epochs(args.steps):.1f} epochs", args.steps, began)
+    if args.apart:
+        _tune(job, seed, [kept[args.steps - i * every] for i in reversed(range(args.count))])
+    # Should time run out: the end of the run says most, and places without branches cost little.
+    for end in sorted(forks, key=lambda end: (end != args.steps, end in branches, -end)):
+        if not job.has_time(f"seed {seed}, fork {end}"):
+            return
+        raw = job.score(kept[end].weights)
+        job.line("last", raw, seed=seed, step=end)
+        if end in branches:
+            _branch(job, loader, seed, end, kept, raw)
+        for stride, method, count in _windows():
+            oldest = end - (count - 1) * stride * every
+            if oldest < every:
+                continue
+            chosen = [kept[step] for step in range(oldest, end + 1, stride * every)]
+            score = job.score(mean(chosen, METHODS[method]).weights)
+            job.line(
+                method, score, seed=seed, step=end, raw=raw, count=count, interval_tokens=_tokens(job, stride * every)
+            )
+
+
+def _windows() -> Iterator[tuple[int, str, int]]:
+    """(stride, method, count): the plain mean at every interval, other methods at one."""
+    for stride in STRIDES:
+        for method in METHODS if stride == METHOD_STRIDE else ("sma",):
+            for count in COUNTS:
+                yield stride, method, count
+
+
+def _tokens(job: Job, steps: int) -> int:
+    return steps * job.config.batch_tokens
+
+
+def _branch(job: Job, loader: Loader, seed: int, end: int, kept: dict[int, Snapshot], raw: Score) -> None:
+    """Annealing up to `end`, from the checkpoint and from the average of those before it, moments too."""
+    args, every = job.args, job.args.every
+    first = end - args.anneal_steps
+    window = [kept[first - i * every] for i in reversed(range(args.count))]
+    job.put(kept[first])
+    finish(train(job, loader, first, end, decay=args.anneal_steps))
+    annealed = job.score(job.weights())
+    job.line("annealed", annealed, seed=seed, step=end, raw=raw, anneal_tokens=_tokens(job, args.anneal_steps))
+    job.put(mean(window, SMAConfig(), moments=True))
+    finish(train(job, loader, first, end, decay=args.anneal_steps))
+    score = job.score(job.weights())
+    given = {"count": args.count, "interval_tokens": _tokens(job, every)}
+    job.line("start-last", annealed, seed=seed, step=end)
+    job.line("start-average", score, seed=seed, step=end, raw=annealed, **given)
+
+
+def _tune(job: Job, seed: int, window: Sequence[Snapshot]) -> None:
+    """Fine-tuning on text that training has not seen, from the last checkpoint and from an average."""
+    args = job.args
+    loader = job.loader(seed, args.apart)
+    held_out = TokenShards(args.apart, "validation")
+    steps = args.tune_steps
+    for rate in args.tune_rates:
+        scores = {}
+        for name, start in (("last", window[-1]), ("average", mean(window, SMAConfig()))):
+            start = Snapshot(start.step, start.weights, {})
+            job.put(start)
+            before = job.score(start.weights, held_out)
+            finish(train(job, loader, 0, steps, rate=rate, warmup=steps // 10, decay=steps - steps // 10))
+            weights = job.weights()
+            scores[name] = before, job.score(weights, held_out), job.score(weights)
+        given = {"rate": rate, "tune_tokens": _tokens(job, steps)}
+        for i, when in enumerate(("tune-start", "tune", "tune-elsewhere")):
+            last, average = scores["last"][i], scores["average"][i]
+            job.line(f"{when}-last", last, seed=seed, step=args.steps, **given)
+            job.line(f"{when}-average", average, seed=seed, step=args.steps, raw=last, count=args.count, **given)
+
+
+@dataclass
+class Course:
+    """A run up to some step."""
+
+    now: Snapshot
+    rate: float
+    curve: list[float] = field(default_factory=list)
+    """Training loss of each step."""
+    kept: list[Snapshot] = field(default_factory=list)
+    """Checkpoints before any collapse, oldest first."""
+    detector: dict[str, Any] = field(default_factory=dict)
+    onset: int = -1
+    """Where the loss left its range, if the detector's verdict on the last step is to go back."""
+    restarts: int = 0
+    ended: bool = False
+    """Whether the run cannot go on: its loss is not finite, or it has gone back too often."""
+
+
+def collapse(job: Job, seed: int) -> None:
+    """Runs that collapse, by a burst of the rate or by the rate itself: never going back, and by each way of doing so.
+
+    Of several rates, the first at which a run collapses.
     """
-    averages = {
-        (name, count): OnlineAverage(study.model, count=count, method=method, device="same")
-        for count in COUNTS
-        if count <= len(paths)
-        for name, method in METHODS.items()
-    }
-    for place, path in enumerate(paths):
-        load_weights(path, study.model)
-        for (_, count), average in averages.items():
-            if place >= len(paths) - count:
-                average.update(place)
-    for key, average in averages.items():
-        with average.swapped():
-            yield key, study.evaluate(study.model)
+    for rate in job.args.rates or [job.rate]:
+        if job.has_time(f"seed {seed}, rate {rate:g}") and _collapses(job, seed, rate):
+            return
 
 
-def start(study: Study) -> None:
-    """Continued training with a decaying rate, from the average of the last checkpoints and from the last one."""
-    config, every = study.config, study.config.checkpoint.every_steps
-    constant = study.train("constant", config)
-    steps = config.averaging.anneal_steps
-    for fork in (end - steps for end in ends(study)):
-        last = step_dir(constant, fork)
-        paths = [path for path in list_checkpoints(constant) if int(path.name[5:]) <= fork][-config.averaging.last :]
-        results = {}
-        for name in ("last", "average"):
-            source = last if name == "last" else _averaged_start(study, paths, fork)
-            run = study.train(f"start-{name}-{fork}", annealed(config, from_step=fork), source)
-            results[name] = study.judge(run / step_dir("", fork + steps).name)
-        study.line("start-last", results["last"], step=fork + steps)
-        given = {"count": len(paths), "interval_tokens": every * config.batch_tokens}
-        study.line("start-average", results["average"], step=fork + steps, raw=results["last"], **given)
-
-
-def _averaged_start(study: Study, paths: list[Path], step: int) -> Path:
-    """A step folder whose weights and moments are the average of `paths`."""
-    config, folder = study.config, study.folder / "averaged"
-    if not step_dir(folder, step).exists():
-        optimizer = config.optim.build(config.optim.groups(study.model))
-        load_checkpoint(paths[-1], model=study.model, optimizer=optimizer)
-        extra = load_average(paths, model=study.model, optimizer=optimizer)
-        save_checkpoint(
-            folder,
-            step=step,
-            tokens=step * config.batch_tokens,
-            model=study.model,
-            optimizer=optimizer,
-            extra=extra,
-            config_toml=to_toml(config),
-        )
-    return step_dir(folder, step)
-
-
-def spike(study: Study) -> None:
-    """A burst of the learning rate at two thirds of the run, carried through with each optimizer state, and without.
-
-    Where it goes back no update is left out, so that the optimizer states are compared and nothing else; leaving
-    updates out is a line of its own. With --rate the whole run has that rate and collapses, or does not, by itself.
-    """
-    config, args = study.config, study.args
-    settings: dict[str, Any] = {} if args.rate is None else {"optim.lr": args.rate}
-    burst = None if args.rate is not None else 2 * config.steps // 3
-    calm = with_overrides(config, settings)
-    constant = None
+def _collapses(job: Job, seed: int, rate: float) -> bool:
+    args = job.args
+    loader = job.loader(seed)
+    burst = None if args.rates else round(args.burst_at * args.steps / args.every) * args.every
+    job.start(seed)
+    course = Course(job.take(0, moments=False), rate)
     if burst is not None:
-        constant = study.train("constant", calm)
-        study.line("undisturbed", study.judge(list_checkpoints(constant)[-1]), step=config.steps)
-    ways: dict[str, dict[str, Any]] = {"none": {"spikes.action": "log"}, "skip": {"spikes.action": "skip"}}
-    restart = {"spikes.action": "restart", "spikes.max_skips": 0}
-    ways |= {policy: restart | {"spikes.optimizer": policy} for policy in POLICIES}
-    for policy, way in ways.items():
-        own = with_overrides(calm, way)
-        name = f"spike-{policy}" if args.rate is None else f"rate-{args.rate:g}-{policy}"
-        if constant is not None and burst is not None:
-            _begin_as(constant, study.folder / name, burst)
-        try:
-            with _burst(burst, args.burst_steps, args.burst_factor), warnings.catch_warnings():
-                warnings.simplefilter("default")
-                run = study.train(name, own)
-        except TrainingError as error:
-            print(f"seed {config.seed} {name}: ended early: {error}", flush=True)
-            continue
-        restarts = len(list(run.glob("before-restart-*")))
-        study.line(name, study.judge(list_checkpoints(run)[-1]), step=config.steps, restarts=restarts)
+        course = _advance(job, loader, course, end=burst)
+        calm = _advance(job, loader, course, end=args.steps)
+        _record_run(job, "undisturbed", seed, calm)
+        if job.has_time(f"seed {seed}, skip"):
+            skipping = _advance(job, loader, course, end=args.steps, way="skip", burst=burst)
+            _record_run(job, "collapse-skip", seed, skipping)
+    fork = _advance(job, loader, course, end=args.steps, until_restart=True, burst=burst)
+    none = _advance(job, loader, fork, end=args.steps)
+    _record_run(job, "collapse-none", seed, none)
+    if fork.onset < 0:
+        shown = " ".join(f"{np.mean(none.curve[i : i + 25]):.2f}" for i in range(0, len(none.curve), 25))
+        print(f"seed {seed}: no collapse at rate {rate:g}: {shown}", flush=True)
+        return False
+    print(f"seed {seed}: left its range at step {fork.onset}, would go back at step {fork.now.step}", flush=True)
+    for way in MOMENTS:
+        if job.has_time(f"seed {seed}, {way}"):
+            _record_run(job, f"collapse-{way}", seed, _advance(job, loader, fork, end=args.steps, way=way))
+    return True
 
 
-def _begin_as(constant: Path, folder: Path, before: int) -> None:
-    """Give a new run the checkpoints of `constant` up to the step `before`, until which the two are the same run."""
-    if folder.exists():
-        return
-    for path in list_checkpoints(constant):
-        if int(path.name[5:]) <= before:
-            shutil.copytree(path, folder / path.name, copy_function=os.link)
+def _advance(
+    job: Job,
+    loader: Loader,
+    course: Course,
+    *,
+    end: int,
+    way: str = "none",
+    until_restart: bool = False,
+    burst: int | None = None,
+) -> Course:
+    """The run up to step `end`, with what `way` does about abnormal steps: nothing, leaving updates out, going back.
+
+    The rate is --burst-factor times as high over --burst-steps steps from `burst` on, the first time they are taken.
+    """
+    args, began = job.args, time.perf_counter()
+    config = replace(_spikes(args), action="skip", max_skips=2) if way == "skip" else _spikes(args)
+    detector = SpikeDetector(config)
+    if course.detector:
+        detector.load_state_dict(course.detector)
+    course = replace(course, curve=list(course.curve), kept=list(course.kept))
+    raised = set() if burst is None else set(range(burst, burst + args.burst_steps))
+    job.put(course.now)
+    step = since = course.now.step
+    while step < end and not course.ended:
+        if course.onset >= 0 and way in MOMENTS:
+            start = _before_collapse(course, way, config)
+            if start is None:
+                print(f"{way}: gives up at step {step}, {course.restarts} restarts", flush=True)
+                course.ended = True
+                break
+            job.put(start)
+            step = since = start.step
+            course.restarts += 1
+            course.onset = -1
+            course.kept = [s for s in course.kept if s.step <= step]
+            course.curve = course.curve[:step]
+            detector.begin_anew()
+        factor = learning_rate_factor(step, ScheduleConfig(warmup_steps=args.warmup), steps=args.steps)
+        if step in raised:
+            raised.remove(step)
+            factor *= args.burst_factor
+        if way == "half-rate":
+            factor *= 0.5**course.restarts
+        if way == "reset" and course.restarts:
+            factor *= min(1.0, (step - since + 1) / REWARM_STEPS)
+        values = job.gradient(loader, step)
+        loss, norm = torch.stack(values).tolist()
+        verdict = detector.check(step + 1, loss, norm)
+        if verdict.action == "skip":
+            job.drop()
+        else:
+            job.apply(course.rate * factor, values[1])
+        step += 1
+        course.curve.append(loss)
+        course.ended = not math.isfinite(loss) and way == "none"
+        course.onset = verdict.onset if verdict.action == "restart" else -1
+        if course.onset >= 0 and until_restart:
+            break
+        if step % args.every == 0 and detector.state_dict()["episode"][0] < 0:
+            course.kept = [*course.kept, job.take(step, moments=True)][-KEPT:]
+    _speak(job, f"rate {course.rate:g}, {way}, {course.restarts} restarts, to step {step}", step - since, began)
+    course.now, course.detector = job.take(step, moments=step > 0), detector.state_dict()
+    return course
+
+
+def _before_collapse(course: Course, way: str, config: SpikesConfig) -> Snapshot | None:
+    """The average of the checkpoints before a collapse, and the moments to go on with; None where it gives up."""
+    early = [s for s in course.kept if s.step <= course.onset - 1 - config.margin_steps][-config.checkpoints :]
+    if not early or course.restarts == config.max_restarts:
+        return None
+    start = mean(early, SMAConfig(), moments=MOMENTS[way] == "average")
+    moments = {"average": start.moments, "newest": early[-1].moments, "reset": {}}[MOMENTS[way]]
+    print(f"{way}: from {[s.step for s in early]} on, left its range at {course.onset}", flush=True)
+    return Snapshot(start.step, start.weights, moments)
+
+
+def _spikes(args: argparse.Namespace) -> SpikesConfig:
+    return SpikesConfig(
+        action="restart", max_skips=0, window=args.window, patience=args.patience, margin_steps=args.margin
+    )
+
+
+def _record_run(job: Job, method: str, seed: int, course: Course) -> None:
+    """The training loss along the run, and at its end the loss on held-out text; no loss of a run that ended early."""
+    args, curve = job.args, course.curve
+    given = {"recipe": job.config.name, "method": method, "seed": seed, "rate": course.rate}
+    given |= {} if args.rates else {"burst_factor": args.burst_factor, "burst_steps": args.burst_steps}
+    for first in range(0, len(curve) - args.stretch + 1, args.stretch):
+        value = float(np.mean(curve[first : first + args.stretch]))
+        if math.isfinite(value):
+            tokens = _tokens(job, first + args.stretch)
+            line = given | {"tokens": tokens, "stretch_tokens": _tokens(job, args.stretch)}
+            write_line(line, value, None, device=job.device.type, out=args.out, metric="training_loss", quiet=True)
+    if not course.ended:
+        score = job.score(course.now.weights)
+        if math.isfinite(score.loss):
+            given |= {"tokens": _tokens(job, args.steps), "restarts": course.restarts}
+            write_line(given, score.loss, None, device=job.device.type, out=args.out)
+
+
+def _speak(job: Job, what: str, steps: int, began: float) -> None:
+    spent = time.perf_counter() - began
+    rate = _tokens(job, steps) / max(spent, 1e-9) / 1e3
+    print(f"[{job.seconds():.0f} s] {what} ({steps} steps, {spent:.1f} s, {rate:.0f} k tokens/s)", flush=True)
 
 
 @contextmanager
-def _burst(step: int | None, steps: int, factor: float) -> Iterator[None]:
-    """The learning rate is `factor` times as high over `steps` steps from `step`, the first time they are taken."""
-    real: Callable[..., float] = loop.learning_rate_factor
-    left = set() if step is None else set(range(step, step + steps))
-
-    def raised(at: int, *args: Any, **kwargs: Any) -> float:
-        hit = at in left
-        left.discard(at)
-        return real(at, *args, **kwargs) * (factor if hit else 1.0)
-
-    loop.learning_rate_factor = raised
+def _fast() -> Iterator[None]:
+    """fp32 products, which only scoring without autocast has, may use TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        loop.learning_rate_factor = real
+        torch.set_float32_matmul_precision(before)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("anneal", "start", "spike"))
-    parser.add_argument("source", help="recipe or TOML file, with a constant rate")
-    parser.add_argument("--steps", type=int, help="default: the recipe's")
-    parser.add_argument("--every", type=int, help="steps between checkpoints; default: the recipe's")
-    parser.add_argument("--anneal-steps", type=int, help="length of a branch, a multiple of --every")
-    parser.add_argument("--forks", type=int, default=3, help="places along the run")
+    parser.add_argument("study", choices=("anneal", "collapse"))
+    parser.add_argument("recipe", help="recipe or TOML file with AdamW and a folder of token shards")
+    parser.add_argument("--corpus", type=Path, help="another folder of token shards")
+    parser.add_argument("--apart", type=Path, help="anneal: shards of other text with the same ids, for fine-tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rate", type=float, help="spike: learning rate of the whole run, in place of the burst")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no work is begun after so long")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--rates", type=float, nargs="+", help="collapse: rates of the whole run, in place of a burst")
+    parser.add_argument(
+        "--burst-at", type=float, default=0.5, help="collapse: where the burst begins, a share of the run"
+    )
     parser.add_argument("--burst-steps", type=int, default=3)
-    parser.add_argument("--burst-factor", type=float, default=100.0)
+    parser.add_argument("--burst-factor", type=float, default=100.0, help="collapse: the rate's factor in the burst")
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--beta2", type=float, help="of AdamW; default: the recipe's")
+    parser.add_argument("--clip", type=float, default=1.0, help="norm that gradients are clipped to; 0: not at all")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--count", type=int, default=6, help="checkpoints in the average that a branch starts from")
+    parser.add_argument("--anneal-steps", type=int, default=160)
+    parser.add_argument("--forks", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.7, 1.0], help="shares of the run")
+    parser.add_argument("--tune-steps", type=int, default=60)
+    parser.add_argument("--tune-rates", type=float, nargs="+", default=[5e-4])
+    parser.add_argument("--window", type=int, default=50, help="spikes.window")
+    parser.add_argument("--patience", type=int, default=20, help="spikes.patience")
+    parser.add_argument("--margin", type=int, default=10, help="spikes.margin_steps")
+    parser.add_argument("--stretch", type=int, default=20, help="steps that a point of a training curve is a mean of")
+    parser.add_argument("--validation-tokens", type=int, default=131_072)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--runs", type=Path, default=Path("runs/merge_quality"))
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step; default: the recipe's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    given = {"steps": args.steps, "checkpoint.every_steps": args.every, "averaging.anneal_steps": args.anneal_steps}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    # A constant rate, all checkpoints, and no evaluation on the way but the study's own.
-    settings |= {"schedule.kind": "wsd", "schedule.decay_steps": 0, "checkpoint.keep": 0, "eval.checkpoint_tokens": 0}
-    config = load_config(args.source, settings | {"device": args.device})
-    if not config.averaging.anneal_steps or config.averaging.anneal_steps % config.checkpoint.every_steps:
-        parser.error(f"--anneal-steps must be a positive multiple of --every = {config.checkpoint.every_steps}")
-    if config.steps % config.checkpoint.every_steps:
-        parser.error(f"--steps must be a multiple of --every = {config.checkpoint.every_steps}")
-    for seed in args.seeds:
-        {"anneal": anneal, "start": start, "spike": spike}[args.study](Study(args, config, seed))
+    if args.anneal_steps % args.every or args.steps % args.every:
+        parser.error(f"--steps and --anneal-steps must be multiples of --every = {args.every}")
+    with _fast():
+        job = Job(args)
+        for seed in args.seeds:
+            if job.has_time(f"seed {seed}"):
+                {"anneal": anneal, "collapse": collapse}[args.study](job, seed)
 
 
 if __name__ == "__main__":

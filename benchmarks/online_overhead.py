@@ -5,9 +5,10 @@
 An optimizer that refreshes bases now and then (fira, galore) would disturb the stretches in which it does.
 Stretches of --every steps with one sample in them alternate with stretches without, on random tokens, in bf16 autocast
 with fp32 weights as the trainer runs it. Lines go to benchmarks/results/online_average.jsonl: `overhead` is the time
-of a stretch with the sample over that of the one before it, less 1; `gpu_bytes` the growth of the peak of allocated
-memory; `step` the seconds of a step without a sample; `sample` the time until a sample has been added, training
-standing still.
+of a stretch with the sample over that of the one before it, less 1; `gpu_bytes` the peak of allocated memory with the
+average, less that of a stretch before it was made, so that sums kept on the GPU count; `sample_bytes` all that is
+allocated there while a sample is taken, training standing still, which a peak elsewhere cannot hide; `step` the seconds
+of a step without a sample; `sample` the time until a sample has been added, training standing still.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def allocated(self) -> int:
+        """Bytes given out by the GPU's allocator since the process began, freed ones too."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+
     def stretch(self, steps: int, average: OnlineAverage | None) -> tuple[float, int]:
         """Seconds of `steps` steps, with a sample after the first of them, and the peak of allocated memory."""
         if self.device.type == "cuda":
@@ -82,31 +89,34 @@ def main(argv: list[str] | None = None) -> None:
     params = {"recipe": Path(args.recipe).stem, "B": args.batch, "T": args.seq_len, "every": args.every}
     params |= {"optim": args.optim} if args.optim else {}
     for place in args.places:
+        job.stretch(3, None)
+        _, before = job.stretch(3, None)
         average = OnlineAverage(job.model, job.optimizer, count=0, device=place, accumulate=args.accumulate)
         job.stretch(3, average)
         ratios, grown, step = [], [], []
         for _ in range(args.rounds):
-            (without, before), (with_sample, after) = (job.stretch(args.every, a) for a in (None, average))
+            (without, _), (with_sample, after) = (job.stretch(args.every, a) for a in (None, average))
             ratios.append(with_sample / without - 1)
             step.append(without / args.every)
             grown.append(after - before)
             print(f"{place}: step {step[-1]:.4f} s, {ratios[-1]:+.3%}, {grown[-1]:,} bytes", flush=True)
-        start = time.perf_counter()
+        start, held = time.perf_counter(), job.allocated()
         average.update(average.steps[-1] + 1)
         average.wait()
         job.wait()
-        seconds = time.perf_counter() - start
+        seconds, held = time.perf_counter() - start, job.allocated() - held
         for metric, values, unit in (
             ("overhead", ratios, "share"),
             ("step", step, "s"),
             ("gpu_bytes", grown, "bytes"),
             ("sample", [seconds], "s"),
+            ("sample_bytes", [held], "bytes"),
         ):
             given = params | {"accumulate": args.accumulate}
             record("online_average", place, given, metric, values, unit, device=job.device.type, out=args.out)
         print(
             f"sums on {place}: a step takes {sorted(ratios)[len(ratios) // 2]:+.2%} of its time longer, "
-            f"{max(grown):,} bytes of the GPU more, a sample {seconds:.3f} s"
+            f"{max(grown):,} bytes of the GPU more, a sample {seconds:.3f} s and {held:,} bytes"
         )
 
 

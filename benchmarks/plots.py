@@ -68,6 +68,7 @@ def main() -> int:
             *draw_prefill(given.results, given.methods),
             *draw_optimizers(given.results, given.methods),
             *draw_windows(given.results, given.methods),
+            *draw_collapse(given.results, given.methods),
         ):
             print(path)
     except WhimbrelError as error:
@@ -266,6 +267,35 @@ def draw_windows(results: Path, out: Path) -> list[Path]:
     target = out / "checkpoint-averaging-windows.svg"
     title = "nats a token above the newest checkpoint"
     atomic_write_text(target, _draw_curves(curves, title, "tokens between first and last", log=False).file())
+    return [target]
+
+
+def draw_collapse(results: Path, out: Path) -> list[Path]:
+    """Training loss along a run that collapsed, by what was done about it, one file; none without lines of a GPU.
+
+    Of the first seed, and of the study measured last.
+    """
+    path = results / "merge_quality.jsonl"
+    gpu = last_gpu([path] if path.exists() else [])
+    lines = newest(read_lines(path)) if path.exists() else []
+    lines = [x for x in lines if x["metric"] == "training_loss" and x["device"] == gpu]
+    if not lines:
+        return []
+    last = max(lines, key=lambda x: x["time"])["params"]
+    same = ("recipe", "rate", "burst_factor", "burst_steps", "stretch_tokens")
+    own = [x for x in lines if all(x["params"].get(name) == last.get(name) for name in same)]
+    seed = min(int(x["params"]["seed"]) for x in own)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for x in own:
+        if x["params"]["seed"] == seed:
+            name = str(x["params"]["method"]).removeprefix("collapse-")
+            found.setdefault(name, []).append((int(x["params"]["tokens"]) / 1e6, x["value"]))
+    if len(found) < 2:
+        return []
+    curves = {name: (i, sorted(points)) for i, (name, points) in enumerate(found.items())}
+    target = out / "checkpoint-averaging-collapse.svg"
+    svg = _draw_curves(curves, "training loss, nats a token", "M tokens", log=True)
+    atomic_write_text(target, svg.file())
     return [target]
 
 

@@ -383,19 +383,88 @@ def prefill_page(results: Path = RESULTS, page: Path = PREFILL_PAGE) -> str:
 
 def averaging_page(results: Path = RESULTS, page: Path = AVERAGING_PAGE) -> str:
     """The Markdown between the two marks of the page of checkpoint averaging."""
-    figure = "checkpoint-averaging-windows.svg"
-    figures = [f"![Gain of an average against the length of its window]({figure})", ""]
     to = "../../benchmarks/results"
-    shown = figures if (page.parent / figure).exists() else []
-    return "\n".join([*shown, *_replica(results, links=to), *_memory(results, links=to)]).rstrip("\n")
+    parts = (
+        *_shown(page, "checkpoint-averaging-windows.svg", "Gain of an average against the length of its window"),
+        *_replica(results, links=to),
+        *_shown(page, "checkpoint-averaging-collapse.svg", "Training loss of a run that collapses, by what is done"),
+        *_collapses(results, links=to),
+        *_online(results, links=to),
+        *_merge_speed(results, links=to),
+        *_memory(results, links=to),
+    )
+    return "\n".join(parts).rstrip("\n")
+
+
+def _shown(page: Path, figure: str, text: str) -> list[str]:
+    """The figure, where it lies beside the page."""
+    return [f"![{text}]({figure})", ""] if (page.parent / figure).exists() else []
+
+
+def quality_lines(results: Path, metric: str) -> list[ResultLine]:
+    """The newest lines of merge_quality on a GPU."""
+    path = results / "merge_quality.jsonl"
+    lines = newest(read_lines(path)) if path.exists() else []
+    return _of_one_card([x for x in lines if x["metric"] == metric and "thread" not in x["device"]])
 
 
 def replica_lines(results: Path) -> list[ResultLine]:
     """The newest losses of the study of averages on a GPU."""
-    path = results / "merge_quality.jsonl"
-    lines = [x for x in newest(read_lines(path)) if x["metric"] == "loss"] if path.exists() else []
-    lines = [x for x in lines if "thread" not in x["device"] and not x["params"]["method"].startswith("collapse")]
-    return _of_one_card(lines)
+    return [x for x in quality_lines(results, "loss") if not _may_collapse(x)]
+
+
+def _may_collapse(line: ResultLine) -> bool:
+    """Whether a line of merge_quality is of the study of collapses."""
+    method = str(line["params"]["method"])
+    return method.startswith("collapse-") or method == "undisturbed"
+
+
+WAYS = {
+    "undisturbed": "the same run without the burst",
+    "collapse-none": "never going back",
+    "collapse-skip": "leaving abnormal updates out",
+    "collapse-average": "average of 3 checkpoints, moments averaged",
+    "collapse-newest": "average of 3 checkpoints, moments of the newest",
+    "collapse-reset": "average of 3 checkpoints, no moments, rate warmed up again",
+    "collapse-half-rate": "average of 3 checkpoints, moments averaged, rate halved at each restart",
+}
+"""Methods of the study of collapses, and what they did."""
+
+
+def collapse_lines(results: Path, metric: str) -> dict[tuple[float, float, int], list[ResultLine]]:
+    """(rate, factor of the burst or 0, tokens of the run) -> newest lines of runs that collapsed, on a GPU."""
+    groups: dict[tuple[float, float, int], list[ResultLine]] = {}
+    for x in quality_lines(results, metric):
+        if not _may_collapse(x):
+            continue
+        given = x["params"]
+        place = int(given["tokens"]) if metric == "loss" else 0
+        groups.setdefault((float(given["rate"]), float(given.get("burst_factor", 0)), place), []).append(x)
+    return {key: own for key, own in groups.items() if len({x["params"]["method"] for x in own}) > 1}
+
+
+def _collapses(results: Path, *, links: str) -> list[str]:
+    """Where a run ended that collapsed, by what was done about it; nothing without lines of a GPU."""
+    rows: list[str] = []
+    for (rate, factor, tokens), lines in collapse_lines(results, "loss").items():
+        given = lines[0]["params"]
+        cause = f"{given.get('burst_steps')} steps at {factor:g} times the rate" if factor else "the rate alone"
+        seeds = sorted({int(x["params"]["seed"]) for x in lines})
+        rows += [
+            f"**A collapse by {cause}**, {given['recipe']}, rate {rate:g}, {tokens / 1e6:.1f} M tokens, seeds "
+            f"{', '.join(map(str, seeds))} ({lines[0]['device']}, [lines]({links}/merge_quality.jsonl)):",
+            "",
+            "| | held-out loss at the end, by seed | restarts |",
+            "|---|---|---|",
+        ]
+        for method, text in WAYS.items():
+            own = {int(x["params"]["seed"]): x for x in lines if x["params"]["method"] == method}
+            if own:
+                losses = (f"{own[seed]['value']:.3f}" if seed in own else "ended early" for seed in seeds)
+                restarts = (str(own[seed]["params"].get("restarts", "")) if seed in own else "" for seed in seeds)
+                rows.append(f"| {text} | {', '.join(losses)} | {', '.join(restarts)} |")
+        rows.append("")
+    return rows
 
 
 def _replica(results: Path, *, links: str) -> list[str]:
@@ -478,6 +547,66 @@ def _replica_row(key: tuple[str, int, int], lines: Sequence[ResultLine]) -> str:
     if differences:
         text = f"{statistics.mean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
     return f"| {method} | {window} | {statistics.mean(x['value'] for x in lines):.3f} | {text} |"
+
+
+def _online(results: Path, *, links: str) -> list[str]:
+    """What an average kept during training costs; nothing where no GPU was measured."""
+    path = results / "online_average.jsonl"
+    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
+    groups: dict[str, list[ResultLine]] = {}
+    for x in _of_one_card(lines):
+        groups.setdefault(repr((x["impl"], x["params"])), []).append(x)
+    rows = []
+    for own in groups.values():
+        given, found = own[0]["params"], {x["metric"]: x for x in own}
+        if "overhead" not in found:
+            continue
+        cost, step = found["overhead"], found["step"]["value"]
+        spread = f"{cost['value']:+.2%} ({cost['q25']:+.2%} to {cost['q75']:+.2%})"
+        where = "main memory" if own[0]["impl"] == "cpu" else "the GPU"
+        shape = f"{given['recipe']}, B {given['B']}, T {given['T']}"
+        cells = (shape, where, f"{given['every']}", f"{step:.3f} s", spread, size(found["gpu_bytes"]["value"]))
+        rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return []
+    return [
+        f"**Cost during training** ({_of_one_card(lines)[0]['device']}, [lines]({links}/online_average.jsonl)):",
+        "",
+        "| | sums in | steps between samples | a step | time of a step (quartiles) | GPU memory |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _merge_speed(results: Path, *, links: str) -> list[str]:
+    """The rate of a merge beside mergekit's and a plain read, each processor's newest run."""
+    lines = [x for x in newest(read_lines(results / "merge.jsonl")) if x["metric"] in ("rate", "processor")]
+    groups: dict[tuple[str, str], dict[tuple[str, str], ResultLine]] = {}
+    for x in lines:
+        key = (x["device"], str(x["params"].get("storage", "disk")))
+        groups.setdefault(key, {})[x["impl"], x["metric"]] = x
+    rows = []
+    for (device, storage), found in groups.items():
+        own, other, read = (found.get((impl, "rate")) for impl in ("whimbrel", "mergekit", "read"))
+        if own is None or other is None or read is None:
+            continue
+        spent = [found.get((impl, "processor")) for impl in ("whimbrel", "mergekit")]
+        seconds = " / ".join(f"{x['value']:.1f}" for x in spent if x is not None)
+        rates = (f"{x['value']:.2f}" for x in (own, other, read))
+        times = f"{own['value'] / other['value']:.1f}", f"{own['value'] / read['value']:.2f}"
+        place = "cold files on the disk" if storage == "disk" else "files in memory"
+        rows.append(f"| {place}, {device} | {' | '.join((*rates, *times, seconds))} |")
+    if not rows:
+        return []
+    return [
+        f"**Speed of a merge** of 10 checkpoints of 1 GiB in bfloat16, GB/s of input ([lines]({links}/merge.jsonl)):",
+        "",
+        "| | whimbrel | mergekit | plain read | times mergekit | times the read | processor seconds, ours / theirs |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _memory(results: Path, *, links: str) -> list[str]:

@@ -288,6 +288,31 @@ def test_averages_are_shown_with_their_losses(plots, tables, tmp_path):
     assert plots.draw_windows(tmp_path / "nothing", tmp_path) == []
 
 
+def test_collapses_and_costs_are_shown(plots, tables, tmp_path, monkeypatch):
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "a GPU" if device == "cuda" else "a CPU")
+    for method, loss, restarts in (("collapse-none", 7.5, 0), ("collapse-average", 5.5, 2), ("collapse-average", 5, 1)):
+        run = {"recipe": "r", "method": method, "seed": 0, "rate": 1e-3, "burst_factor": 100.0, "burst_steps": 3}
+        end = run | {"tokens": 8_000_000, "restarts": restarts}
+        record("merge_quality", "whimbrel", end, "loss", loss, "nats", device="cuda", out=tmp_path)
+        for tokens in (4_000_000, 8_000_000):
+            point = run | {"tokens": tokens, "stretch_tokens": 100}
+            record("merge_quality", "whimbrel", point, "training_loss", loss, "nats", device="cuda", out=tmp_path)
+    for metric, value in (("overhead", [0.002, 0.004]), ("step", 0.15), ("gpu_bytes", 2**20)):
+        given = {"recipe": "m", "B": 4, "T": 4096, "every": 50}
+        record("online_average", "cpu", given, metric, value, "s", device="cuda", out=tmp_path)
+    for impl, rate, processor in (("whimbrel", 2.0, 7), ("mergekit", 0.5, 21), ("read", 2.5, 1)):
+        record("merge", impl, {"sources": 10}, "rate", rate, "GB/s", out=tmp_path)
+        record("merge", impl, {"sources": 10}, "processor", processor, "s", out=tmp_path)
+    (drawn,) = plots.draw_collapse(tmp_path, tmp_path)
+    shown = tables.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
+    assert f"({drawn.name})" in shown
+    assert "**A collapse by 3 steps at 100 times the rate**, r, rate 0.001, 8.0 M tokens, seeds 0 (a GPU," in shown
+    assert "| never going back | 7.500 | 0 |" in shown
+    assert "| average of 3 checkpoints, moments averaged | 5.000 | 1 |" in shown
+    assert "| m, B 4, T 4096 | main memory | 50 | 0.150 s | +0.30% (+0.25% to +0.35%) | 1.00 MiB |" in shown
+    assert "| cold files on the disk, a CPU | 2.00 | 0.50 | 2.50 | 4.0 | 0.80 | 7.0 / 21.0 |" in shown
+
+
 def test_the_page_of_averaging_shows_the_recorded_lines(tables):
     page = tables.AVERAGING_PAGE.read_text(encoding="utf-8")
     assert page == tables.insert(page, tables.averaging_page())

@@ -390,7 +390,12 @@ def test_on_a_gpu(device: str, tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
+        given_out = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
         average.update(step)
+        if step == 3:
+            average.wait()  # so that all that the sample takes has been given out
+        taken = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - given_out
+        assert device == "same" or taken == 0, f"a sample takes {taken} bytes of the GPU"
         sources.append({name: value.cpu().clone() for name, value in model.state_dict().items()})
     expected = merged(tmp_path, sources, "wma")
     assert_same_bits({name: value.cpu() for name, value in average.average().items()}, expected)
