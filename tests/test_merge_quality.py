@@ -85,6 +85,5 @@ def test_overhead(tmp_path: Path) -> None:
     sizes = ["--batch", "1", "--seq-len", "32", "--every", "2", "--rounds", "2", "--device", "cpu"]
     script("online_overhead").main(["--recipe", "tiny-softmax", *sizes, "--out", str(tmp_path)])
     lines = read_lines(tmp_path / "online_average.jsonl")
-    assert [(line["impl"], line["metric"]) for line in lines] == [
-        (place, metric) for place in ("cpu", "same") for metric in ("overhead", "step", "gpu_bytes", "sample", "sample_bytes")
-    ]
+    metrics = ("overhead", "step", "gpu_bytes", "sample", "sample_bytes")
+    assert [(line["impl"], line["metric"]) for line in lines] == [(p, m) for p in ("cpu", "same") for m in metrics]
