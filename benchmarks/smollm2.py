@@ -5,12 +5,12 @@
     python benchmarks/smollm2.py capture --lengths 4096 --layers 1 10 20 29
 
 The weights are those of the package's GGUF file, 4 bits each. The text is this repository's own documentation. `judge`
-asks for a seven-digit number that stands in the text at a random place, alone (`needle`) or among seven others with
-other names (`needle-multi-key`), prefilled sparsely and answered greedily with dense decoding, and measures the
-perplexity of the text. Lines of the case `smollm2` hold `accuracy`, `perplexity`, `density` over layers and prompts,
-and `agreement`, the share of positions whose most probable token is the dense model's. `capture` keeps the queries and
-keys of some layers for `whimbrel bench prefill`, which takes them as the input `smollm2`. On CUDA the model is in bf16,
-elsewhere in fp32; no prompt is too short to be prefilled sparsely here.
+asks for a seven-digit number that stands in the text at a random place, alone (`needle`) or among others with other
+names (`needle-multi-key`, `keys` of them in all), prefilled sparsely and answered greedily with dense decoding, and
+measures the perplexity of the text. Lines of the case `smollm2` hold `accuracy`, `perplexity`, `density` over layers
+and prompts, and `agreement`, the share of positions whose most probable token is the dense model's. `capture` keeps
+the queries and keys of some layers for `whimbrel bench prefill`, which takes them as the input `smollm2`. On CUDA the
+model is in bf16, elsewhere in fp32; no prompt is too short to be prefilled sparsely here.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "window": {"kind": "window", "window_tokens": 1024, "sink_tokens": 128},
 }
 TASKS = ("needle", "needle-multi-key", "perplexity")
+KEYS = 4
+"""Numbers in a text of `needle-multi-key`: of eight the model finds one in four even densely."""
 NAMES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quebec", "Dublin", "Cairo")
 _PARTS = {
     "attn_norm": "input_layernorm",
@@ -174,7 +176,8 @@ def judge(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None
                     _line(options, method, params, "perplexity", float(nats.double().mean().exp()), "ratio")
                     _line(options, method, params, "agreement", float(same.double().mean()), "share")
                 else:
-                    keys = 1 if task == "needle" else len(NAMES)
+                    keys = 1 if task == "needle" else KEYS
+                    params |= {} if task == "needle" else {"keys": keys}
                     made = [needle_prompt(tokenizer, text, length, keys, seed) for seed in range(options.samples)]
                     right = answers(model, tokenizer, made)
                     _line(options, method, params, "accuracy", sum(right) / len(right), "share")

@@ -20,7 +20,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PREFILL_PAGE = ROOT / "docs" / "methods" / "sparse-prefill.md"
 AVERAGING_PAGE = ROOT / "docs" / "methods" / "checkpoint-averaging.md"
 METHOD = ROOT / "docs" / "methods" / "residual-linear-attention.md"
-BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
 
 class Column(NamedTuple):
@@ -371,6 +370,92 @@ def given_blocks(results: Path, *, links: str) -> list[str]:
     return [*rows, ""]
 
 
+SMOLLM2 = {
+    "dense": "dense",
+    "row_local": "`row_local`, 0.95",
+    "row_local-0.8": "`row_local`, 0.8",
+    "flex_prefill": "`flex_prefill`, corrected, 0.95",
+    "flex_prefill-official": "the authors' selection, 0.95",
+    "window": "`window`, 1024 + 128 tokens",
+}
+"""Method -> title of a row."""
+
+
+def smollm2(results: Path, *, links: str) -> list[str]:
+    """What selectors do to a real model: perplexity by length, needles found by task, their mean and worst.
+
+    Of each task and length the lines of one device, those of the most prompts, so that methods saw the same ones.
+    """
+    path = results / "smollm2.jsonl"
+    groups: dict[tuple[str, int, int], dict[tuple[str, int], list[ResultLine]]] = {}
+    for x in newest(read_lines(path)) if path.exists() else []:
+        given = x["params"]
+        task = (str(given["task"]), int(given.get("keys", 8 if given["task"] == "needle-multi-key" else 1)))
+        runs = groups.setdefault((*task, int(given["N"])), {})
+        runs.setdefault((x["device"], int(given["samples"])), []).append(x)
+    chosen = {}
+    for (task, keys, length), runs in groups.items():
+        if task == "needle-multi-key" and keys == 8:
+            continue
+        # The most methods first: one that was tried alone says nothing.
+        (device, samples), lines = max(runs.items(), key=lambda run: (len({x["impl"] for x in run[1]}), run[0][1]))
+        found = {(x["impl"], x["metric"]): x["value"] for x in lines}
+        if ("dense", "perplexity") in found or ("dense", "accuracy") in found:
+            chosen[task, keys, length] = found, samples, device
+    if not chosen:
+        return []
+    texts = [key for key in sorted(chosen, key=lambda key: key[2]) if key[0] == "perplexity"]
+    needles = [key for key in sorted(chosen, key=lambda key: (key[1], key[2])) if key[0] != "perplexity"]
+    rows: list[str] = []
+    if texts:
+        devices = ", ".join(dict.fromkeys(chosen[key][2] for key in texts))
+        counts = [(key[2], chosen[key][1]) for key in texts]
+        heads = [f"{power_count(length)} tokens, {n} prompt{'s' if n > 1 else ''}" for length, n in counts]
+        rows += [
+            "**Perplexity** of this repository's pages, share of positions whose most probable token is the dense "
+            f"model's, and density ({devices}; [lines]({links}/smollm2.jsonl)):",
+            "",
+            f"| | {' | '.join(heads)} |",
+            f"|---|{'---|' * len(heads)}",
+        ]
+        for method, title in SMOLLM2.items():
+            cells = []
+            for key in texts:
+                value, same, density = (chosen[key][0].get((method, m)) for m in ("perplexity", "agreement", "density"))
+                shown = [] if value is None else [f"{value:.2f}"]
+                shown += [] if same is None or method == "dense" else [f"{same:.1%}"]
+                cells.append(", ".join([*shown, *([] if density is None else [f"{density:.0%}"])]))
+            rows += [f"| {title} | {' | '.join(cells)} |"] if any(cells) else []
+        rows.append("")
+    if needles:
+        devices = ", ".join(dict.fromkeys(chosen[key][2] for key in needles))
+        heads = [f"{'one' if key[1] == 1 else f'one of {key[1]}'}, {power_count(key[2])}" for key in needles]
+        rows += [
+            f"**Needles** found ({devices}; same lines). Mean and worst are over the columns in which a method has a "
+            "figure, less what the dense model finds there:",
+            "",
+            f"| | {' | '.join(heads)} | mean | worst |",
+            f"|---|{'---|' * (len(heads) + 2)}",
+        ]
+        for method, title in SMOLLM2.items():
+            cells, falls = [], []
+            for key in needles:
+                found, samples, _ = chosen[key]
+                value = found.get((method, "accuracy"))
+                cells.append("" if value is None else f"{round(value * samples)} of {samples}")
+                falls += [] if value is None else [value - found["dense", "accuracy"]]
+            if falls:
+                ends = [f"{statistics.mean(falls):+.0%}", f"{min(falls):+.0%}"] if method != "dense" else ["", ""]
+                rows.append(f"| {title} | {' | '.join([*cells, *ends])} |")
+        rows.append("")
+    return rows
+
+
+def smollm2_part(results: Path = RESULTS) -> str:
+    """The Markdown between the marks of the real model on the page of sparse prefill."""
+    return "\n".join(smollm2(results, links="../../benchmarks/results")).rstrip("\n")
+
+
 def prefill_page(results: Path = RESULTS, page: Path = PREFILL_PAGE) -> str:
     """The Markdown between the two marks of the page of sparse prefill."""
     shown = (("time", "Time against length"), ("recall", "Attention kept against pairs read"))
@@ -628,10 +713,11 @@ def _memory(results: Path, *, links: str) -> list[str]:
     return [*rows, ""]
 
 
-def insert(page: str, text: str) -> str:
-    """`page` with what stands between the marks replaced."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + text + "\n" + END + rest.split(END)[1]
+def insert(page: str, text: str, name: str = "results") -> str:
+    """`page` with what stands between the marks of that name replaced."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = page.split(begin)
+    return before + begin + text + "\n" + end + rest.split(end)[1]
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -642,6 +728,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         (AVERAGING_PAGE, averaging_page()),
     ):
         page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    text = insert(PREFILL_PAGE.read_text(encoding="utf-8"), smollm2_part(), "smollm2")
+    PREFILL_PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

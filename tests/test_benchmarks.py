@@ -334,6 +334,31 @@ def test_the_page_of_sparse_prefill_shows_the_recorded_lines(tables):
     """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
     page = tables.PREFILL_PAGE.read_text(encoding="utf-8")
     assert page == tables.insert(page, tables.prefill_page())
+    assert page == tables.insert(page, tables.smollm2_part(), "smollm2")
+
+
+def test_the_real_model_is_shown_beside_itself_on_the_same_prompts(tables, tmp_path):
+    """Lines of fewer prompts stay out, and the worst task stands beside the mean."""
+
+    def write(method, task, length, metric, value, samples, **more):
+        params = {"model": "m", "N": length, "task": task, "samples": samples} | more
+        record("smollm2", method, params, metric, value, "share", out=tmp_path)
+
+    for method, found in (("dense", (1.0, 0.75)), ("row_local", (1.0, 0.5))):
+        for length, value in zip((2048, 4096), found):
+            write(method, "needle", length, "accuracy", value, 4)
+        write(method, "needle-multi-key", 2048, "accuracy", 1.0, 4, keys=4)
+        write(method, "needle-multi-key", 2048, "accuracy", 0.125, 8)
+        write(method, "perplexity", 2048, "perplexity", 20.0 if method == "dense" else 21.0, 4)
+    write("dense", "needle", 2048, "accuracy", 0.0, 9)
+    write("row_local", "perplexity", 2048, "agreement", 0.9, 4)
+    write("row_local", "perplexity", 2048, "density", 0.5, 4)
+    text = "\n".join(tables.smollm2(tmp_path, links="there"))
+    assert "| `row_local`, 0.95 | 21.00, 90.0%, 50% |" in text
+    assert "| | one, 2K | one, 4K | one of 4, 2K | mean | worst |" in text
+    assert "| dense | 4 of 4 | 3 of 4 | 4 of 4 |  |  |" in text
+    assert "| `row_local`, 0.95 | 4 of 4 | 2 of 4 | 4 of 4 | -8% | -25% |" in text
+    assert tables.smollm2(tmp_path / "nothing", links="there") == []
 
 
 def test_run_fails_with_one_line_on_an_unknown_case():
