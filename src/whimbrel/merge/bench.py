@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -134,10 +135,12 @@ def _llama(values: Tensor, hidden: int, inner: int, vocabulary: int, layers: int
         shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
         shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {
-        name: values.roll(i)[: functools.reduce(int.__mul__, shape)].reshape(shape).clone()
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+
+    def from_behind(i: int, size: int) -> Tensor:
+        """`size` values from the i-th last on, so that no two tensors are alike."""
+        return torch.cat((values[len(values) - i :][:size], values[: max(size - i, 0)]))
+
+    return {name: from_behind(i, math.prod(shape)).reshape(shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
 @functools.cache
