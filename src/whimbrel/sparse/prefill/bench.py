@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from whimbrel.attend.choice import SPARSE_FROM, sparse_from
 from whimbrel.attend.op import attend
 from whimbrel.attend.plan import Plan
 from whimbrel.attend.rivals import DENSE, dense_attention
@@ -215,6 +216,8 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     for name, selector in problem.selectors(share).items():
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
+    if problem.on_gpu and problem.length < max(SPARSE_FROM.values()):
+        whole["row_local, dense where short"] = partial(_call, problem, partial(_as_served, problem, share))
     official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
     extra = {
@@ -235,6 +238,12 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
         case(impls=chosen, check=lambda: None, metric="time_select"),
         case(figures=figures, check=lambda: None, rounds=1),
     ]
+
+
+def _as_served(problem: Problem, share: float, q: Tensor, k: Tensor, v: Tensor) -> Out:
+    """`row_local` as it is to be used: dense below the length from which selecting pays on this device."""
+    selector, least = problem.selectors(share)["row_local"], sparse_from(q.device)
+    return apply_selector(q, k, v, selector, impl=problem.impl, dense_below=least)
 
 
 def _thresholded(problem: Problem, threshold: float) -> list[Case]:

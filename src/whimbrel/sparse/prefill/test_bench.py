@@ -41,7 +41,7 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert first.params == {"N": 8192, "input": "mixed", "H": 32, "G": 8, "D": 128, "batch": 1}
     assert list(first.rivals) == ["sdpa-cudnn", "sdpa-flash"]
     assert second.params == {**first.params, "coverage": 0.9}
-    assert list(second.impls) == ["row_local", "row_local-4", "flex_prefill"]
+    assert list(second.impls) == ["row_local", "row_local-4", "flex_prefill", "row_local, dense where short"]
     assert list(second.rivals) == ["flexprefill-official", "xattention", "flex-attention"]
     assert {case.metric for case in made if case.impls and "coverage" in case.params} == {"time", "time_select"}
     theirs = [case for case in made if "flashprefill-v1" in case.rivals]
