@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_pretraining_runs_the_recipe_of_the_papers(tmp_path):
     pretrain = script("pretrain")
     (tmp_path / "manifest.json").write_text('{"vocab_size": 500}')
     args = argparse.Namespace(
-        recipe="fira-60m", shards=tmp_path, batch_tokens=512 * 256, checkpoint_steps=500, device="cpu"
+        recipe="fira-60m", shards=tmp_path, batch_tokens=512 * 256, checkpoint_steps=500, device="cpu", impl="eager"
     )
     for name in pretrain.OPTIMIZERS:
         config = pretrain.config_for(args, name, 0.01, 1, 200_000_000)
@@ -157,6 +158,31 @@ def test_pretraining_runs_the_recipe_of_the_papers(tmp_path):
         if name != "adamw":
             assert (config.optim.rank, config.optim.refresh_steps) == (128, 200)
     assert pretrain.config_for(args, "fira-paper", 0.01, 1, 1 << 20).optim.residual_mode == "paper"
+
+
+def test_pretraining_takes_winners_seed_by_seed(monkeypatch):
+    """The first seed of every optimizer comes before the second of any; without time left nothing begins."""
+    pretrain = script("pretrain")
+    args = argparse.Namespace(
+        optimizers=["adamw", "fira", "fira-exact"],
+        grid=[0.1, 0.2],
+        seeds=[5, 6],
+        tune_tokens=10,
+        tokens=10,  # as many as in tuning, which must not be taken for tuning
+        seconds=100.0,
+    )
+    plan = pretrain.Plan(args)
+    losses, order = {("adamw", 0.1): 2.0, ("adamw", 0.2): 1.0, ("fira", 0.1): 3.0, ("fira", 0.2): math.inf}, []
+    while (run := plan.next()) is not None:
+        order.append(run)
+        plan.done(run, losses.get(run[:2], 9.0))
+    grid = [("adamw", 0.1), ("fira", 0.1), ("adamw", 0.2), ("fira", 0.2)]
+    assert order[:4] == [(*pair, 0, 10) for pair in grid]
+    firsts, seconds = [(*order[4:7],), order[7:]]
+    assert set(firsts) == {("adamw", 0.2, 5, 10), ("fira", 0.1, 5, 10), ("fira-exact", 0.1, 5, 10)}
+    assert set(seconds) == {("adamw", 0.2, 6, 10), ("fira", 0.1, 6, 10)}
+    late = pretrain.Plan(argparse.Namespace(**(vars(args) | {"seconds": -1.0})))
+    assert late.next() is None
 
 
 def test_optimizers_against_rank_and_bytes(plots, tmp_path):
