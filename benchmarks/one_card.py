@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, name: str, limit: float) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(SHAPES), default="7b")
-    runs = ["fira:80", "adamw-bfloat16:80", "adamw-float32:80", "fira:24"]
+    runs = ["fira:79", "adamw-bfloat16:79", "adamw-float32:79", "fira:23"]
     parser.add_argument("--run", nargs="+", default=runs, metavar="OPTIMIZER:GIB")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
