@@ -102,6 +102,7 @@ def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
         *_kernels(results, "fwd_bwd", "Peak memory of forward and backward", OPERATORS, ("peak_bytes", ""), links=to),
         *_kernels(results, "fwd_bwd", "First call", OPERATORS, ("first_call", "s"), links=to),
         *_kernels(results, "step", "One token of each sequence", STEPS, ("time", "ms"), links=to),
+        *_roofline(results, links=to),
         *_layer(results, links=to),
         *_models(results, "train_tokens", "Training", links=to),
         *_models(results, "prefill_tokens", "Prefill", links=to),
@@ -176,6 +177,31 @@ def _sizes(line: ResultLine) -> tuple[int, int]:
     return int(line["params"]["B"]), int(line["params"]["T"])
 
 
+def _roofline(results: Path, *, links: str) -> list[str]:
+    """Time of all kernels of a call, the limit it has, and the kernels that take most."""
+    lines = _on_gpu(results, "roofline", "time")
+    if not lines:
+        return []
+    rate = {line["impl"]: line["value"] for line in _on_gpu(results, "roofline", "rate")}
+    rows = [
+        f"**Where the time goes**, ms of GPU time a call, H = 16, D = 128, bf16 ({lines[0]['device']}, "
+        f"[lines]({links}/roofline.jsonl)). The limit is that of products at {significant(rate['matmul'])} TFLOP/s or "
+        f"of inputs and results at {significant(rate['copy'])} TB/s, both measured in the same run:",
+        "",
+        "| | B, T | pass | all kernels | limit | by kernel |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {"rdn": "RDN", "rla": "RLA", "delta": "GDN", "decay": "sGLA"}
+    for key in dict.fromkeys((x["params"]["op"], *_sizes(x), x["params"]["pass"]) for x in lines):
+        op, batch, time, what = key
+        own = {x["impl"]: x["value"] for x in lines if (x["params"]["op"], *_sizes(x), x["params"]["pass"]) == key}
+        total, bound = own.pop("all kernels"), own.pop("limit")
+        parts = ", ".join(f"`{name}` {significant(value)}" for name, value in own.items() if value > 0.02 * total)
+        head = f"| {names[str(op)]} | {batch}, {power_count(int(time))} | {str(what).replace('+', ' and ')}"
+        rows.append(f"{head} | {significant(total)} | {significant(bound)} | {parts} |")
+    return [*rows, ""]
+
+
 def _layer(results: Path, *, links: str) -> list[str]:
     """An RDN layer with the kernels around its recurrence and without."""
     parts = [("forward", "rdn_layer_fwd", 1.0, "time"), ("forward and backward", "rdn_layer_fwd_bwd", 1.0, "time")]
@@ -232,12 +258,6 @@ def _models(results: Path, case: str, title: str, *, links: str) -> list[str]:
 def _setting(line: ResultLine) -> tuple[int, int, int, bool]:
     params = line["params"]
     return (*_sizes(line), int(params["softmax_every"]), bool(params["recompute"]))
-
-
-def _both(cells: Any) -> list[Any]:
-    return sorted(
-        {key[1:] for key in cells if {("rdn", *key[1:]), ("softmax", *key[1:])} <= set(cells)}, key=lambda s: s[1]
-    )
 
 
 def crossover(ratios: Sequence[tuple[int, float]]) -> list[str]:
