@@ -5,8 +5,9 @@
 Trains the same configuration, with the same batch, in one process and in N under torchrun. The first stretch of the
 second run gives its throughput; then a worker is killed with SIGKILL at a random moment, torchrun starts all of them
 again, and the run goes on to its last step. Lines go to benchmarks/results/cards.jsonl: `throughput`; `loss_gap`, the
-largest difference between the two runs' losses over the steps of the shorter one; `steps_lost` by the kill, which
-the distance of checkpoints bounds; `seconds_to_go_on`, from the kill to the first new step.
+differences between the two runs' losses, step by step, over those of the shorter one (`largest`, `first`, `last`);
+`steps_lost` by the kill, which the distance of checkpoints bounds; `seconds_to_go_on`, from the kill to the first new
+step; `repeat_gap`, of the losses of steps that were run again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def settings(args: argparse.Namespace, corpus: Path, steps: int) -> Config:
         "checkpoint.every_steps": args.every,
         "checkpoint.keep": 2,
         "eval.checkpoint_tokens": 0,
-        "schedule.warmup_steps": 4,
+        "schedule.warmup_steps": min(4, steps),
         "optim.lr": args.lr,
     }
     return load_config(args.recipe, overrides)
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     draw = random.Random(args.seed)
-    names = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len")
+    names = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
     params = {name: getattr(args, name) for name in names}
 
     def write(processes: int, metric: str, values: float | list[float], unit: str, **more: Any) -> None:
@@ -155,8 +156,9 @@ def main(argv: list[str] | None = None) -> None:
         moment = time.time()
         write(args.processes, "throughput", rates(before), "tokens/s")
         shared = [step for step in one if step in before]
-        gap = max(abs(one[step]["loss"] - before[step]["loss"]) for step in shared)
-        write(args.processes, "loss_gap", gap, "nats", steps=len(shared), last_loss=round(one[shared[-1]]["loss"], 4))
+        gaps = [abs(one[step]["loss"] - before[step]["loss"]) for step in shared]
+        ends = {"largest": max(gaps), "first": gaps[0], "last": gaps[-1], "last_loss": one[shared[-1]]["loss"]}
+        write(args.processes, "loss_gap", gaps, "nats", steps=len(shared), **{k: round(v, 6) for k, v in ends.items()})
         wait(process)
         after = losses(root / "many")
         new = min((step for step, line in after.items() if line["time"] > moment), default=args.total + 1)

@@ -4,9 +4,13 @@
     python benchmarks/comparison.py speed --device cuda
 
 `train` runs `whimbrel train` and `whimbrel eval` for each mixer and seed in processes of their own, kept in --runs, so
-that a second call does no work twice; --jobs of them share a card. `speed` measures training and decoding, one model
-at a time. Lines are of the case `comparison`: params mixer's width, tokens and seed; metrics loss (nats a token of
-held-out text), mqar and needle (accuracy), state_bytes, train_rate and decode_rate (tokens a second).
+that a second call does no work twice; --jobs of them share a card. With --seconds, what still trains then is ended, and
+all are judged by the newest checkpoint that every one has: equal tokens, but a rate that had not come down. `speed`
+measures training and decoding, one model at a time.
+
+Lines are of the case `comparison`: params mixer's width, tokens and seed; metrics loss (nats a token of held-out text),
+mqar and needle (accuracy), curve (loss on part of that text along the run), state_bytes, train_rate and decode_rate
+(tokens a second). Evaluation is in the precision of training.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
+from whimbrel import checkpoint as checkpoints
 from whimbrel.bench.models import widened
 from whimbrel.bench.results import RESULTS, record
 from whimbrel.config import (
@@ -46,9 +52,16 @@ from whimbrel.model import build_model
 from whimbrel.model.memory import parameter_counts, state_bytes
 from whimbrel.optim.adamw.config import AdamWConfig
 
-CONTEXTS = (1024, 8192, 32_768)
+CONTEXTS = (1024, 8192, 32_768, 131_072)
 """Tokens before the decoded ones."""
+LENGTHS = (1024, 16_384)
+"""Tokens of a sequence of which the speed of training is measured."""
 DECODE_BATCH, DECODE_TOKENS = 16, 32
+CHECKPOINTS = 4
+"""Checkpoints of a run, at equal distances."""
+
+
+MIXERS = ("RDN", "softmax", "RDN hybrid", "GDN", "RLA", "GDN sum")
 
 
 def models(vocab_size: int, *, hidden_size: int, layers: int, head_dim: int) -> dict[str, ModelConfig]:
@@ -66,14 +79,20 @@ def models(vocab_size: int, *, hidden_size: int, layers: int, head_dim: int) -> 
         softmax=softmax,
     )
     others = {
-        "softmax": replace(rdn, mixer=softmax),
-        "GDN": replace(rdn, mixer=GDNConfig(**size)),
-        "GDN sum": replace(rdn, mixer=GDNSumConfig(**size)),
-        "RLA": replace(rdn, mixer=RLAConfig(**size)),
         "RDN": rdn,
+        "softmax": replace(rdn, mixer=softmax),
         "RDN hybrid": replace(rdn, softmax_every=4),
+        "GDN": replace(rdn, mixer=GDNConfig(**size)),
+        "RLA": replace(rdn, mixer=RLAConfig(**size)),
+        "GDN sum": replace(rdn, mixer=GDNSumConfig(**size)),
     }
-    return {name: widened(model, rdn) for name, model in others.items()}
+    return {name: widened(others[name], rdn) for name in MIXERS}
+
+
+def chosen(args: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfig]:
+    """The models of --mixers."""
+    found = models(vocab_size, hidden_size=args.hidden_size, layers=args.layers, head_dim=args.head_dim)
+    return {name: found[name] for name in args.mixers}
 
 
 def config_for(model: ModelConfig, args: argparse.Namespace, seed: int) -> Config:
@@ -85,6 +104,7 @@ def config_for(model: ModelConfig, args: argparse.Namespace, seed: int) -> Confi
         steps=args.steps,
         batch_tokens=args.batch_tokens,
         micro_batch_tokens=args.batch_tokens,
+        log_every=max(1, args.steps // 40),
         dtype="bfloat16" if args.device == "cuda" else "float32",
         model=model,
         optim=AdamWConfig(lr=args.lr, weight_decay=0.1),
@@ -92,82 +112,124 @@ def config_for(model: ModelConfig, args: argparse.Namespace, seed: int) -> Confi
         data=DataConfig(
             corpus=args.corpus, seq_len=args.seq_len, recall_fraction=0.125, recall_warmup_steps=args.steps // 3
         ),
-        checkpoint=CheckpointConfig(every_steps=args.steps),
+        checkpoint=CheckpointConfig(every_steps=max(1, args.steps // CHECKPOINTS)),
         eval=EvalConfig(
             validation_tokens=args.validation_tokens,
-            checkpoint_tokens=0,
+            checkpoint_tokens=args.validation_tokens // 4,
             num_sequences=args.num_sequences,
-            needle_lengths=tuple(args.seq_len * factor for factor in (1, 2, 4)),
+            needle_lengths=tuple(args.seq_len * factor for factor in (1, 2, 4, 8)),
         ),
     )
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
-    """Train and judge in processes of their own; gives the evaluation as plain data."""
-    done = folder / "eval.json"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        start = folder / "start.toml"
-        start.write_text(to_toml(config))
-        call = [sys.executable, "-m", "whimbrel"]
-        with (folder / "log.txt").open("w") as log:
-            train = [*call, "train", str(start), "--run-dir", str(folder)]
-            subprocess.run(train, check=True, stdout=log, stderr=log)
-        judge = [*call, "eval", str(folder), "--tasks", "bpb", "mqar", "needle", "--device", config.device, "--json"]
-        done.write_text(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
-    return json.loads(done.read_text())
+class Run:
+    """One mixer and seed, in a folder of its own."""
+
+    def __init__(self, name: str, model: ModelConfig, seed: int, args: argparse.Namespace) -> None:
+        self.name, self.model, self.seed, self.args = name, model, seed, args
+        self.folder = args.runs / f"{name.replace(' ', '-')}-seed{seed}-steps{args.steps}"
+
+    def train(self) -> None:
+        """Train in a process, which is ended at the time that is set; a second call goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = self.folder / "start.toml"
+        start.write_text(to_toml(config_for(self.model, self.args, self.seed)))
+        with (self.folder / "log.txt").open("a") as log:
+            call = [sys.executable, "-m", "whimbrel", "train", str(start), "--run-dir", str(self.folder)]
+            try:
+                left = max(0.0, self.args.end - time.monotonic())
+                subprocess.run(call, check=True, stdout=log, stderr=log, timeout=left)
+            except subprocess.TimeoutExpired:
+                print(f"{self.name} seed {self.seed}: ended before its last step", flush=True)
+
+    def steps(self) -> set[int]:
+        """Steps of which there are complete checkpoints."""
+        return {checkpoints.read_meta(folder).step for folder in checkpoints.list_checkpoints(self.folder)}
+
+    def judge(self, step: int) -> dict[str, Any]:
+        """The evaluation of a checkpoint, made in a process, as plain data."""
+        done = self.folder / f"eval-{step}.json"
+        if not done.exists():
+            dtype = "bfloat16" if self.args.device == "cuda" else "float32"
+            call = [sys.executable, "-m", "whimbrel", "eval", str(checkpoints.step_dir(self.folder, step)), "--json"]
+            call += ["--tasks", "bpb", "mqar", "needle", "--device", self.args.device, "--dtype", dtype]
+            done.write_text(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+        return json.loads(done.read_text())
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(tokens, nats a token) at each checkpoint."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
 
 
 def train(args: argparse.Namespace) -> None:
     """All mixers and seeds."""
-    found = models(TokenShards(args.corpus, "train").tokenizer().vocab_size, **size_of(args))
-    jobs = [(name, seed) for seed in args.seeds for name in found]
+    args.end = time.monotonic() + args.seconds
+    found = chosen(args, TokenShards(args.corpus, "train").tokenizer().vocab_size)
+    runs = [Run(name, found[name], seed, args) for seed in args.seeds for name in found]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        running = {
-            pool.submit(
-                run,
-                config_for(found[name], args, seed),
-                args.runs / f"{name.replace(' ', '-')}-seed{seed}-steps{args.steps}",
-            ): (name, seed)
-            for name, seed in jobs
-        }
-        for done in concurrent.futures.as_completed(running):
-            name, seed = running[done]
-            write(name, found[name], args, seed, done.result())
+        list(pool.map(Run.train, runs))
+        common = set.intersection(*(run.steps() for run in runs))
+        if not common:
+            sys.exit("no checkpoint is common to all runs; give more --seconds or fewer --steps")
+        step = max(common)
+        if step < args.steps:
+            print(f"judged after {step} of {args.steps} steps, the last that all runs reached", flush=True)
+        judged = {pool.submit(run.judge, step): run for run in runs}
+        for done in concurrent.futures.as_completed(judged):
+            write(judged[done], step, done.result())
 
 
-def write(name: str, model: ModelConfig, args: argparse.Namespace, seed: int, result: dict[str, Any]) -> None:
+def write(run: Run, step: int, result: dict[str, Any]) -> None:
     """Append one run's lines."""
+    model, args = run.model, run.args
     params = {
         "hidden_size": model.hidden_size,
+        "layers": model.num_layers,
         "parameters": parameter_counts(model)["total"],
-        "tokens": args.steps * args.batch_tokens,
+        "tokens": step * args.batch_tokens,
+        "of_tokens": args.steps * args.batch_tokens,
+        "T": args.seq_len,
         "lr": args.lr,
-        "seed": seed,
+        "seed": run.seed,
     }
 
     def line(metric: str, value: float, unit: str, **more: Any) -> None:
-        record("comparison", name, {**params, **more}, metric, value, unit, device=args.device, out=args.out)
+        record("comparison", run.name, {**params, **more}, metric, value, unit, device=args.device, out=args.out)
 
     line("loss", result["bpb"]["nats_per_token"], "nats per token")
+    for tokens, loss in run.curve():
+        line("curve", loss, "nats per token", tokens=tokens)
     for cell in result["mqar"]:
         line("mqar", cell["accuracy"], "share", pairs=cell["num_pairs"], chance=cell["chance"])
     for cell in result["needle"]:
         given = {name: cell[name] for name in ("length", "depth", "chance")}
         line("needle", cell["accuracy"], "share", **given)
     mqar = sum(cell["accuracy"] for cell in result["mqar"]) / len(result["mqar"])
-    print(f"{name:12} seed {seed}: {result['bpb']['nats_per_token']:.4f} nats, MQAR {mqar:.1%}", flush=True)
+    needle = sum(cell["accuracy"] for cell in result["needle"]) / len(result["needle"])
+    print(
+        f"{run.name:12} seed {run.seed}: {result['bpb']['nats_per_token']:.4f} nats, MQAR {mqar:.1%}, "
+        f"needle {needle:.1%}",
+        flush=True,
+    )
 
 
 def speed(args: argparse.Namespace) -> None:
     """Training steps and decoded tokens, one model at a time; bytes of a sequence are exact."""
-    for name, model in models(args.vocab_size, **size_of(args)).items():
-        params = {"hidden_size": model.hidden_size, "parameters": parameter_counts(model)["total"]}
-        rates = train_rates(model, args)
-        given = {**params, "T": args.seq_len, "tokens": args.batch_tokens}
-        record("comparison", name, given, "train_rate", rates, "tokens/s", device=args.device, out=args.out)
-        text = f"{name:12} training {median(rates):,.0f} tokens/s; decoding"
-        for context in CONTEXTS if args.device == "cuda" else CONTEXTS[:1]:
+    for name, model in chosen(args, args.vocab_size).items():
+        params = {
+            "hidden_size": model.hidden_size,
+            "layers": model.num_layers,
+            "parameters": parameter_counts(model)["total"],
+        }
+        text = f"{name:12} training"
+        for length in args.lengths:
+            rates = train_rates(model, length, args)
+            given = {**params, "T": length, "tokens": args.batch_tokens}
+            record("comparison", name, given, "train_rate", rates, "tokens/s", device=args.device, out=args.out)
+            text += f" {length}: {median(rates):,.0f} tokens/s;"
+        text += " decoding"
+        for context in args.contexts:
             rates = decode_rates(model, context, args.device)
             held = state_bytes(model, context, bytes_per_element=2)
             total = held.recurrent + held.kv_cache
@@ -178,13 +240,13 @@ def speed(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
-def train_rates(model: ModelConfig, args: argparse.Namespace) -> list[float]:
-    """Tokens a second of forward, backward and update."""
+def train_rates(model: ModelConfig, length: int, args: argparse.Namespace) -> list[float]:
+    """Tokens a second of forward, backward and update over sequences of `length`."""
     decoder = build_model(model, seed=0).to(args.device)
     config = config_for(model, args, 0)
     optimizer = config.optim.build(config.optim.groups(decoder))
-    rows = args.batch_tokens // args.seq_len
-    tokens = torch.randint(model.vocab_size, (rows, args.seq_len + 1), device=args.device)
+    rows = max(1, args.batch_tokens // length)
+    tokens = torch.randint(model.vocab_size, (rows, length + 1), device=args.device)
 
     def call() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
@@ -201,11 +263,13 @@ def train_rates(model: ModelConfig, args: argparse.Namespace) -> list[float]:
 def decode_rates(model: ModelConfig, context: int, device: str) -> list[float]:
     """Tokens a second of DECODE_BATCH sequences, one token of each a call, behind `context` tokens."""
     decoder = build_model(model, seed=0).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
-    prompt = torch.randint(model.vocab_size, (DECODE_BATCH, context), device=device)
+    prompt = torch.randint(model.vocab_size, (1, context), device=device)
     cache = None
     for piece in prompt.split(4096, dim=1):
         _, cache = decoder(piece, cache, logits_to_keep=1)
-    token = prompt[:, :1]
+    # What the rows hold makes no difference to the time, so one prompt stands for all.
+    cache = tree_map(lambda state: state.repeat_interleave(DECODE_BATCH, 0), cache)
+    token = prompt[:, :1].expand(DECODE_BATCH, 1)
 
     def call() -> None:
         nonlocal cache
@@ -226,13 +290,10 @@ def seconds(call: Callable[[], None], device: str, *, warmup: int, rounds: int) 
     return times[warmup:]
 
 
-def size_of(args: argparse.Namespace) -> dict[str, int]:
-    return {"hidden_size": args.hidden_size, "layers": args.layers, "head_dim": args.head_dim}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "speed"))
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=MIXERS)
     parser.add_argument("--corpus", default="demo", help="folder of token shards (whimbrel data)")
     parser.add_argument("--vocab-size", type=int, default=16_384, help="speed: train takes the corpus's")
     parser.add_argument("--hidden-size", type=int, default=512)
@@ -246,6 +307,9 @@ def main() -> None:
     parser.add_argument("--validation-tokens", type=int, default=1_048_576)
     parser.add_argument("--num-sequences", type=int, default=128)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="train: end what still trains then")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="speed: of training sequences")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="speed: tokens before decoded ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--out", type=Path, default=RESULTS)

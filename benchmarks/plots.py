@@ -142,7 +142,7 @@ def draw_lengths(results: Path, out: Path) -> list[Path]:
                 curves[name] = (colour, [(time, factor * value) for time, value in points])
         if "RDN" in curves or "RLA" in curves:
             target = out / f"residual-linear-attention-{'time' if metric == 'time' else 'memory'}.svg"
-            drawn = _draw_curves(curves, title, f"tokens of a sequence, on {gpu}", log=metric == "time")
+            drawn = draw_curves(curves, title, f"tokens of a sequence, on {gpu}", log=metric == "time")
             atomic_write_text(target, drawn.file())
             written.append(target)
     return written
@@ -197,7 +197,7 @@ def draw_prefill(results: Path, out: Path) -> list[Path]:
     ):
         if curves:
             written.append(out / f"sparse-prefill-{name}.svg")
-            atomic_write_text(written[-1], _draw_curves(curves, title, along, log=name == "time").file())
+            atomic_write_text(written[-1], draw_curves(curves, title, along, log=name == "time").file())
     return written
 
 
@@ -239,7 +239,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
         if len(points) > 1:
             curves = {impl: (i, sorted(set(found))) for i, (impl, found) in enumerate(points.items())}
             written.append(out / f"low-rank-optimizers-{name}.svg")
-            atomic_write_text(written[-1], _draw_curves(curves, what, along, log=name == "loss").file())
+            atomic_write_text(written[-1], draw_curves(curves, what, along, log=name == "loss").file())
     return written
 
 
@@ -266,7 +266,7 @@ def draw_windows(results: Path, out: Path) -> list[Path]:
         return []
     target = out / "checkpoint-averaging-windows.svg"
     title = "nats a token above the newest checkpoint"
-    atomic_write_text(target, _draw_curves(curves, title, "tokens between first and last", log=False).file())
+    atomic_write_text(target, draw_curves(curves, title, "tokens between first and last", log=False).file())
     return [target]
 
 
@@ -294,7 +294,7 @@ def draw_collapse(results: Path, out: Path) -> list[Path]:
         return []
     curves = {name: (i, sorted(points)) for i, (name, points) in enumerate(found.items())}
     target = out / "checkpoint-averaging-collapse.svg"
-    svg = _draw_curves(curves, "training loss, nats a token", "M tokens", log=True)
+    svg = draw_curves(curves, "training loss, nats a token", "M tokens", log=True)
     atomic_write_text(target, svg.file())
     return [target]
 
@@ -304,7 +304,7 @@ def _problem(line: ResultLine) -> tuple[str, int, float]:
     return line["device"], int(line["params"]["N"]), float(asked)
 
 
-def _draw_curves(
+def draw_curves(
     curves: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], title: str, along: str, *, log: bool
 ) -> Svg:
     svg = Svg(WIDTH, 400, label=f"{title}, against {along}")

@@ -22,7 +22,7 @@ import multiprocessing
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from whimbrel.config import Config, load_config
 from whimbrel.model.memory import parameter_shapes
@@ -62,6 +62,7 @@ def config_for(args: argparse.Namespace, name: str, lr: float, seed: int, tokens
             "eval.checkpoint_tokens": 0,
             "log_every": min(steps, 50),
             **OPTIMIZERS[name],
+            **({} if name == "adamw" else {"optim.impl": args.impl}),
             "optim.lr": lr,
         },
     )
@@ -130,53 +131,72 @@ def main() -> None:
     parser.add_argument("--checkpoint-steps", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=1, help="runs that share the device")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after this time")
+    parser.add_argument("--impl", choices=("auto", "eager", "triton"), default="auto", help="of the low-rank steps")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-
+    plan = Plan(args)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        running: dict[concurrent.futures.Future[dict[str, float]], tuple[str, float, int, int]] = {}
-        tuned: dict[str, dict[float, float]] = {}
-
-        def submit(name: str, lr: float, seed: int, tokens: int) -> None:
-            folder = args.runs / f"{name}-lr{lr:g}-seed{seed}-tokens{tokens}"
-            config = config_for(args, name, lr, seed, tokens)
-            running[pool.submit(run, config, folder, args.eval_tokens, args.eval_batch)] = name, lr, seed, tokens
-
-        for lr in args.grid:
-            for name in args.optimizers:
-                if name not in TUNED_AS:
-                    submit(name, lr, 0, args.tune_tokens)
-        while running:
+        running: dict[concurrent.futures.Future[dict[str, float]], Run] = {}
+        while True:
+            while len(running) < args.jobs and (chosen := plan.next()) is not None:
+                folder = args.runs / f"{chosen.name}-lr{chosen.lr:g}-seed{chosen.seed}-tokens{chosen.tokens}"
+                config = config_for(args, *chosen)
+                running[pool.submit(run, config, folder, args.eval_tokens, args.eval_batch)] = chosen
+            if not running:
+                return
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                name, lr, seed, tokens = running.pop(future)
-                if future.cancelled():
-                    continue
+                chosen, result = running.pop(future), None
                 try:
                     result = future.result()
                 except Exception as error:  # one run that diverges is a result, not the end of the others
-                    print(f"{name} lr {lr:g} seed {seed}: {type(error).__name__}: {error}", flush=True)
-                    result = None
+                    print(f"{chosen.name} lr {chosen.lr:g}: {type(error).__name__}: {error}", flush=True)
                 if result is not None:
-                    write(args, name, lr, seed, tokens, result)
-                if tokens != args.tune_tokens or name in TUNED_AS:
-                    continue
-                tuned.setdefault(name, {})[lr] = math.inf if result is None else result["loss"]
-                if len(tuned[name]) == len(args.grid):
-                    best = min(tuned[name], key=tuned[name].__getitem__)
-                    if tuned[name][best] == math.inf:
-                        continue
-                    for other in args.seeds:
-                        submit(name, best, other, args.tokens)
-                    for follower in (f for f, leader in TUNED_AS.items() if leader == name and f in args.optimizers):
-                        submit(follower, best, args.seeds[0], args.tokens)
-            if time.monotonic() > end:
-                for future in running:
-                    future.cancel()
+                    write(args, *chosen, result)
+                plan.done(chosen, math.inf if result is None else result["loss"])
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    name: str
+    lr: float
+    seed: int
+    tokens: int
+
+
+class Plan:
+    """Which run is next: first the grid of rates, then the first seed of every optimizer, then the others."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.end = args, time.monotonic() + args.seconds
+        leaders = [name for name in args.optimizers if name not in TUNED_AS]
+        self.waiting = [(0, Run(name, lr, 0, args.tune_tokens)) for lr in args.grid for name in leaders]
+        self.tuned: dict[str, dict[float, float]] = {name: {} for name in leaders}
+
+    def next(self) -> Run | None:
+        """The next run; None where there is none yet, or no more time to begin one."""
+        if not self.waiting or time.monotonic() > self.end:
+            return None
+        first = min(self.waiting, key=lambda item: item[0])
+        self.waiting.remove(first)
+        return first[1]
+
+    def done(self, run: Run, loss: float) -> None:
+        """Note the loss of a run (inf where it failed); the last of a grid brings the winner's runs."""
+        grid, args = self.tuned.get(run.name), self.args
+        if grid is None or run.tokens != args.tune_tokens or len(grid) == len(args.grid):
+            return
+        grid[run.lr] = loss
+        if len(grid) < len(args.grid) or min(grid.values()) == math.inf:
+            return
+        best = min(grid, key=grid.__getitem__)
+        self.waiting += [(1 + i, Run(run.name, best, seed, args.tokens)) for i, seed in enumerate(args.seeds)]
+        followers = [name for name in args.optimizers if TUNED_AS.get(name) == run.name]
+        self.waiting += [(1, Run(name, best, args.seeds[0], args.tokens)) for name in followers]
 
 
 def write(args: argparse.Namespace, name: str, lr: float, seed: int, tokens: int, result: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_pretraining_runs_the_recipe_of_the_papers(tmp_path):
     pretrain = script("pretrain")
     (tmp_path / "manifest.json").write_text('{"vocab_size": 500}')
     args = argparse.Namespace(
-        recipe="fira-60m", shards=tmp_path, batch_tokens=512 * 256, checkpoint_steps=500, device="cpu"
+        recipe="fira-60m", shards=tmp_path, batch_tokens=512 * 256, checkpoint_steps=500, device="cpu", impl="eager"
     )
     for name in pretrain.OPTIMIZERS:
         config = pretrain.config_for(args, name, 0.01, 1, 200_000_000)
@@ -157,6 +158,31 @@ def test_pretraining_runs_the_recipe_of_the_papers(tmp_path):
         if name != "adamw":
             assert (config.optim.rank, config.optim.refresh_steps) == (128, 200)
     assert pretrain.config_for(args, "fira-paper", 0.01, 1, 1 << 20).optim.residual_mode == "paper"
+
+
+def test_pretraining_takes_winners_seed_by_seed(monkeypatch):
+    """The first seed of every optimizer comes before the second of any; without time left nothing begins."""
+    pretrain = script("pretrain")
+    args = argparse.Namespace(
+        optimizers=["adamw", "fira", "fira-exact"],
+        grid=[0.1, 0.2],
+        seeds=[5, 6],
+        tune_tokens=10,
+        tokens=10,  # as many as in tuning, which must not be taken for tuning
+        seconds=100.0,
+    )
+    plan = pretrain.Plan(args)
+    losses, order = {("adamw", 0.1): 2.0, ("adamw", 0.2): 1.0, ("fira", 0.1): 3.0, ("fira", 0.2): math.inf}, []
+    while (run := plan.next()) is not None:
+        order.append(run)
+        plan.done(run, losses.get(run[:2], 9.0))
+    grid = [("adamw", 0.1), ("fira", 0.1), ("adamw", 0.2), ("fira", 0.2)]
+    assert order[:4] == [(*pair, 0, 10) for pair in grid]
+    firsts, seconds = [(*order[4:7],), order[7:]]
+    assert set(firsts) == {("adamw", 0.2, 5, 10), ("fira", 0.1, 5, 10), ("fira-exact", 0.1, 5, 10)}
+    assert set(seconds) == {("adamw", 0.2, 6, 10), ("fira", 0.1, 6, 10)}
+    late = pretrain.Plan(argparse.Namespace(**(vars(args) | {"seconds": -1.0})))
+    assert late.next() is None
 
 
 def test_optimizers_against_rank_and_bytes(plots, tmp_path):
@@ -359,6 +385,80 @@ def test_the_real_model_is_shown_beside_itself_on_the_same_prompts(tables, tmp_p
     assert "| dense | 4 of 4 | 3 of 4 | 4 of 4 |  |  |" in text
     assert "| `row_local`, 0.95 | 4 of 4 | 2 of 4 | 4 of 4 | -8% | -25% |" in text
     assert tables.smollm2(tmp_path / "nothing", links="there") == []
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return script("pages")
+
+
+def test_the_pages_of_mixers_and_of_several_gpus_show_the_recorded_lines(pages, tables):
+    """If this fails after new measurements, run python benchmarks/pages.py."""
+    for page, text in (
+        (pages.COMPARISON, pages.comparison_page(pages.ROOT / "benchmarks" / "results")),
+        (pages.CARDS, pages.cards_page(pages.ROOT / "benchmarks" / "results")),
+    ):
+        written = page.read_text(encoding="utf-8")
+        assert written == tables.insert(written, text)
+
+
+def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_losses(pages, tmp_path, monkeypatch):
+    def write(impl, metric, value, **params):
+        record(
+            "comparison",
+            impl,
+            {"parameters": 21e6, "hidden_size": 384, "layers": 8} | params,
+            metric,
+            value,
+            "",
+            out=tmp_path,
+        )
+
+    write("RDN", "loss", 9.0, of_tokens=8_000_000)  # on a processor
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+    trained = {"T": 1024, "lr": 0.002, "tokens": 4_000_000, "chance": 1 / 64}
+    write("RDN", "loss", 1.0, of_tokens=2_000_000, seed=0, **trained)
+    for seed in (0, 1):
+        for impl, loss in (("softmax", 3.5), ("RDN", 3.25)):
+            given = trained | {"of_tokens": 4_000_000, "seed": seed}
+            write(impl, "loss", loss + seed, **given)
+            write(impl, "mqar", 0.5 + seed / 4, pairs=4, **given)
+            for length in (1024, 2048):
+                write(impl, "needle", 0.5 + seed / 4, length=length, depth=0.1, **given)
+                write(impl, "needle", 1.0, length=length, depth=0.9, **given)
+    write("RDN", "train_rate", 50_000.0, T=1024)
+    write("RDN", "decode_rate", 4000.0, context=1024, B=16)
+    write("RDN", "state_bytes", 2**21, context=1024, B=16)
+    text = pages.comparison_page(tmp_path).replace("\u00a0", " ")
+    first, second = (
+        text.index(f"| {row}") for row in ("RDN | 21.00 | 3.2500, 4.2500 | +0.0000 |", "softmax | 21.00 |")
+    )
+    assert first < second
+    assert "| RDN | 62% |" in text
+    assert "| RDN | 81% | 81% |" in text
+    assert "| RDN | 50 | 4 |" in text
+    assert "| RDN | 2.00 MiB |" in text
+    assert "9.0000" not in text
+    assert [path.name for path in pages.figures(tmp_path, tmp_path)] == ["comparison-needle.svg"]
+    assert pages.comparison_page(tmp_path / "none") == "Nothing has been measured on a GPU yet."
+
+
+def test_several_gpus_are_shown_with_their_kill(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+    for lr in (1.0, 2e-4):
+        given = {"recipe": "r", "batch_tokens": 8192, "micro_batch_tokens": 4096, "seq_len": 1024, "lr": lr}
+        for count, rate in (("1 process", 100.0), ("2 processes", 150.0 + lr)):
+            record("cards", count, given, "throughput", rate, "tokens/s", out=tmp_path)
+        gap = {"largest": lr, "steps": 8, "last_loss": 8.0}
+        record("cards", "2 processes", given | gap, "loss_gap", [lr, 0.0], "nats", out=tmp_path)
+        record("cards", "2 processes", given | {"every": 8}, "steps_lost", 3, "steps", out=tmp_path)
+        record("cards", "2 processes", given, "seconds_to_go_on", 42.0, "s", out=tmp_path)
+    text = pages.cards_page(tmp_path)
+    assert "| 2 | 150 | 1.50 |" in text
+    assert "Losses of the first 8 steps differ by at most 2e−4 nats" in text
+    assert "cost 3 steps (a checkpoint every 8) and 42 s until" in text
+    assert text.count("Losses") == 1
 
 
 def test_run_fails_with_one_line_on_an_unknown_case():

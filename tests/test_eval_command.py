@@ -61,6 +61,15 @@ def test_tables_show_tasks_lengths_places_and_the_worst(run, capsys) -> None:
     assert all(" to " in line for line in lines)
 
 
+def test_bfloat16_is_arithmetic_of_its_own_and_close(run, capsys) -> None:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        assert main(["eval", run, "--tasks", "bpb", "--dtype", dtype, "--json"]) == 0
+        found[dtype] = json.loads(capsys.readouterr().out)["bpb"]["nats_per_token"]
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=5e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,13 +17,14 @@ from whimbrel.cli import main
 from whimbrel.config import load_config
 from whimbrel.data.synthetic import IGNORE
 from whimbrel.data.tokenizer import Symbols
-from whimbrel.errors import ConfigError
+from whimbrel.errors import ConfigError, DataError
 from whimbrel.evals.score import score
 from whimbrel.evals.tasks import TASKS, make_task
 from whimbrel.infer.load import load_model, load_tokenizer
 from whimbrel.integrations.hf import convert_checkpoint
 from whimbrel.integrations.lm_eval import TASK_FOLDER
 from whimbrel.integrations.lm_eval.dataset import choices, documents, process_results
+from whimbrel.integrations.lm_eval.essays import essays_from
 from whimbrel.integrations.lm_eval.harness import evaluate_folder
 from whimbrel.integrations.lm_eval.words import SCRIPTS, symbols_of
 from whimbrel.testing.tiny import tiny_overrides
@@ -129,13 +130,17 @@ def test_the_command_takes_runs_and_folders_of_transformers(run, converted, caps
         assert part in text
 
 
-def test_any_model_of_transformers_gets_words(tmp_path) -> None:
-    """A tokenizer without reserved tokens: choices of several tokens, behind a space."""
+def _bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!", pad_token="!")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!", pad_token="!")
+
+
+def test_any_model_of_transformers_gets_words(tmp_path) -> None:
+    """A tokenizer without reserved tokens: choices of several tokens, behind a space."""
+    tokenizer = _bytes_tokenizer()
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 256}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=16, **sizes))
@@ -151,6 +156,45 @@ def test_the_task_folder_holds_every_task() -> None:
     assert all(f"  - whimbrel_{task}\n" in group for task in TASKS)
 
 
+def test_essays_of_ones_own_are_the_haystack(tmp_path, monkeypatch) -> None:
+    import datasets
+
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_args, **_kwargs: False)  # lm-eval tries as it is imported
+    from lm_eval.tasks.ruler import niah_utils
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    make = niah_utils.generate_samples
+    monkeypatch.setattr(niah_utils, "generate_samples", lambda *a, **given: make(*a, **given | {"num_samples": 20}))
+    _bytes_tokenizer().save_pretrained(tmp_path)
+    sentences = [f"The {number} birds of the north flew over a quiet sea." for number in range(900)]
+    text = tmp_path / "essays.txt"
+    text.write_text(" ".join(sentences))
+    sizes = {"tokenizer": str(tmp_path), "max_seq_lengths": [4000]}
+    with essays_from(text, len, 4000):
+        docs = niah_utils.niah_multivalue(**sizes)["test"]
+    assert len(docs) == 20
+    for doc in docs:
+        assert sentences[0] in doc["input"]
+        assert len(doc["outputs"]) == 4
+        assert all(f"is: {value}." in doc["input"] for value in doc["outputs"])
+        parts = doc["input"].split("One of the special magic")
+        assert len(parts) == 5
+        # lm-eval cuts the text between two words: a needle behind all of it may follow half a sentence.
+        assert all(part.rstrip()[-1] == "." for part in parts[:-2][1:]), "needles lie between sentences"
+    assert datasets.load_dataset is refuse
+    with pytest.raises(ConnectionError):
+        niah_utils.niah_multivalue(**sizes)
+    with (
+        pytest.raises(DataError, match=r"essays.txt have [\d,]+ tokens, a prompt takes up to 99,999; give more text"),
+        essays_from(text, len, 99_999),
+    ):
+        pass
+
+
 def test_mistakes_are_named(run, converted, capsys) -> None:
     with pytest.raises(
         ConfigError, match=r"unknown task 'whimbrel_copyng' of lm-eval; did you mean 'whimbrel_copying'\?"
@@ -161,6 +205,7 @@ def test_mistakes_are_named(run, converted, capsys) -> None:
     for arguments, message in (
         (["--lm-eval", "whimbrel", "--methods", "window"], "--methods is not used with --lm-eval; leave it out"),
         (["--limit", "3"], "--limit belongs to --lm-eval; use --num-sequences"),
+        (["--essays", "text"], "--essays belongs to --lm-eval; leave it out"),
     ):
         assert main(["eval", str(run), *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -6,13 +6,13 @@ Each folder with an operation offers `bench.py` with a function `(*, device, qui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Param = str | int | float | bool
-Figures = Mapping[str, tuple[float, str]]
-"""Metric -> (value, unit) of one run of an implementation that measures itself."""
+Figures = Mapping[str, tuple[float | Sequence[float], str]]
+"""Metric -> (value or values, unit) of one run of an implementation that measures itself."""
 SetUp = Callable[[], Callable[[], object]]
 """Makes inputs and returns the call to time."""
 
@@ -66,6 +66,9 @@ class Case:
 
     rounds: int = 3
     """Runs of each of `figures`."""
+
+    apart: Mapping[str, Mapping[str, Param]] = field(default_factory=dict)
+    """Implementation name -> params that stand in its lines alone, such as what its figures were scaled from."""
 
     sizes: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     """Implementation name -> bytes it holds between two calls, for example optimizer state."""

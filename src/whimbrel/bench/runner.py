@@ -226,21 +226,29 @@ def _measure(
 
 
 def _run_themselves(case: Case, *, device: str, out: Path | None) -> list[Measurement]:
-    """Run implementations that measure themselves, one after the other in each round."""
+    """Run implementations that measure themselves, one after the other in each round; lines as each one ends."""
     found: dict[str, list[Figures]] = {impl: [] for impl in case.figures}
-    for _ in range(case.rounds):
+    measured = []
+    for number in range(case.rounds):
         for impl in list(found):
             try:
                 found[impl].append(case.figures[impl]())
             except UnsupportedError as error:
                 say(case, impl, f"left out, {one_line(error)}")
                 del found[impl]
+                continue
+            if number == case.rounds - 1:
+                measured += _figures_of(case, impl, found[impl], device=device, out=out)
+    return measured
+
+
+def _figures_of(case: Case, impl: str, runs: Sequence[Figures], *, device: str, out: Path | None) -> list[Measurement]:
+    params = {**case.params, **case.apart.get(impl, {})}
     measured = []
-    for impl, runs in found.items():
-        for metric, (_, unit) in runs[0].items():
-            values = [run[metric][0] for run in runs]
-            line = record(case.name, impl, case.params, metric, values, unit, device=device, out=out)
-            measured.append(Measurement([line], None, None, None, None, {}))
+    for metric, (_, unit) in runs[0].items():
+        values = np.concatenate([np.atleast_1d(run[metric][0]) for run in runs]).tolist()
+        line = record(case.name, impl, params, metric, values, unit, device=device, out=out)
+        measured.append(Measurement([line], None, None, None, None, {}))
     return measured
 
 

@@ -264,10 +264,11 @@ def measuring_themselves(*, device, quick):
 
     def run(name):
         events.note(name)()
-        return {"rate": (float(len(events)), "GB/s"), "peak_rss": (7.0, "bytes")}
+        return {"rate": (float(len(events)), "GB/s"), "peak_rss": ([7.0, 9.0], "bytes")}
 
     figures = {"ours": lambda: run("ours"), "absent": absent, "read": lambda: run("read")}
-    return [Case(name="toy", params={"T": 8}, figures=figures, rounds=2, check=events.note("check"))]
+    apart = {"read": {"scaled_from": 3}}
+    return [Case(name="toy", params={"T": 8}, figures=figures, apart=apart, rounds=2, check=events.note("check"))]
 
 
 def test_implementations_that_measure_themselves(tmp_path, capsys):
@@ -275,10 +276,11 @@ def test_implementations_that_measure_themselves(tmp_path, capsys):
     assert events == ["check", "ours", "read", "ours", "read"]
     assert [(x["impl"], x["metric"], x["value"], x["unit"], x["n"]) for x in found] == [
         ("ours", "rate", 3.0, "GB/s", 2),
-        ("ours", "peak_rss", 7.0, "bytes", 2),
+        ("ours", "peak_rss", 8.0, "bytes", 4),
         ("read", "rate", 4.0, "GB/s", 2),
-        ("read", "peak_rss", 7.0, "bytes", 2),
+        ("read", "peak_rss", 8.0, "bytes", 4),
     ]
+    assert [x["params"] for x in found] == [{"T": 8}] * 2 + [{"T": 8, "scaled_from": 3}] * 2
     assert "absent: left out, name its environment" in capsys.readouterr().err
     events.clear()
     assert [x["impl"] for x in quick("measuring_themselves", only=["read"], table=False)] == ["read", "read"]

@@ -33,6 +33,8 @@ class Args:
     """Tasks or groups of lm-eval instead of the above, `whimbrel` among them (extra lm-eval)."""
     limit: int | None = None
     """Documents of each task of lm-eval, at most; default: all."""
+    essays: Path | None = None
+    """Text in place of the essays that RULER's needles lie in, for --lm-eval: a .txt or .jsonl file, or a folder."""
     data: Path | None = None
     """Folder of token shards; default: the corpus the model was trained on."""
     seq_len: int | None = None
@@ -43,6 +45,8 @@ class Args:
     """Generated sequences for each cell; default: the run's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a CUDA device where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic (autocast); the kernels of linear mixers on CUDA serve bfloat16, and need less time."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -51,13 +55,16 @@ def main(argv: list[str]) -> int:
     """Evaluate and print."""
     args = parse(Args, argv, verb="eval")
     if args.lm_eval:
-        _refuse(args, "tasks", "methods", "data", "seq_len", why="is not used with --lm-eval; leave it out")
+        _refuse(args, "tasks", "methods", "data", "seq_len", "dtype", why="is not used with --lm-eval; leave it out")
         from whimbrel.cli.eval_lm import evaluate
 
         return evaluate(args)
     _refuse(args, "limit", why="belongs to --lm-eval; use --num-sequences")
+    _refuse(args, "essays", why="belongs to --lm-eval; leave it out")
     methods = [_method(text) for text in args.methods]
     import dataclasses
+
+    import torch
 
     from whimbrel.cli.eval_tables import print_results
     from whimbrel.data import TokenShards
@@ -66,19 +73,21 @@ def main(argv: list[str]) -> int:
     from whimbrel.training.loop import shards_for
     from whimbrel.training.processes import pick_device
 
-    model = load_model(args.model, device=pick_device(args.device))
+    device = pick_device(args.device)
+    model = load_model(args.model, device=device)
     config = load_run_config(args.model)
     given = {name: getattr(args, name) for name in ("seed", "num_sequences") if getattr(args, name) is not None}
-    results = run_evals(
-        model,
-        load_tokenizer(args.model),
-        TokenShards(args.data or shards_for(config), "validation"),
-        dataclasses.replace(config.eval, **given),
-        seq_len=config.data.seq_len if args.seq_len is None else args.seq_len,
-        tasks=args.tasks,
-        lengths=args.lengths,
-        methods=methods,
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        results = run_evals(
+            model,
+            load_tokenizer(args.model),
+            TokenShards(args.data or shards_for(config), "validation"),
+            dataclasses.replace(config.eval, **given),
+            seq_len=config.data.seq_len if args.seq_len is None else args.seq_len,
+            tasks=args.tasks,
+            lengths=args.lengths,
+            methods=methods,
+        )
     if args.json:
         print(json.dumps(results))
     else:

@@ -39,10 +39,13 @@ def evaluate(args: Args) -> int:
             seed=defaults.seed if args.seed is None else args.seed,
             limit=args.limit,
             device=str(pick_device(args.device)),
+            essays=args.essays,
         )
     if args.json:
         print(json.dumps(found, default=str))
     else:
+        if args.essays:
+            print(f"Tasks with essays take them from {args.essays}; do not compare them with published scores.")
         _print(found)
     return 0
 

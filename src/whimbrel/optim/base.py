@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
+PIECE_ELEMENTS = 1 << 24
+"""Most elements of a parameter in few bits, outside of low-rank groups, that are stepped at once: beside its state a
+step takes some 40 bytes for each, which for all of an embedding would be more than the state of all matrices."""
 _IN_BACKWARD = (
     "{} does not go with updates in backward, where no two gradients exist at once; "
     "leave it out, or leave out fuse_into_backward"
@@ -399,31 +402,34 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _step_others(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         plain = [p for p in params if p.dtype == self.state[p]["exp_avg"].dtype == torch.float32]
-        # one by one, as each needs float32 copies of its weights and moments
-        for chosen in ([plain] if plain else []) + [[p] for p in params if p not in set(plain)]:
-            weights = [local(param) for param in chosen]
-            states = [{key: local(value) for key, value in self.state[param].items()} for param in chosen]
-            moments = [[storage.read_moment([s], key)[0] for s in states] for key in ("exp_avg", "exp_avg_sq")]
-            values = [weight.float() for weight in weights]
-            adamw_step(
-                values,
-                [self._unscaled(local_grad(param)) for param in chosen],
-                [state["step"] for state in states],
-                *moments,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                active=self._usable(),
-            )
-            if chosen is plain:
-                continue
-            (param,), (weight,), (value,), (state,) = chosen, weights, values, states
-            keys = counter.key(self._base_words(group, [self._offsets[param]], param.device), state["step"][None])
-            first = _first(param)
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} | {"active": self._usable()}
+        if plain:
+            states = [{key: local(value) for key, value in self.state[param].items()} for param in plain]
+            gradients = [self._unscaled(local_grad(param)) for param in plain]
+            held = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+            adamw_step([local(param) for param in plain], gradients, *held, **options)
+        for param in params:
+            if param.dtype != torch.float32 or self.state[param]["exp_avg"].dtype != torch.float32:
+                self._step_other(group, param, options)
+
+    def _step_other(self, group: dict[str, Any], param: Tensor, options: dict[str, Any]) -> None:
+        """Step one parameter, whose weights or moments are not in float32; by rows, each needs copies that are."""
+        weight, grad = local(param), local_grad(param)
+        state = {key: local(value) for key, value in self.state[param].items()}
+        row, column = _first(param)
+        counted = state["step"]
+        for start, stop in _pieces(weight):
+            rows = slice(start, stop) if weight.ndim else ...
+            part = {key: value[rows] for key, value in state.items() if key != "step"}
+            moments = [storage.read_moment([part], key)[0] for key in ("exp_avg", "exp_avg_sq")]
+            value, counted = weight[rows].float(), state["step"].clone()
+            adamw_step([value], [self._unscaled(grad[rows])], [counted], *([x] for x in moments), **options)
+            keys = counter.key(self._base_words(group, [self._offsets[param]], param.device), counted[None])
+            first = row + start * math.prod(weight.shape[1:-1]), column
             for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-                storage.write_moment([state], key, moment[0][None], keys, self._usable(), first=first)
-            _write_weight(weight, value, keys[0], group["stochastic_rounding"], first)
+                storage.write_moment([part], key, moment[None], keys, self._usable(), first=first)
+            _write_weight(weight[rows], value, keys[0], group["stochastic_rounding"], first)
+        state["step"].copy_(counted)
 
     def _step_matrices(self, group: dict[str, Any], found: list[Matrix], fresh: set[Key]) -> None:
         every = group["refresh_steps"]
@@ -779,6 +785,14 @@ def _first(param: Tensor) -> tuple[int, int]:
         return 0, 0
     rows = part_of(param, 0).start * math.prod(param.shape[1:-1]) if param.ndim > 1 else 0
     return rows, part_of(param, -1).start
+
+
+def _pieces(weight: Tensor) -> Iterable[tuple[int, int]]:
+    """First and last row of each part of a parameter that is stepped at once; a vector is one part."""
+    if weight.ndim < 2 or not weight.numel():
+        return [(0, len(weight) if weight.ndim else 0)]
+    rows = max(1, PIECE_ELEMENTS // math.prod(weight.shape[1:]))
+    return [(start, min(start + rows, len(weight))) for start in range(0, len(weight), rows)]
 
 
 def _write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool, first: tuple[int, int]) -> None:

@@ -222,6 +222,32 @@ def test_non_contiguous_weights_and_gradients(cls):
     assert_close("weights", plain, turned, 1e-6)
 
 
+def test_a_matrix_that_two_layers_share_is_one_matrix():
+    """One state and one step, with the sum of both gradients; so also under updates in backward."""
+    found = []
+    for tied, fused in ((True, False), (True, True), (False, False)):
+        first, second = nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False)
+        first.weight = nn.Parameter(torch.randn(9, 9, generator=torch.Generator().manual_seed(0)))
+        model = nn.ModuleDict({"first": first})
+        if tied:
+            second.weight = first.weight
+            model["second"] = second
+        optimizer = Fira(param_groups(model, low_rank="*", min_dim=2), rank=3)
+        if fused:
+            optimizer.fuse_into_backward(model)
+        for step in range(4):
+            x = torch.randn(5, 9, generator=torch.Generator().manual_seed(1 + step))
+            middle = torch.tanh(first(x))
+            y = second(middle) if tied else torch.nn.functional.linear(middle, first.weight)
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [state["step"].item() for state in optimizer.state.values()] == [4.0]
+        found.append(first.weight.detach().clone())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+
+
 @BOTH
 def test_odd_sizes(cls):
     """A small cousin of LLaMA's 5461: nothing may rely on sizes that divide."""

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -132,6 +132,7 @@ def check_all(rank, folder):
                 set_optimizer_state_dict(model, optimizer, saved)
             advance(model, optimizer, range(4, 7))
             found[variant, how] = apart(whole(one), model)
+    found["alone"] = on_one(rank)
     found["bytes"] = state_bytes(mesh)
     found["bf16"] = bfloat16(mesh)
     found["ddp"] = data_parallel(rank)
@@ -242,6 +243,15 @@ def kernels(mesh):
     return found
 
 
+def on_one(rank):
+    """FSDP2 over a single process."""
+    alone = [dist.new_group([r]) for r in range(WORLD)][rank]
+    one, model = Model(), sharded(DeviceMesh.from_group(alone, "cpu"))
+    for it in (one, model):
+        advance(it, make("fira", it), range(7))
+    return apart(whole(one), model)
+
+
 def in_backward(mesh, rank):
     """Forward and backward by FSDP2 on half of the batch each, updates within."""
     one, model = Model(), sharded(mesh)
@@ -270,6 +280,11 @@ def test_two_processes_equal_one(variant, how, found):
     for ratios in found[0]:
         assert len(ratios[variant, how]) == 5
         assert max(ratios[variant, how].values()) <= LOOSE.get(variant, SAME), ratios[variant, how]
+
+
+def test_fsdp2_on_one_process_is_the_same_bit_for_bit(found):
+    for each in found[0]:
+        assert set(each["alone"].values()) == {0.0}, each["alone"]
 
 
 def test_each_process_holds_its_part_of_the_moments(found):

@@ -18,6 +18,7 @@ from whimbrel.optim import (
     param_groups,
     storage,
 )
+from whimbrel.optim import base as optim_base
 from whimbrel.optim.layout import MOMENT_BLOCK
 from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.optim import CONTRACTS, TinyModel, no_host_reads, shrink, train
@@ -184,6 +185,25 @@ def test_state_in_another_format_is_refused():
         "optimizer state 'exp_avg' of blocks.0.up is float32, but needs bfloat16; "
         "load it with the state_dtype, basis_dtype and other_dtype of its run"
     )
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (7, 40, 30), (5000,), ()])
+@pytest.mark.parametrize("other_dtype", ["float32", "bfloat16", "int8"])
+def test_an_embedding_stepped_by_rows_gets_the_bits_of_one_stepped_whole(shape, other_dtype, monkeypatch):
+    found = []
+    for most in (1 << 24, 1000):
+        monkeypatch.setattr(optim_base, "PIECE_ELEMENTS", most)
+        embed, matrix = (torch.nn.Parameter(random(*s).bfloat16()) for s in (shape, (8, 6)))
+        groups = [{"params": [matrix], "rank": 2}, {"params": [embed]}]
+        optimizer = Fira(groups, lr=0.1, weight_decay=0.1, other_dtype=other_dtype)
+        for step in range(3):
+            for param in (embed, matrix):
+                param.grad = random(*param.shape, seed=step).bfloat16()
+            optimizer.step()
+        assert optimizer.state[embed]["step"].item() == 3
+        found.append([embed, *optimizer.state[embed].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], random(*shape).bfloat16())
 
 
 def test_a_gradient_scaler_is_honoured():

@@ -30,6 +30,7 @@ from whimbrel.merge.spikes import Verdict
 from whimbrel.model import build_model
 from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.progress import track
+from whimbrel.training.ahead import Ahead
 from whimbrel.training.averages import keep_average, restore_average, save_average
 from whimbrel.training.metrics import Metrics
 from whimbrel.training.processes import Processes, joined, shard
@@ -110,6 +111,7 @@ class _Trainer:
             recall_fraction=config.data.recall_fraction,
             recall_warmup_steps=config.data.recall_warmup_steps,
         ).rank_slice(processes.rank, processes.world)
+        self.batches = Ahead(self.loader.batch)
         self.model = build_model(config.model, seed=config.seed).to(processes.device)
         shard(self.model, processes)
         self.optimizer = config.optim.build(config.optim.groups(self.model))
@@ -205,7 +207,7 @@ class _Trainer:
         factor = learning_rate_factor(step, config.schedule, steps=config.steps) * self.recovery.rate(step)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        batch = self.loader.batch(step + self.recovery.skipped_batches)
+        batch = self.batches(step + self.recovery.skipped_batches)
         tokens, targets = batch.tokens.to(processes.device), batch.targets.to(processes.device)
         num_targets = processes.sum((targets != -100).sum())
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from whimbrel.data.tokenizer import KEY_TOKENS, VALUE_TOKENS
 from whimbrel.errors import ConfigError, DataError, nearest
 from whimbrel.integrations.lm_eval import TASK_FOLDER
+from whimbrel.integrations.lm_eval.essays import essays_from
 
 _OWN = "whimbrel"
 
@@ -29,6 +31,7 @@ def evaluate_folder(
     device: str = "cpu",
     max_length: int | None = None,
     batch_size: int = 1,
+    essays: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results of the model and tokenizer in `folder`: `results`, `groups`, `n-samples`, `versions`.
@@ -37,10 +40,11 @@ def evaluate_folder(
     tasks: names or groups of lm-eval and of TASK_FOLDER. lengths: of generated prompts, RULER's among them, in tokens,
     for RULER by the model's tokenizer. num_samples, seed: of TASK_FOLDER's. limit: documents of each task, at most.
     max_length: most tokens of a prompt, beyond which lm-eval cuts it from the left; the longest of `lengths` with room
-    for an answer, or what the model names, whichever is more. metadata: further settings of the tasks.
+    for an answer, or what the model names, whichever is more. essays: a text that stands in for Paul Graham's in
+    RULER's tasks (see `whimbrel.integrations.lm_eval.essays`). metadata: further settings of the tasks.
 
     Whimbrel's tasks are written in reserved tokens where the tokenizer has them, otherwise in English words. Raises
-    ConfigError for an unknown task, DataError for one whose data is not on this machine.
+    ConfigError for an unknown task, DataError for one whose data is not on this machine, or for too few essays.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     # Reserved tokens that are spelt out in a prompt are meant.
@@ -59,9 +63,19 @@ def evaluate_folder(
     named = getattr(model.config, "max_position_embeddings", None) or 0
     room = max_length or max(named, 2 * max(lengths))
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=room, batch_size=batch_size)
+    with ExitStack() as stack:
+        if essays is not None:
+            stack.enter_context(essays_from(essays, lambda text: len(tokenizer(text).input_ids), max(lengths)))
+        found = _evaluate(wrapped, tasks, manager, seed, limit)
+    return {name: found[name] for name in ("results", "groups", "n-samples", "versions") if name in found}
+
+
+def _evaluate(
+    model: HFLM, tasks: Sequence[str], manager: TaskManager, seed: int, limit: int | None
+) -> Mapping[str, Any]:
     try:
         found = lm_eval.simple_evaluate(
-            model=wrapped,
+            model=model,
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
@@ -77,7 +91,7 @@ def evaluate_folder(
             "task out, or load it once with a network and HF_HUB_OFFLINE=0"
         ) from error
     assert found is not None
-    return {name: found[name] for name in ("results", "groups", "n-samples", "versions") if name in found}
+    return found
 
 
 def _manager(tasks: Sequence[str], settings: Mapping[str, Any]) -> TaskManager:

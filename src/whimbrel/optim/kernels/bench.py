@@ -2,6 +2,10 @@
 
 Weights and gradients are in bfloat16. Each run builds the optimizer anew, takes its first step outside of the
 clock, and then a whole refresh gap, each step timed by itself.
+
+Published packages decompose all matrices in one step, which at 1.2 B takes most of a minute. That step is measured on
+the matrices of one layer and scaled by the number of layers (`refresh_layers` in the params says so); their other
+steps are measured on the whole model, from bases that stand in for decomposed ones.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from whimbrel._lazy import load_object
 from whimbrel.bench.case import Case, Figures
@@ -25,8 +31,11 @@ from whimbrel.optim.options import Impl
 
 REFRESH_STEPS = 200
 """Steps between two refreshes (arXiv 2410.01623, section 5)."""
-OFFICIAL_STEPS = 6
-"""Steps timed of the published package, whose one refresh takes longer than all of them."""
+Params = list[nn.Parameter]
+Make = Callable[[Params], Optimizer]
+
+PLAIN_STEPS = 40
+"""Steps timed of what has no refresh, or whose refresh is measured apart."""
 
 
 class Layers(NamedTuple):
@@ -48,25 +57,28 @@ STATES = {
 
 
 def cases(*, device: str, quick: bool = False) -> list[Case]:
-    """Fira and GaLore at several ranks and state formats, torch's fused AdamW, an 8-bit AdamW, the published Fira."""
+    """Fira and GaLore at several ranks and state formats, torch's fused AdamW, an 8-bit AdamW, published packages."""
     model, ranks, gap = ("tiny", (16,), 8) if quick or device == "cpu" else ("1.2b", (128, 512), REFRESH_STEPS)
     found = []
-    for rank in ranks:
-        for state in STATES:
-            impls: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-                "torch-adamw-fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
-                "fira": partial(_ours, Fira, rank, state, gap, _impl(device)),
-                "galore": partial(_ours, GaLore, rank, state, gap, _impl(device)),
-                "adamw-8bit": _eight_bits,
+    for state in STATES:
+        for rank in ranks:
+            measure = partial(_measure, model=model, device=device, gap=gap)
+            figures = {
+                "torch-adamw-fused": partial(measure, _adamw, refreshes=False),
+                "fira": partial(measure, partial(_ours, Fira, rank, state, gap, _impl(device))),
+                "galore": partial(measure, partial(_ours, GaLore, rank, state, gap, _impl(device))),
+                "adamw-8bit": partial(measure, _eight_bits, refreshes=False),
             }
             if state == "bfloat16":
-                impls["fira-official"] = partial(_official, rank, gap)
+                for name, package in PUBLISHED.items():
+                    figures[name] = partial(_measure_published, partial(package.make, rank, gap), model, device, gap)
             found.append(
                 Case(
                     name="optim_step",
                     params={"model": model, "rank": rank, "state": state, "refresh_steps": gap},
-                    figures={name: partial(_measure, name, make, model, device, gap) for name, make in impls.items()},
-                    rounds=1 if quick else 2,
+                    figures=figures,
+                    apart={name: {"refresh_layers": 1} for name in PUBLISHED},
+                    rounds=1,
                     metric="time",
                     check=partial(_check, rank, state, device),
                 )
@@ -79,110 +91,168 @@ def _impl(device: str) -> Impl:
     return "triton" if device.startswith("cuda") else "eager"
 
 
-def _ours(
-    kind: type[Fira] | type[GaLore], rank: int, state: str, gap: int, impl: Impl, params: list[nn.Parameter]
-) -> torch.optim.Optimizer:
+def _ours(kind: type[Fira] | type[GaLore], rank: int, state: str, gap: int, impl: Impl, params: Params) -> Optimizer:
     group = {"params": params, "rank": rank, "refresh_steps": gap, "impl": impl, **STATES[state]}
     return kind([group], lr=1e-4)
 
 
-def _eight_bits(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    for target in ("torchao.optim:AdamW8bit", "bitsandbytes.optim:AdamW8bit"):
+def _adamw(params: Params) -> Optimizer:
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def _eight_bits(params: Params) -> Optimizer:
+    for target in ("bitsandbytes.optim:AdamW8bit", "torchao.optim:AdamW8bit"):
         try:
             return load_object(target)(params, lr=1e-4)
         except ImportError:
             continue
-    raise UnsupportedError("it needs torchao or bitsandbytes: pip install one of them")
+    raise UnsupportedError("it needs bitsandbytes or torchao: pip install one of them")
 
 
-def _official(rank: int, gap: int, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    try:
-        kind = load_object("fira:FiraAdamW")
-    except ImportError as error:
-        raise UnsupportedError("it needs the published package: pip install fira==1.0.2") from error
-    group = {"params": params, "rank": rank, "update_proj_gap": gap, "alpha": 0.25, "proj_type": "std"}
-    return kind([group], lr=1e-4)
+class Package(NamedTuple):
+    """A published optimizer: where it is, what installs it, and its names for the factor and the side."""
+
+    target: str
+    install: str
+    scale: str
+    side: str
+
+    def make(self, rank: int, gap: int, params: Params) -> Optimizer:
+        try:
+            kind = load_object(self.target)
+        except ImportError as error:
+            raise UnsupportedError(f"it needs the published package: pip install {self.install}") from error
+        group = {"params": params, "rank": rank, "update_proj_gap": gap, self.scale: 0.25, self.side: "std"}
+        return kind([group], lr=1e-4)
 
 
-def _parameters(model: str, device: str) -> list[nn.Parameter]:
+PUBLISHED = {
+    "fira-official": Package("fira:FiraAdamW", "fira==1.0.2", "alpha", "proj_type"),
+    "galore-torch": Package("galore_torch:GaLoreAdamW", "galore-torch==1.0 bitsandbytes", "scale", "proj_type"),
+    "fira, pytorch-optimizer": Package(
+        "pytorch_optimizer:Fira", "pytorch-optimizer==4.1.0", "scale", "projection_type"
+    ),
+}
+
+
+def _parameters(layers: Layers, device: str) -> list[nn.Parameter]:
+    """Weights with gradients of a few strong directions and noise, about as gradients are."""
     torch.manual_seed(0)
-    layers = MODELS[model]
-    return [
-        nn.Parameter(0.02 * torch.randn(shape, device=device).bfloat16())
-        for _ in range(layers.depth)
-        for shape, count in layers.shapes
-        for _ in range(count)
-    ]
+    params = []
+    for shape, count in layers.shapes * layers.depth:
+        for _ in range(count):
+            param = nn.Parameter(0.02 * torch.randn(shape, device=device).bfloat16())
+            strong = torch.randn(shape[0], 8, device=device) @ torch.randn(8, shape[1], device=device)
+            param.grad = (1e-3 * (strong + torch.randn(shape, device=device))).bfloat16()
+            params.append(param)
+    return params
 
 
-def _measure(
-    name: str,
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    model: str,
-    device: str,
-    gap: int,
-) -> Figures:
+def _measure(make: Make, *, model: str, device: str, gap: int, refreshes: bool = True) -> Figures:
     """Times of single steps in ms; bytes of state; most bytes above weights and gradients."""
-    params = _parameters(model, device)
-    for param in params:
-        # a few strong directions and noise, about as gradients are
-        m, n = param.shape
-        strong = torch.randn(m, 8, device=device) @ torch.randn(8, n, device=device)
-        param.grad = (1e-3 * (strong + torch.randn(m, n, device=device))).bfloat16()
-        del strong
-    held = sum(2 * param.nbytes for param in params)
+    params = _parameters(MODELS[model], device)
     optimizer = make(params)
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    optimizer.step()
-    if cuda:
-        torch.cuda.synchronize()
-    first = 1e3 * (time.perf_counter() - started)
-    for _ in range(3):
+    for _ in range(4):
         optimizer.step()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    published = name == "fira-official"
-    times = _step_times(optimizer, OFFICIAL_STEPS if published else gap, cuda)
-    median = statistics.median(times)
-    # the published package fits all bases in the same step, which is its first
-    amortised = median + (first - median) / gap if published else statistics.fmean(times)
-    figures = {
-        "time": (median, "ms"),
-        "time_amortised": (amortised, "ms"),
-        "time_max": (max(first, *times) if published else max(times), "ms"),
+    times, peak = _step_times(optimizer, gap if refreshes else min(gap, PLAIN_STEPS), device)
+    figures: dict[str, tuple[float | list[float], str]] = {
+        "time": (times, "ms"),
+        "time_amortised": (statistics.fmean(times), "ms"),
+        "time_max": (max(times), "ms"),
         "state_bytes": (float(_held(optimizer)), "bytes"),
     }
-    if cuda:
-        figures["peak_bytes"] = (float(torch.cuda.max_memory_allocated() - held), "bytes")
+    if peak is not None:
+        figures["peak_bytes"] = (float(peak - sum(2 * param.nbytes for param in params)), "bytes")
     del optimizer, params
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    _free(device)
     return figures
 
 
-def _step_times(optimizer: torch.optim.Optimizer, steps: int, cuda: bool) -> list[float]:
-    """Milliseconds of each step; on CUDA from events between the steps, which make nothing wait."""
-    if not cuda:
+def _measure_published(make: Make, model: str, device: str, gap: int) -> Figures:
+    """The same of a package that decomposes all matrices at once, from one layer's decompositions."""
+    try:
+        refresh, extra = _refresh_of_a_layer(make, model, device)
+        params = _parameters(MODELS[model], device)
+        optimizer = make(params)
+        with _stand_in_for_svd():
+            optimizer.step()
+        times, peak = _step_times(optimizer, min(gap - 2, PLAIN_STEPS), device)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # somebody else's code may fail in any way, and the others are still to be timed
+        raise UnsupportedError(f"it fails: {type(error).__name__}: {error}") from error
+    middle, whole = statistics.median(times), refresh * MODELS[model].depth
+    state = _held(optimizer)
+    figures: dict[str, tuple[float | list[float], str]] = {
+        "time": (times, "ms"),
+        "time_amortised": (middle + whole / gap, "ms"),
+        "time_max": (middle + whole, "ms"),
+        "state_bytes": (float(state), "bytes"),
+    }
+    if peak is not None and extra is not None:
+        above = peak - sum(2 * param.nbytes for param in params)
+        figures["peak_bytes"] = (float(max(above, state + extra)), "bytes")
+    del optimizer, params
+    _free(device)
+    return figures
+
+
+def _refresh_of_a_layer(make: Make, model: str, device: str) -> tuple[float, int | None]:
+    """Milliseconds by which decomposing the matrices of one layer lengthens a step, and bytes that it needs."""
+    layer = MODELS[model]._replace(depth=1)
+    params = _parameters(layer, device)
+    torch.linalg.svd(torch.randn(64, 64, device=device), full_matrices=False)  # loads the solver
+    held = sum(2 * param.nbytes for param in params)
+    optimizer = make(params)
+    first, peak = _step_times(optimizer, 1, device)
+    later, _ = _step_times(optimizer, 5, device)
+    extra = None if peak is None else peak - held - _held(optimizer)
+    return first[0] - statistics.median(later), extra
+
+
+@contextmanager
+def _stand_in_for_svd() -> Iterator[None]:
+    """Columns of the identity in place of singular vectors, which are as large, and cost nothing."""
+    original = torch.linalg.svd
+
+    def stand_in(x: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+        k = min(x.shape)
+        made = {"device": x.device, "dtype": x.dtype}
+        return torch.eye(x.shape[0], k, **made), torch.ones(k, **made), torch.eye(k, x.shape[1], **made)
+
+    torch.linalg.svd = stand_in
+    try:
+        yield
+    finally:
+        torch.linalg.svd = original
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _step_times(optimizer: Optimizer, steps: int, device: str) -> tuple[list[float], int | None]:
+    """Milliseconds of each step, on CUDA from events between the steps, which make nothing wait; and the peak there."""
+    if not device.startswith("cuda"):
         times = [time.perf_counter()]
         for _ in range(steps):
             optimizer.step()
             times.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in itertools.pairwise(times)]
+        return [1e3 * (b - a) for a, b in itertools.pairwise(times)], None
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     events[0].record()
     for event in events[1:]:
         optimizer.step()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)], torch.cuda.max_memory_allocated()
 
 
-def _held(optimizer: torch.optim.Optimizer) -> int:
+def _held(optimizer: Optimizer) -> int:
     """Bytes of all tensors in the state, also of those inside of objects that it keeps."""
 
     def tensors(value: object, depth: int = 0) -> list[Tensor]:
@@ -200,7 +270,8 @@ def _held(optimizer: torch.optim.Optimizer) -> int:
             return sum(size(getattr(x, name)) for name in names)
         return x.nbytes
 
-    return sum(size(x) for state in optimizer.state.values() for x in tensors(state))
+    held = [x for state in optimizer.state.values() for x in tensors(state)]
+    return sum({(x.device, x.data_ptr(), x.shape): size(x) for x in held}.values())  # tables may be shared
 
 
 def _check(rank: int, state: str, device: str) -> None:

@@ -1,0 +1,235 @@
+"""Write tables and figures of two pages, mixers compared and several GPUs: python benchmarks/pages.py"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from plots import draw_curves
+from tables import insert
+
+from whimbrel.bench.results import RESULTS, ResultLine, newest, read_lines
+from whimbrel.files import atomic_write_text
+from whimbrel.report.numbers import power_count, significant, size
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARISON = ROOT / "docs" / "comparison.md"
+CARDS = ROOT / "docs" / "howto" / "many-gpus.md"
+FIGURES = (
+    ("needle", "length", "needle", "share of needles found", "tokens of context"),
+    ("decode_rate", "context", "decoding", "tokens a second", "tokens before"),
+    ("curve", "tokens", "loss", "nats a token of held-out text", "tokens of training"),
+)
+"""Metric, what it is drawn against, end of the file's name, titles of the axes."""
+SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
+"""What runs on one GPU and on several have in common."""
+LINKS = {COMPARISON: "../benchmarks/results", CARDS: "../../benchmarks/results"}
+
+
+def gpu_lines(results: Path, case: str) -> list[ResultLine]:
+    """The newest lines of a case on the GPU that was measured last."""
+    path = results / f"{case}.jsonl"
+    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
+    last = max(lines, key=lambda x: x["time"])["device"] if lines else ""
+    return [x for x in lines if x["device"] == last]
+
+
+def quality_lines(results: Path) -> list[ResultLine]:
+    """Those of trained models, of the largest number of tokens."""
+    lines = [x for x in gpu_lines(results, "comparison") if "of_tokens" in x["params"]]
+    most = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
+    return [x for x in lines if x["params"]["of_tokens"] == most]
+
+
+def _named(lines: Sequence[ResultLine]) -> list[str]:
+    return list(dict.fromkeys(x["impl"] for x in lines))
+
+
+def _by_seed(lines: Sequence[ResultLine], digits: str) -> str:
+    return ", ".join(format(x["value"], digits) for x in sorted(lines, key=lambda x: int(x["params"]["seed"])))
+
+
+def _mean(lines: Sequence[ResultLine]) -> float:
+    return statistics.mean(x["value"] for x in lines)
+
+
+def comparison_page(results: Path) -> str:
+    """The Markdown between the marks of the page that compares mixers."""
+    shown = (("loss", "Loss along the run"), ("needle", "Needles by length"), ("decoding", "Decoding by length"))
+    drawn = {name: f"comparison-{name}.svg" for name, _ in shown}
+    images = {
+        name: [f"![{text}]({drawn[name]})", ""] if (COMPARISON.parent / drawn[name]).exists() else []
+        for name, text in shown
+    }
+    parts = [*_losses(results), *images["loss"], *_recall(results), *images["needle"]]
+    parts += [*_speed(results), *images["decoding"], *_held(results)]
+    return "\n".join(parts or ["Nothing has been measured on a GPU yet.", ""]).rstrip("\n")
+
+
+def _losses(results: Path) -> list[str]:
+    lines = quality_lines(results)
+    if not lines:
+        return []
+    about, names = lines[0], _named(lines)
+    given = about["params"]
+    part = ""
+    if any(x["params"]["tokens"] != given["of_tokens"] for x in lines if x["metric"] == "loss"):
+        part = f", judged after {max(int(x['params']['tokens']) for x in lines) / 1e6:.1f} M of them"
+    seeds = sorted({int(x["params"]["seed"]) for x in lines})
+    rows = [
+        f"**After {int(given['of_tokens']) / 1e6:.1f} M tokens**{part}, {int(given['parameters']) / 1e6:.0f} M "
+        f"parameters, {given['layers']} blocks of width {given['hidden_size']}, sequences of {given['T']}, AdamW at "
+        f"{given['lr']:g}, seeds {', '.join(map(str, seeds))} ({about['device']}, "
+        f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
+        "",
+        "| blocks | parameters, M | loss, nats a token, by seed | above the best |",
+        "|---|---|---|---|",
+    ]
+    losses = {name: [x for x in lines if x["impl"] == name and x["metric"] == "loss"] for name in names}
+    best = min(_mean(found) for found in losses.values())
+    for name, found in sorted(losses.items(), key=lambda item: _mean(item[1])):
+        millions = int(found[0]["params"]["parameters"]) / 1e6
+        rows.append(f"| {name} | {millions:.2f} | {_by_seed(found, '.4f')} | {_mean(found) - best:+.4f} |")
+    return [*rows, ""]
+
+
+def _recall(results: Path) -> list[str]:
+    lines = quality_lines(results)
+    rows: list[str] = []
+    for metric, along, title in (
+        ("mqar", "pairs", "Multi-query associative recall**, share right by the number of pairs"),
+        ("needle", "length", "One of four needles in held-out text**, share right by the length of the context"),
+    ):
+        own = [x for x in lines if x["metric"] == metric]
+        if not own:
+            continue
+        places = sorted({int(x["params"][along]) for x in own})
+        chance = own[0]["params"]["chance"]
+        rows += [
+            f"**{title}, mean of seeds{' and depths' if metric == 'needle' else ''} (chance {chance:.1%}):",
+            "",
+            f"| blocks | {' | '.join(power_count(place) for place in places)} |",
+            f"|---|{'---|' * len(places)}",
+        ]
+        for name in _named(own):
+            cells = [[x for x in own if x["impl"] == name and x["params"][along] == place] for place in places]
+            rows.append(f"| {name} | {' | '.join(f'{_mean(cell):.0%}' if cell else '' for cell in cells)} |")
+        rows.append("")
+    return rows
+
+
+def _speed(results: Path) -> list[str]:
+    lines = [x for x in gpu_lines(results, "comparison") if x["metric"] in ("train_rate", "decode_rate")]
+    if not lines:
+        return []
+    about = lines[0]
+    lengths = sorted({int(x["params"]["T"]) for x in lines if x["metric"] == "train_rate"})
+    contexts = sorted({int(x["params"]["context"]) for x in lines if x["metric"] == "decode_rate"})
+    batch = next((x["params"]["B"] for x in lines if x["metric"] == "decode_rate"), 0)
+    heads = [f"training at {power_count(n)}" for n in lengths] + [f"decoding behind {power_count(n)}" for n in contexts]
+    rows = [
+        f"**Thousand tokens a second** of models of {int(about['params']['parameters']) / 1e6:.0f} M parameters, bf16, "
+        f"{batch} sequences decoded together, without CUDA graphs ({about['device']}, "
+        f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
+        "",
+        f"| blocks | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+    ]
+    for name in _named(lines):
+        own = [x for x in lines if x["impl"] == name]
+        found = {("T", x["params"]["T"]): x["value"] for x in own if x["metric"] == "train_rate"}
+        found |= {("context", x["params"]["context"]): x["value"] for x in own if x["metric"] == "decode_rate"}
+        wanted = [("T", n) for n in lengths] + [("context", n) for n in contexts]
+        cells = [significant(found[key] / 1e3) if key in found else "" for key in wanted]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
+def _held(results: Path) -> list[str]:
+    lines = [x for x in gpu_lines(results, "comparison") if x["metric"] == "state_bytes"]
+    if not lines:
+        return []
+    contexts = sorted({int(x["params"]["context"]) for x in lines})
+    rows = [
+        "**Bytes that one sequence holds**, states in fp32, keys and values in bf16, by its length:",
+        "",
+        f"| blocks | {' | '.join(power_count(n) for n in contexts)} |",
+        f"|---|{'---|' * len(contexts)}",
+    ]
+    for name in _named(lines):
+        found = {x["params"]["context"]: x["value"] for x in lines if x["impl"] == name}
+        rows.append(f"| {name} | {' | '.join(size(found[n]) if n in found else '' for n in contexts)} |")
+    return [*rows, ""]
+
+
+def figures(results: Path, folder: Path) -> list[Path]:
+    """The figures of the comparison, `comparison-*.svg`; none for what was not measured."""
+    written = []
+    for metric, along, name, title, place in FIGURES:
+        lines = quality_lines(results) if metric != "decode_rate" else gpu_lines(results, "comparison")
+        lines = [x for x in lines if x["metric"] == metric]
+        curves = {}
+        for colour, impl in enumerate(sorted(_named(lines))):
+            own = [x for x in lines if x["impl"] == impl]
+            places = sorted({int(x["params"][along]) for x in own})
+            points = [(float(at), _mean([x for x in own if x["params"][along] == at])) for at in places]
+            if len(points) > 1:
+                curves[impl] = (colour, points)
+        if curves:
+            target = folder / f"comparison-{name}.svg"
+            atomic_write_text(target, draw_curves(curves, title, place, log=metric == "decode_rate").file())
+            written.append(target)
+    return written
+
+
+def cards_page(results: Path) -> str:
+    """The Markdown between the marks of the page of several GPUs."""
+    lines = gpu_lines(results, "cards")
+    if not lines:
+        return "Nothing has been measured on GPUs yet."
+    about = sorted(lines, key=lambda x: x["time"])[-1]
+    given = {name: about["params"].get(name) for name in SETTING}
+    lines = [x for x in lines if given == {name: x["params"].get(name) for name in SETTING}]
+    rates = {x["impl"]: x["value"] for x in lines if x["metric"] == "throughput"}
+    one = rates.get("1 process")
+    rows = [
+        f"**{given['recipe']}**, batches of {given['batch_tokens']:,} tokens in sequences of {given['seq_len']:,}, "
+        f"{given['micro_batch_tokens']:,} at a time in each process ({about['device']}, torch {about['torch']}, "
+        f"[lines]({LINKS[CARDS]}/cards.jsonl)):",
+        "",
+        "| processes, a GPU each | tokens a second | times one |",
+        "|---|---|---|",
+    ]
+    for impl, rate in rates.items():
+        times = f"{rate / one:.2f}" if one else ""
+        rows.append(f"| {impl.split()[0]} | {rate:,.0f} | {times} |")
+    rows.append("")
+    for x in lines:
+        if x["metric"] == "loss_gap":
+            largest = x["params"].get("largest", x["value"])
+            rows += [
+                f"Losses of the first {x['params']['steps']} steps differ by at most {significant(largest)} nats "
+                f"(the last is {x['params']['last_loss']:.2f}).",
+                "",
+            ]
+    found = {x["metric"]: x for x in lines if x["impl"] != "1 process"}
+    if "steps_lost" in found:
+        rows += [
+            f"A worker killed with SIGKILL cost {found['steps_lost']['value']:.0f} steps (a checkpoint every "
+            f"{found['steps_lost']['params']['every']}) and {found['seconds_to_go_on']['value']:.0f} s until the next "
+            "new step.",
+            "",
+        ]
+    return "\n".join(rows).rstrip("\n")
+
+
+def main() -> None:
+    for path in figures(RESULTS, COMPARISON.parent):
+        print(path)
+    for page, text in ((COMPARISON, comparison_page(RESULTS)), (CARDS, cards_page(RESULTS))):
+        atomic_write_text(page, insert(page.read_text(encoding="utf-8"), text))
+
+
+if __name__ == "__main__":
+    main()
