@@ -7,7 +7,8 @@ Matrices lie anywhere: one descriptor of three dimensions, of which the first co
 address on, reaches all of them, and a table [B] holds the unit at which each begins.
 
 A matrix whose rows are not a multiple of 16 bytes apart is seen with FOLD rows side by side, [m / FOLD, FOLD n], whose
-rows are. A tile then takes rows FOLD apart: row a of tile (q, first) is row FOLD (first + a) + q of the matrix.
+rows are. A tile then takes rows FOLD apart: row a of tile (q, first) is row FOLD (first + a) + q of the matrix. Since
+copies begin at multiples of 16 bytes, columns of such a tile begin up to 7 earlier, at which the row before ends.
 """
 
 from __future__ import annotations
@@ -52,30 +53,19 @@ def bring_gradients(
     COLUMNS: gl.constexpr = (R + BR - 1) // BR
     turn = 0
     for job in range(pid, jobs, programs):
-        if LEFT:
-            i, _, band, column = place_of(job, bands, COLUMNS, 1)
-        else:
-            i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
+        i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
         at = gl.load(g_at + i)
         basis = gl.load(p_at + i)
         for step in range(steps):
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), 2 * (128 * 64 + 64 * BR))
-            if LEFT:
-                # all classes, one after another
-                each = steps // FOLD
-                kind = step // each
-                k = (step % each) * 64
-                for half in gl.static_range(2):
-                    spot = [at, k, kind * n + band * 128 + half * 64]
-                    copy(g, spot, full.index(stage), g_s.index(stage * 2 + half), 64, 64)
-                copy(p, [basis, k, kind * R + column * BR], full.index(stage), p_s.index(stage), 64, BR)
-            else:
-                for half in gl.static_range(2):
-                    spot = [at, band * 128 + half * 64, q * n + step * 64]
-                    copy(g, spot, full.index(stage), g_s.index(stage * 2 + half), 64, 64)
-                copy(p, [basis, step * 64, column * BR], full.index(stage), p_s.index(stage), 64, BR)
+            k = step * 64 - q * n % 8
+            for half in gl.static_range(2):
+                slices = band * 128 + half * 64
+                spot = [at, k, slices] if LEFT else [at, slices, q * n + k]
+                copy(g, spot, full.index(stage), g_s.index(stage * 2 + half), 64, 64)
+            copy(p, [basis, k, column * BR], full.index(stage), p_s.index(stage), 64, BR)
             turn += 1
 
 
@@ -91,10 +81,7 @@ def multiply_gradients(
     COLUMNS: gl.constexpr = (R + BR - 1) // BR
     turn = 0
     for job in range(pid, jobs, programs):
-        if LEFT:
-            i, q, band, column = place_of(job, bands, COLUMNS, 1)
-        else:
-            i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
+        i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
         acc = gl.zeros([64, BR], gl.float32, ACC)
         squares = gl.zeros([64, 64], gl.float32, FLAT)
         for step in range(steps):
@@ -107,10 +94,10 @@ def multiply_gradients(
                 acc = warpgroup_mma(tile, p_s.index(stage), acc, is_async=True)
             if column == 0:
                 x = tile.load(FLAT).to(gl.float32)
-                if FOLD > 1 and not LEFT:
-                    # behind the end of a row lies the next one
-                    k = step * 64 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
-                    x = gl.where((k < n)[None, :], x, 0.0)
+                if FOLD > 1:
+                    # around a row lie others
+                    k = step * 64 - q * n % 8 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
+                    x = gl.where(((k >= 0) & (k < n))[None, :], x, 0.0)
                 squares += x * x
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if step > 0:
@@ -147,7 +134,7 @@ def project(
 
     g, p: descriptors of blocks [1, 64, 64] and [1, 64, BR]; g_at, p_at int32 [B]. A job is 128 slices of a matrix and
     BR columns of its basis; bands: such jobs of a row class (of the matrix, where columns are slices); steps: blocks of
-    64 along a slice.
+    64 along a slice. FOLD is 1 where LEFT.
     """
     g_s = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     p_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BR], gl.NVMMASharedLayout(128, 16, 2))
@@ -189,7 +176,7 @@ def project(
 
 @gluon.jit
 def bring_factors(
-    a, b, a_at, b_at, actives, a_s, b_s, a_full, a_free, b_full, b_free, jobs, programs, pid, bands, tiles,
+    a, b, a_at, b_at, actives, a_s, b_s, a_full, a_free, b_full, b_free, jobs, programs, pid, bands, tiles, n,
     R: gl.constexpr, SEGMENTS: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     CHUNKS: gl.constexpr = (R + 63) // 64
@@ -207,13 +194,14 @@ def bring_factors(
                     spot = [rows, band * 128 + half * 64, q * R + c * 64]
                     copy(a, spot, a_full.index(0), a_s.index(half * CHUNKS + c), 64, 64)
             turn += 1
+            skew = q * n % 8
             each = (tiles + SEGMENTS - 1) // SEGMENTS
             for tile in range(segment * each, gl.minimum(tiles, segment * each + each)):
                 for chunk in range(CHUNKS):
                     stage = step % STAGES
                     mbarrier.wait(b_free.index(stage), ((step // STAGES) & 1) ^ 1)
                     mbarrier.expect(b_full.index(stage), 2 * 128 * 64)
-                    copy(b, [columns, tile * 128, chunk * 64], b_full.index(stage), b_s.index(stage), 128, 64)
+                    copy(b, [columns, tile * 128 - skew, chunk * 64], b_full.index(stage), b_s.index(stage), 128, 64)
                     step += 1
 
 
@@ -232,7 +220,7 @@ def bring_weights(
             for tile in range(segment * each, gl.minimum(tiles, segment * each + each)):
                 for half in gl.static_range(2):
                     row = band * 128 + half * 64
-                    column = q * n + tile * 128
+                    column = q * n - q * n % 8 + tile * 128
                     if HAS_GRAD:
                         slot = turn % SLOTS
                         mbarrier.wait(free.index(slot), ((turn // SLOTS) & 1) ^ 1)
@@ -295,9 +283,10 @@ def write_rows(
                         acc = warpgroup_mma_wait(1, deps=(acc,))
                         barrier()
                         mbarrier.arrive(b_free.index((step + c - 1) % STAGES))
-                column = tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, ACC))
+                first = tile * 128 - q * n % 8
+                column = first + gl.arange(0, 128, gl.SliceLayout(0, ACC))
                 if HAS_GRAD and LEFT:
-                    factor = gl.load(on_grad + i * n + column, mask=column < n, other=0.0)[None, :]
+                    factor = gl.load(on_grad + i * n + column, mask=(column >= 0) & (column < n), other=0.0)[None, :]
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 barrier()
                 mbarrier.arrive(b_free.index((step + CHUNKS - 1) % STAGES))
@@ -322,13 +311,13 @@ def write_rows(
                     value = gl.where(value == value, raised.to(gl.float32, bitcast=True), value)
                 row = band * 128 + HALF * 64
                 if FOLD == 1:
-                    send(w, weights, row, tile * 128, value, x_s.index(slot))
-                elif tile * 128 + 128 <= n:
-                    send(w, weights, row, q * n + tile * 128, value, x_s.index(slot))
+                    send(w, weights, row, first, value, x_s.index(slot))
+                elif (first >= 0) & (first + 128 <= n):
+                    send(w, weights, row, q * n + first, value, x_s.index(slot))
                 else:
-                    # what lies behind the end of a row is the next one
+                    # around a row lie others
                     there = memory + weights.to(gl.int64) * unit
-                    held = (at < m)[:, None] & (column < n)[None, :]
+                    held = (at < m)[:, None] & ((column >= 0) & (column < n))[None, :]
                     gl.store(there + at[:, None] * n + column[None, :], value.to(gl.bfloat16), mask=held)
                 barrier()
                 mbarrier.arrive(free.index(slot))
@@ -394,7 +383,7 @@ def write(
                 bring_factors,
                 (
                     a, b, a_at, b_at, actives, a_s, b_s, a_full, a_free, b_full, b_free, jobs, programs, pid, bands,
-                    tiles, R, SEGMENTS, FOLD, STAGES,
+                    tiles, n, R, SEGMENTS, FOLD, STAGES,
                 ),
             ),
             (
