@@ -34,6 +34,10 @@ class Matrix(NamedTuple):
     columns: int
     """Of a block."""
 
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels are compiled for."""
+        return self.data.dtype, self.rows, self.columns
+
     def key(self) -> tuple[Any, ...]:
         """All that a descriptor says."""
         data, width, rows, columns = self
@@ -46,6 +50,35 @@ class Matrix(NamedTuple):
 
         layout = gl.NVMMASharedLayout(128, 16, 2)
         return TensorDescriptor.from_tensor(self.data.view(-1, self.width), [self.rows, self.columns], layout)
+
+
+class Blocks(NamedTuple):
+    """Memory of which kernels copy blocks of more than two dimensions: as `Matrix`, with all that a descriptor says."""
+
+    data: Tensor
+    """What lies at the lowest address; a descriptor reaches beyond it."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels are compiled for."""
+        return self.data.dtype, self.block
+
+    def key(self) -> tuple[Any, ...]:
+        """All that a descriptor says."""
+        return self.data.data_ptr(), self.data.dtype, *self[1:]
+
+    def descriptor(self) -> Any:
+        """The same as Triton wants it."""
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = gl.NVMMASharedLayout(128, 16, len(self.block))
+        return TensorDescriptor(self.data, list(self.shape), list(self.strides), list(self.block), layout)
+
+
+_DESCRIBED = (Matrix, Blocks)
 
 
 class _Ready(NamedTuple):
@@ -66,24 +99,31 @@ _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
 
 
-def launch(kernel: Any, programs: int, *arguments: Tensor | Matrix | int | float | None, **constants: Any) -> None:
-    """kernel[(programs,)](*arguments, **constants), on the device of the first argument.
+def launch(
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    *arguments: Tensor | Matrix | Blocks | int | float | None,
+    **constants: Any,
+) -> None:
+    """kernel[programs](*arguments, **constants), on the device of the first argument.
 
-    arguments: all that is not a constant, in the order of the kernel's parameters, with a Matrix for a descriptor.
+    programs: of one dimension, or of each. arguments: all that is not a constant, in the order of the kernel's
+    parameters, with a Matrix or Blocks for a descriptor.
     constants: constants and options such as num_warps.
     """
     first = arguments[0]
-    device = (first.data if type(first) is Matrix else first).device  # pyrefly: ignore [missing-attribute]
+    device = (first.data if type(first) in _DESCRIBED else first).device  # pyrefly: ignore [missing-attribute]
+    grid = (programs,) if isinstance(programs, int) else programs
     if not isinstance(kernel, JITFunction):  # interpreted
-        kernel[(programs,)](*_as_triton_has_them(arguments), **constants)
+        kernel[grid](*_as_triton_has_them(arguments), **constants)
     elif device.type != "cuda" or device.index == driver.active.get_current_device():
-        _launch(kernel, programs, arguments, constants)
+        _launch(kernel, grid, arguments, constants)
     else:
         with torch.cuda.device(device):
-            _launch(kernel, programs, arguments, constants)
+            _launch(kernel, grid, arguments, constants)
 
 
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     current = driver.active.get_current_device()
     kinds: list[Any] = [id(kernel), current]
     flat: list[Any] = []
@@ -97,8 +137,8 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: d
         elif kind is float:
             kinds.append(float)
             flat.append(x)
-        elif kind is Matrix:
-            kinds.append((x.data.dtype, x.rows, x.columns))
+        elif kind in _DESCRIBED:
+            kinds.append(x.kind())
             known = _descriptors.get(x.key())
             if known is None:
                 unknown.append((len(flat), number))
@@ -115,18 +155,18 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: d
     key = (*kinds, *constants.items())
     ready = None if addresses % ALIGNMENT or _watched() else _ready.get(key)
     if ready is None:
-        compiled = kernel[(programs,)](*_as_triton_has_them(arguments), **constants)
+        compiled = kernel[grid](*_as_triton_has_them(arguments), **constants)
         if not addresses % ALIGNMENT and (ready := _get_ready(kernel, compiled, arguments)) is not None:
             _ready[key] = ready
         return
     for place, number in reversed(unknown):
         flat[place:place] = _encode(arguments[number], ready.layouts[number])
     stream = driver.active.get_current_stream(current)
-    ready.run(programs, 1, 1, stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
+    ready.run(*(grid + (1, 1))[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
 
 
 def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:
-    return [x.descriptor() if type(x) is Matrix else x for x in arguments]
+    return [x.descriptor() if type(x) in _DESCRIBED else x for x in arguments]
 
 
 def _watched() -> bool:
@@ -135,7 +175,7 @@ def _watched() -> bool:
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
-def _encode(matrix: Matrix, layout: Any) -> list[Any]:
+def _encode(matrix: Matrix | Blocks, layout: Any) -> list[Any]:
     """What Triton's launcher makes of a descriptor, kept from now on."""
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
@@ -150,7 +190,7 @@ def _get_ready(kernel: Any, compiled: Any, arguments: tuple[Any, ...]) -> _Ready
     count = len(arguments)
     assert not any(x.is_constexpr for x in kernel.params[:count]), f"{kernel.__name__}: constants come last"
     run, metadata = compiled.run, {}
-    if any(type(x) is Matrix for x in arguments):
+    if any(type(x) in _DESCRIBED for x in arguments):
         # This launcher would encode descriptors for every call; the one below it takes them encoded.
         inside = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
         if not inside.keys() >= {"launcher", "tensordesc_indices", "tensordesc_meta"}:
