@@ -38,7 +38,7 @@ from whimbrel.optim.sharding import (
 )
 
 if TYPE_CHECKING:
-    from whimbrel.optim.kernels.launch import Addresses
+    from whimbrel.optim.kernels.launch import Batch
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
@@ -98,6 +98,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     coefficients: ClassVar[Callable[..., Any]]
     """The part of `rule` that follows from norms: (lowrank.Slices, correction [B], active [B], *scalars, **options)
     -> (lowrank.Coefficients, *scalars after)."""
+    factors: ClassVar[Callable[..., lowrank.Factors]]
+    """The numbers in `coefficients`, from the options."""
     random: ClassVar[bool] = False
     """Whether bases may be drawn, refresh="random"."""
     scalars: ClassVar[tuple[str, ...]] = ()
@@ -134,7 +136,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counted: set[int] = set()
         self._sharers: ProcessGroup | None = getattr(self, "_sharers", None)
         self._in_backward: bool = getattr(self, "_in_backward", False)
-        self._addresses: Addresses | None = None
+        self._batches: dict[int, tuple[list[Matrix], list[Batch]]] = {}
         self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
@@ -478,32 +480,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _step_fused(self, group: dict[str, Any], found: list[Matrix]) -> None:
         from whimbrel.optim.kernels import launch
 
-        if self._addresses is None:
-            self._addresses = launch.Addresses()
-        for batch in launch.batches(found, group["rank"]):
+        options = {name: group[name] for name in self.options}
+        for batch in launch.batches(found, group["rank"], group["side"]):
+            members = batch.matrices
 
             def coefficients(
-                slices: lowrank.Slices, correction: Tensor, active: Tensor, batch: list[Matrix] = batch
+                slices: lowrank.Slices, correction: Tensor, active: Tensor, members: Sequence[Matrix] = members
             ) -> tuple[lowrank.Coefficients, list[Tensor]]:
-                scalars = (storage.stack([matrix.state[name] for matrix in batch]) for name in self.scalars)
-                options = {name: group[name] for name in self.options}
+                scalars = (storage.stack([matrix.state[name] for matrix in members]) for name in self.scalars)
                 found, *after = self.coefficients(slices, correction, active, *scalars, lr=group["lr"], **options)
                 return found, after
 
             launch.fused_step(
                 batch,
-                side=resolve_side(group["side"], batch[0].shape),
-                bases=self._base_words(group, [matrix.offset for matrix in batch], batch[0].weight.device),
-                drawn=self._basis_keys(group, batch) if group["refresh"] == "random" else None,
+                bases=self._base_words(group, [matrix.offset for matrix in members], members[0].weight.device),
+                drawn=self._basis_keys(group, members) if group["refresh"] == "random" else None,
+                factors=self.factors(**options),
                 coefficients=coefficients,
                 scalars=self.scalars,
                 betas=group["betas"],
                 eps=group["eps"],
-                decay=group["lr"] * group["weight_decay"],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
                 stochastic=group["stochastic_rounding"],
                 found_inf=getattr(self, "found_inf", None),
                 grad_scale=getattr(self, "grad_scale", None),
-                addresses=self._addresses,
             )
 
     def _fit_apart(self, group: dict[str, Any], refreshed: Sequence[Matrix], fresh: set[Key]) -> dict[Key, Tensor]:

@@ -241,6 +241,23 @@ class Coefficients(NamedTuple):
     on_grad: Tensor | None
 
 
+class Factors(NamedTuple):
+    """How the coefficients of a method follow from the norms, in numbers.
+
+    With r the limited ratio of norms of direction and low for each slice, and k = lr correction:
+    on_direction = k inside, on_grad = k outside r, on_low = kept on_grad. None: no such coefficient. The limiter sees
+    the norm of r (grad - kept up(low)), with the correction where `early`. gamma: its growth, 0 for none. matrix: one
+    ratio for all slices.
+    """
+
+    inside: float | None
+    outside: float | None
+    kept: float = 0.0
+    early: bool = False
+    gamma: float = 0.0
+    matrix: bool = False
+
+
 def slices(slice_norm: Tensor, low: Tensor, direction: Tensor, side: str, spread: Spread = WHOLE) -> Slices:
     """The norms [B, s], given that of the gradient's slices."""
     low_norm, direction_norm = (torch.linalg.vector_norm(x, dim=slice_dim(side)) for x in (low, direction))

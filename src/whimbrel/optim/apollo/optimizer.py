@@ -75,6 +75,11 @@ def apollo_coefficients(
     return lowrank.Coefficients(None, None, on_grad), torch.where(active, limited.norm, limiter_norm)
 
 
+def apollo_factors(*, alpha: float, gamma: float, scaling: Scaling) -> lowrank.Factors:
+    """The numbers in `apollo_coefficients`."""
+    return lowrank.Factors(None, math.sqrt(alpha), gamma=gamma, matrix=scaling == "matrix")
+
+
 class Apollo(LowRankOptimizer):
     """APOLLO (arXiv 2412.05270) for groups marked low-rank, AdamW for the others; see `LowRankOptimizer` for the
     rules.
@@ -99,6 +104,7 @@ class Apollo(LowRankOptimizer):
 
     rule = staticmethod(apollo_step)
     coefficients = staticmethod(apollo_coefficients)
+    factors = staticmethod(apollo_factors)
     scalars = ("limiter_norm",)
     random = True
     options = ("alpha", "gamma", "scaling")

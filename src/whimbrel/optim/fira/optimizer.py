@@ -105,6 +105,13 @@ def fira_coefficients(
     return coefficients, torch.where(active, limited.norm, limiter_norm)
 
 
+def fira_factors(*, alpha: float, gamma: float, residual_mode: ResidualMode, scaling: Scaling) -> lowrank.Factors:
+    """The numbers in `fira_coefficients`."""
+    official = residual_mode == "official"
+    outside, kept = (1.0, alpha) if official else (alpha, 1.0)
+    return lowrank.Factors(alpha, outside, kept, not official, gamma, scaling == "matrix")
+
+
 class Fira(LowRankOptimizer):
     """Fira (arXiv 2410.01623) for groups marked low-rank, AdamW for the others; see `LowRankOptimizer` for
     the rules.
@@ -137,6 +144,7 @@ class Fira(LowRankOptimizer):
 
     rule = staticmethod(fira_step)
     coefficients = staticmethod(fira_coefficients)
+    factors = staticmethod(fira_factors)
     scalars = ("limiter_norm",)
     options = ("alpha", "gamma", "residual_mode", "scaling")
 

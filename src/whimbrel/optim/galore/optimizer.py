@@ -53,6 +53,11 @@ def galore_coefficients(
     return (lowrank.Coefficients(lr * alpha * correction * active, None, None),)
 
 
+def galore_factors(*, alpha: float) -> lowrank.Factors:
+    """The numbers in `galore_coefficients`."""
+    return lowrank.Factors(alpha, None)
+
+
 class GaLore(LowRankOptimizer):
     """GaLore (arXiv 2403.03507) for groups marked low-rank, AdamW for the others; see `LowRankOptimizer` for
     the rules.
@@ -81,6 +86,7 @@ class GaLore(LowRankOptimizer):
 
     rule = staticmethod(galore_step)
     coefficients = staticmethod(galore_coefficients)
+    factors = staticmethod(galore_factors)
     options = ("alpha",)
 
     def __init__(

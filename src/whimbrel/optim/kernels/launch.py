@@ -1,9 +1,11 @@
-"""A step of B matrices by the kernels: what they do not do is done by torch on [B] and [B, s], without host reads."""
+"""A step of B matrices by the kernels, without host reads, and what of it stays from step to step."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.device import to_device
+from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.kernels import passes
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 from whimbrel.optim.matrix import Matrix
+from whimbrel.scan.kernels.quick import Blocks, launch
 
-SCRATCH_ELEMENTS = 1 << 24
+SCRATCH_ELEMENTS = 1 << 26
 """Most elements of one low-rank tensor of a batch: 4 bytes each are held during its step (8 in float32)."""
 SCRATCH_SHARE = 9
 """A batch holds at most this part of all low-rank elements, so that a step needs less than a tenth of the state."""
@@ -25,8 +29,11 @@ FEW_ELEMENTS = 1 << 22
 """A batch may always hold so many, since small batches leave a GPU waiting for launches."""
 TILE_ELEMENTS = 1 << 11
 """Elements that a program of the low-rank kernels holds of each tensor."""
+HOPPER_RANK = 512
+"""Largest rank of the kernels for Hopper: 128 rows of a factor stay in shared memory."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
+_HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 
 
 class Tile(NamedTuple):
@@ -40,225 +47,451 @@ class Tile(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Addresses [B], int64, on the device, and the bytes of which each is a multiple, 16 or 1."""
+    """Where B tensors of one shape begin.
+
+    places [B], int64, on the device: addresses, each a multiple of `alignment` bytes, 16 or 1. units [B], int32, on the
+    device: the same in units of `unit` bytes from `lowest` on, the last of which is `last`.
+    """
 
     places: Tensor
     alignment: int
+    units: Tensor
+    unit: int
+    lowest: Tensor
+    last: int
+
+    def blocks(self, rows: int, columns: int, fold: int, block: tuple[int, int]) -> Blocks:
+        """All tensors [rows, columns], `fold` rows side by side, as one of which kernels copy blocks."""
+        shape, step = (self.last + 1, rows // fold, columns * fold), self.unit // self.lowest.element_size()
+        return Blocks(self.lowest, shape, (step, columns * fold, 1), (1, *block))
 
 
-class Addresses:
-    """Tables of addresses on the device. One is sent again only when a tensor of it has moved."""
+class Batch:
+    """Matrices of one shape, dtype and layout that are stepped together, and their addresses, sent where one moves."""
 
-    def __init__(self) -> None:
-        self._tables: dict[tuple[str, int], tuple[list[int], Table]] = {}
+    def __init__(self, matrices: Sequence[Matrix], side: str) -> None:
+        self.matrices = matrices
+        self.left = side == "left"
+        weight, grad = matrices[0].weight, matrices[0].grad
+        m, n = weight.shape
+        self.fold = 8 // math.gcd(n, 8)
+        """Rows that lie side by side to be a multiple of 16 bytes apart from the next ones."""
+        self.hopper = (
+            _is_hopper(weight.device)
+            and weight.dtype == grad.dtype == torch.bfloat16
+            and weight.stride() == grad.stride() == (n, 1)
+            and m % self.fold == 0
+            and 0 < weight.numel() < 1 << 31
+        )
+        """Whether the kernels for Hopper may read the weights and gradients."""
+        self._tables: dict[str, tuple[list[int], Table]] = {}
 
-    def table(self, role: str, batch: int, tensors: Sequence[Tensor]) -> Table:
-        """The table of tensors on one device; role and batch say which."""
+    def table(self, role: str, tensors: Sequence[Tensor]) -> Table:
+        """The table of tensors on one device; role says which."""
         found = [tensor.data_ptr() for tensor in tensors]
-        held = self._tables.get((role, batch))
+        held = self._tables.get(role)
         if held is None or held[0] != found:
-            places = to_device(torch.tensor(found, dtype=torch.int64), tensors[0].device)
-            # what is not aligned is read element by element
-            held = found, Table(places, 16 if all(place % 16 == 0 for place in found) else 1)
-            self._tables[role, batch] = held
+            held = self._tables[role] = found, _tabulate(found, tensors)
         return held[1]
+
+    def state(self, name: str) -> Table:
+        """The table of one entry of the states."""
+        return self.table(name, [matrix.state[name] for matrix in self.matrices])
+
+
+def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
+    lowest = min(found)
+    apart = [place - lowest for place in found]
+    bits = functools.reduce(int.__or__, apart, 1 << 20)
+    unit = bits & -bits
+    units = [x // unit for x in apart]
+    fits = unit >= 16 and max(units) < 1 << 31
+    both = torch.tensor([*found, *(units if fits else apart)], dtype=torch.int64)
+    places, where = to_device(both, tensors[0].device).chunk(2)
+    # what is not aligned is read element by element
+    alignment = 16 if fits and lowest % 16 == 0 else 1
+    return Table(places, alignment, where.int(), unit, tensors[found.index(lowest)], max(units))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return _HAS_GLUON and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fused_step(
-    matrices: Sequence[Matrix],
+    batch: Batch,
     *,
-    side: str,
     bases: Tensor,
     drawn: Tensor | None,
+    factors: lowrank.Factors,
     coefficients: Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]],
     scalars: Sequence[str],
     betas: tuple[float, float],
     eps: float,
-    decay: float | Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
     stochastic: bool,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
-    addresses: Addresses,
 ) -> None:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
-    matrices: B of them, whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]:
-    words from which the bases are drawn, None where the states hold them. coefficients: the method's factors from
-    (slices, correction [B], active [B]), and its scalars [B] after the step. decay: lr times weight decay. found_inf,
-    grad_scale: what a gradient scaler has left.
+    The matrices are whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]: words
+    from which the bases are drawn, None where the states hold them. factors: the method's numbers; coefficients: its
+    factors from (slices, correction [B], active [B]) and its scalars [B] after the step, asked where slices are split
+    over processes, which then add up sums. found_inf, grad_scale: what a gradient scaler has left.
     """
-    states, grads = [matrix.state for matrix in matrices], [matrix.grad for matrix in matrices]
-    weights, spread, (first_row, first_column) = [x.weight for x in matrices], matrices[0].spread, matrices[0].first
-    weight, grad, moment = weights[0], grads[0], states[0]["exp_avg"]
+    matrices, left = batch.matrices, batch.left
+    states, spread, (first_row, first_column) = [x.state for x in matrices], matrices[0].spread, matrices[0].first
+    weight, grad, moment = matrices[0].weight, matrices[0].grad, states[0]["exp_avg"]
     number, device, (s, r) = len(matrices), weight.device, moment.shape
-    left = side == "left"
     across, along = (1, 0) if left else (0, 1)
     (m, n), d = weight.shape, weight.shape[along]
     dot = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(number, *shape, dtype=dtype, device=device)
-
-    def table(role: str, tensors: Sequence[Tensor]) -> Table:
-        return addresses.table(role, matrices[0].offset, tensors)
-
-    if drawn is not None or "basis_scale" in states[0]:
-        # drawn or opened for the time of the step, at places that the host need not send
-        unpacked = scratch(d, r, dtype=dot)
-        grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
-        if drawn is None:
-            codes, scales = (table(name, [state[name] for state in states]) for name in ("basis", "basis_scale"))
-            passes.unpack[grid](unpacked, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
-        else:
-            passes.draw[grid](unpacked, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
-        places = torch.arange(number, device=device)
-        bases_at = Table(places * unpacked[0].nbytes + unpacked.data_ptr(), 16 if unpacked[0].nbytes % 16 == 0 else 1)
-        basis_dtype = dot
-    else:
-        bases_at = table("basis", [state["basis"] for state in states])
-        basis_dtype = states[0]["basis"].dtype
-    grads_at, weights_at = table("grad", grads), table("weight", weights)
+    grads_at = batch.table("grad", [matrix.grad for matrix in matrices])
+    weights_at = batch.table("weight", [matrix.weight for matrix in matrices])
+    hopper = batch.hopper and r % 8 == 0 and r <= HOPPER_RANK and min(grads_at.alignment, weights_at.alignment) == 16
+    bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
+    hopper = hopper and bases_at.alignment == 16
     types = {
         "GRAD": _DTYPES[grad.dtype],
-        "BASIS": _DTYPES[basis_dtype],
+        "BASIS": _DTYPES[bases_at.lowest.dtype],
         "DOT": _DTYPES[dot],
         "PRECISION": "tf32x3" if dot == torch.float32 else "tf32",
         "ALIGN": min(grads_at.alignment, weights_at.alignment, bases_at.alignment),
     }
-    low, direction, sums = scratch(s, r, dtype=dot), scratch(s, r, dtype=dot), scratch(s)
-    tile = _project_tile(dot, r)
+    low, direction = torch.empty(2, number, s, r, dtype=dot, device=device).unbind()
+    # each begins at a multiple of 16 bytes, as kept launches want it
+    for_slices = torch.empty(6, -(-number * s // 4) * 4, device=device).unbind()
+    sums, grad_norms, low_norms, direction_norms, on_low, on_grad = for_slices
+    keys, words = torch.empty(2, number + number % 2, dtype=torch.int64, device=device).unbind()
+    correction, on_direction, shares = torch.empty(3, -(-number // 4) * 4, device=device).unbind()
+    active = torch.empty(number, dtype=torch.bool, device=device)
+    row_words = torch.empty(number, m if hopper else 0, dtype=torch.int32, device=device)
+    column_words = words.view(torch.int32)
     # where a process holds no slice there is nothing to launch, but sums to join
-    launched = number if s else 0
-    _on(passes.project, triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), launched)(
-        grads_at.places,
-        bases_at.places,
-        low,
-        sums,
-        s,
-        d,
-        r,
-        grad.stride(across),
-        grad.stride(along),
-        **types,
-        BS=tile.one,
-        BD=tile.other,
-        BR=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    norms = lowrank.Slices(scratch(s), scratch(s), scratch(s), spread)
-    active, keys, correction = scratch(dtype=torch.bool), scratch(dtype=torch.int64), scratch()
-    total = spread.total(sums) if spread.split else sums
-    passes.settle[number,](
+    held = number if s else 0
+    if hopper and (not left or batch.fold == 1):
+        _project_hopper(batch, grads_at, bases_at, low, sums, d)
+    elif held:
+        tile = _project_tile(dot, r)
+        launch(
+            passes.project,
+            (triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), number),
+            grads_at.places,
+            bases_at.places,
+            low,
+            sums,
+            s,
+            d,
+            r,
+            grad.stride(across),
+            grad.stride(along),
+            **types,
+            BS=tile.one,
+            BD=tile.other,
+            BR=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    total = spread.total(sums[: number * s].view(number, s)) if spread.split else sums
+    launch(
+        passes.settle,
+        number,
         sums,
         total,
-        norms.grad,
+        grad_norms,
         active,
-        table("step", [state["step"] for state in states]).places,
+        batch.state("step").places,
         bases,
         keys,
         correction,
+        row_words,
+        column_words,
         correction if grad_scale is None else grad_scale,
         correction if found_inf is None else found_inf,
         s,
+        m,
+        counter.WEIGHTS + first_row,
+        counter.COLUMNS,
         *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND=found_inf is not None,
         HAS_TOTAL=spread.split,
+        HAS_WORDS=hopper,
         BS=1024,
     )
     wide = max(16, triton.next_power_of_2(r))
     rows = max(1, TILE_ELEMENTS // wide)
-    moments = {
-        name: table(name, [state[name] for state in states])
-        for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-        if name in states[0]
-    }
+    slices = (triton.cdiv(s, rows), number)
+    means, squares = (batch.state(name) for name in ("exp_avg", "exp_avg_sq"))
+    coded = "exp_avg_scale" in states[0]
     first_slice = first_column if left else first_row
-    _on(passes.adam, triton.cdiv(s, rows), launched)(
-        low,
-        correction if grad_scale is None else grad_scale,
-        direction,
-        norms.low,
-        norms.direction,
-        moments["exp_avg"].places,
-        moments.get("exp_avg_scale", moments["exp_avg"]).places,
-        moments["exp_avg_sq"].places,
-        moments.get("exp_avg_sq_scale", moments["exp_avg_sq"]).places,
-        active,
-        keys,
-        s,
-        r,
-        *betas,
-        eps,
-        counter.MEANS + first_slice,
-        counter.SQUARES + first_slice,
-        counter.COLUMNS,
-        HAS_SCALE=grad_scale is not None,
-        MOMENT=_DTYPES[moment.dtype],
-        ALIGN=min(moments["exp_avg"].alignment, moments["exp_avg_sq"].alignment),
-        BLOCK=min(MOMENT_BLOCK, wide),
-        BS=rows,
-        BR=wide,
-    )
-    on, after = coefficients(norms, correction, active)
-    if on.on_direction is not None:
-        _on(passes.blend, triton.cdiv(s, rows), launched)(
-            direction,
+    if held:
+        launch(
+            passes.adam,
+            slices,
             low,
-            on.on_direction,
-            on.on_direction if on.on_low is None else on.on_low.expand(number, s).contiguous(),
+            correction if grad_scale is None else grad_scale,
+            direction,
+            low_norms,
+            direction_norms,
+            means.places,
+            batch.state("exp_avg_scale").places if coded else means.places,
+            squares.places,
+            batch.state("exp_avg_sq_scale").places if coded else squares.places,
             active,
+            keys,
             s,
             r,
-            HAS_LOW=on.on_low is not None,
+            *betas,
+            eps,
+            counter.MEANS + first_slice,
+            counter.SQUARES + first_slice,
+            counter.COLUMNS,
+            HAS_SCALE=grad_scale is not None,
+            MOMENT=_DTYPES[moment.dtype],
+            ALIGN=min(means.alignment, squares.alignment),
+            BLOCK=min(MOMENT_BLOCK, wide),
             BS=rows,
             BR=wide,
         )
-    on_grad = sums
-    if on.on_grad is not None:
-        on_grad = (on.on_grad if grad_scale is None else on.on_grad / grad_scale).expand(number, s).contiguous()
-    tile = _write_tile(dot, r)
-    _on(passes.write, triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), launched)(
-        weights_at.places,
-        grads_at.places,
-        bases_at.places,
-        direction,
-        on_grad,
-        decay * active,
-        active,
-        keys,
+    inside, outside = factors.inside is not None, factors.outside is not None
+    if spread.split:
+        norms = (x[: number * s].view(number, s) for x in (grad_norms, low_norms, direction_norms))
+        on, after = coefficients(lowrank.Slices(*norms, spread), correction[:number], active)
+        for name, value in zip(scalars, after, strict=True):
+            storage.store(states, name, value)
+        if on.on_direction is not None:
+            on_direction[:number].copy_(on.on_direction)
+        for there, value in ((on_low, on.on_low), (on_grad, on.on_grad)):
+            if value is not None:
+                there[: number * s].view(number, s).copy_(value)
+        if grad_scale is not None:
+            on_grad.div_(grad_scale)
+        shares[:number].copy_(lr * weight_decay * active)
+    else:
+        launch(
+            passes.coefficients,
+            number,
+            grad_norms,
+            low_norms,
+            direction_norms,
+            correction,
+            active,
+            batch.state(scalars[0]).places if scalars else keys,
+            on_direction,
+            on_low,
+            on_grad,
+            shares,
+            lr if isinstance(lr, Tensor) else correction,
+            correction if grad_scale is None else grad_scale,
+            s,
+            0.0 if isinstance(lr, Tensor) else float(lr),
+            float(weight_decay),
+            float(factors.inside or 0),
+            float(factors.outside or 0),
+            float(factors.kept),
+            float(factors.gamma),
+            RATE=isinstance(lr, Tensor),
+            HAS_SCALE=grad_scale is not None,
+            HAS_INSIDE=inside,
+            HAS_GRAD=outside,
+            EARLY=factors.early,
+            MATRIX=factors.matrix,
+            BS=2048,
+            num_warps=8,
+        )
+    if inside and held:
+        launch(
+            passes.blend,
+            slices,
+            direction,
+            low,
+            on_direction,
+            on_low,
+            active,
+            s,
+            r,
+            HAS_LOW=outside,
+            BS=rows,
+            BR=wide,
+        )
+    if hopper and inside:
+        _write_hopper(
+            batch, weights_at, grads_at, bases_at, direction, active, on_grad, shares, row_words, column_words,
+            first_column, d, has_grad=outside, stochastic=stochastic,
+        )  # fmt: skip
+    elif held:
+        tile = _write_tile(dot, r)
+        launch(
+            passes.write,
+            (triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), number),
+            weights_at.places,
+            grads_at.places,
+            bases_at.places,
+            direction,
+            on_grad,
+            shares,
+            active,
+            keys,
+            m,
+            n,
+            r,
+            *weight.stride(),
+            *grad.stride(),
+            counter.WEIGHTS + first_row,
+            first_column,
+            counter.COLUMNS,
+            LEFT=left,
+            WEIGHT=_DTYPES[weight.dtype],
+            HAS_INSIDE=inside,
+            HAS_GRAD=outside,
+            STOCHASTIC=stochastic and weight.dtype == torch.bfloat16,
+            **types,
+            BM=tile.one,
+            BN=tile.other,
+            BR=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _bases(
+    batch: Batch, drawn: Tensor | None, shape: tuple[int, int, int], dot: torch.dtype, hopper: bool
+) -> Table:
+    """Where the bases lie: in the states, or drawn, opened or narrowed for the time of the step."""
+    state = batch.matrices[0].state
+    number, d, r = shape
+    if drawn is None and "basis_scale" not in state and (state["basis"].dtype == dot or not hopper):
+        return batch.state("basis")
+    bases = torch.empty(shape, dtype=dot, device=batch.matrices[0].weight.device)
+    grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
+    if drawn is not None:
+        launch(passes.draw, grid, bases, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
+    elif "basis_scale" in state:
+        codes, scales = batch.state("basis"), batch.state("basis_scale")
+        launch(passes.unpack, grid, bases, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
+    else:
+        launch(passes.narrow, grid, bases, batch.state("basis").places, d * r, BLOCK=TILE_ELEMENTS)
+    # at places that the host need not send
+    units, size = torch.arange(number, device=bases.device), bases[0].nbytes
+    alignment = 16 if size % 16 == 0 else 1
+    return Table(units * size + bases.data_ptr(), alignment, units.int(), size, bases, number - 1)
+
+
+def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums: Tensor, d: int) -> None:
+    from whimbrel.optim.kernels import hopper
+
+    (m, n), (number, _, r) = batch.matrices[0].weight.shape, low.shape
+    columns = min(256, max(64, triton.next_power_of_2(r)))
+    bands = triton.cdiv(n, 128) if batch.left else triton.cdiv(m // batch.fold, 128)
+    jobs = number * batch.fold * bands * triton.cdiv(r, columns)
+    programs = min(jobs, _multiprocessors(low.device))
+    launch(
+        hopper.project,
+        programs,
+        grads.blocks(m, n, batch.fold, (64, 64)),
+        bases.blocks(d, r, 1, (64, columns)),
+        grads.units,
+        bases.units,
+        low,
+        sums,
+        jobs,
+        programs,
+        bands,
+        triton.cdiv(d + (7 if batch.fold > 1 else 0), 64),
         m,
         n,
-        r,
-        *weight.stride(),
-        *grad.stride(),
-        counter.WEIGHTS + first_row,
-        first_column,
-        counter.COLUMNS,
-        LEFT=left,
-        WEIGHT=_DTYPES[weight.dtype],
-        HAS_INSIDE=on.on_direction is not None,
-        HAS_GRAD=on.on_grad is not None,
-        STOCHASTIC=stochastic and weight.dtype == torch.bfloat16,
-        **types,
-        BM=tile.one,
-        BN=tile.other,
-        BR=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        R=r,
+        BR=columns,
+        LEFT=batch.left,
+        FOLD=batch.fold,
+        STAGES=4 if columns == 256 else 6,
+        num_warps=4,
     )
-    for name, value in zip(scalars, after, strict=True):
-        storage.store(states, name, value)
 
 
-def _on(kernel: Any, *grid: int) -> Callable[..., None]:
-    """The kernel on a grid, which may be empty."""
-    return kernel[grid] if math.prod(grid) else lambda *args, **kwargs: None
+def _write_hopper(
+    batch: Batch,
+    weights: Table,
+    grads: Table,
+    bases: Table,
+    inside: Tensor,
+    active: Tensor,
+    on_grad: Tensor,
+    shares: Tensor,
+    row_words: Tensor,
+    column_words: Tensor,
+    first_column: int,
+    d: int,
+    *,
+    has_grad: bool,
+    stochastic: bool,
+) -> None:
+    from whimbrel.optim.kernels import hopper
+
+    (m, n), (number, s, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
+    stages, slots = _write_stages(r)
+    bands, tiles = triton.cdiv(m // fold, 128), triton.cdiv(n + (7 if fold > 1 else 0), 128)
+    most = _multiprocessors(inside.device)
+    segments = min((1, 2, 4, 8), key=lambda x: triton.cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
+    jobs = number * fold * bands * segments
+    programs = min(jobs, most)
+    numbers = torch.arange(number, dtype=torch.int32, device=inside.device)
+    own = Table(numbers, 16, numbers, inside[0].nbytes, inside, number - 1)
+    rows, columns = (bases, own) if batch.left else (own, bases)
+    launch(
+        hopper.write,
+        programs,
+        weights.blocks(m, n, fold, (64, 128)),
+        grads.blocks(m, n, fold, (64, 128)),
+        rows.blocks(m, r, fold, (64, 64)),
+        columns.blocks(n, r, 1, (128, 64)),
+        weights.lowest,
+        weights.unit // 2,
+        weights.units,
+        grads.units,
+        rows.units,
+        columns.units,
+        active,
+        on_grad,
+        shares,
+        row_words,
+        column_words,
+        jobs,
+        programs,
+        bands,
+        tiles,
+        m,
+        n,
+        first_column,
+        R=r,
+        SEGMENTS=segments,
+        LEFT=batch.left,
+        FOLD=fold,
+        HAS_GRAD=has_grad,
+        STOCHASTIC=stochastic,
+        STAGES=stages,
+        SLOTS=slots,
+        num_warps=4,
+    )
 
 
-def batches(matrices: Sequence[Matrix], rank: int) -> list[list[Matrix]]:
-    """Lists of matrices that one `fused_step` takes, none above the limits unless it is a single matrix."""
+def _write_stages(rank: int) -> tuple[int, int]:
+    """Blocks of the streamed factor, and of weights and gradients, of 16 KB each beside the factor that stays."""
+    chunks = triton.cdiv(rank, 64)
+    return (4, 8) if chunks <= 2 else (4, 6) if chunks <= 4 else (4, 4) if chunks <= 6 else (3, 3)
+
+
+def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
+    """What one `fused_step` each takes, none above the limits unless it is a single matrix."""
     equal: dict[object, list[Matrix]] = {}
     for matrix in matrices:
         weight, grad = matrix.weight, matrix.grad
@@ -268,8 +501,11 @@ def batches(matrices: Sequence[Matrix], rank: int) -> list[list[Matrix]]:
     total = sum(max(matrix.shape) * rank for matrix in matrices)
     most = min(SCRATCH_ELEMENTS, max(FEW_ELEMENTS, total // SCRATCH_SHARE))
     for members in equal.values():
-        size = max(1, most // (max(members[0].shape) * rank))
-        found += [members[i : i + size] for i in range(0, len(members), size)]
+        count = -(-len(members) // max(1, most // (max(members[0].shape) * rank)))
+        # of equal size, as a small one does not fill a GPU
+        size = -(-len(members) // count)
+        chosen = resolve_side(side, members[0].shape)
+        found += [Batch(members[i : i + size], chosen) for i in range(0, len(members), size)]
     return found
 
 

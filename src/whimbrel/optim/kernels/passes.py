@@ -50,6 +50,15 @@ def unpack(bases, codes, scales, d, r, GROUP: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def narrow(bases, stored, count, BLOCK: tl.constexpr):
+    """Bases [B, count] of float32 ones, rounded to the dtype of `bases`."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    matrix = tl.program_id(1).to(tl.int64)
+    value = tl.load(tl.load(stored + matrix).to(tl.pointer_type(tl.float32)) + index, mask=index < count)
+    tl.store(bases + matrix * count + index, value, mask=index < count)
+
+
+@triton.jit
 def _bits(row, start, column):
     """As `counter.lattice`, 16 bits from words of rows [M], the word of column 0, and columns [N]."""
     x = row[:, None] ^ ((start + column.to(tl.uint32)) * 0x9E3779B9)[None, :]
@@ -123,19 +132,26 @@ def settle(
     base_words,
     keys,
     corrections,
+    row_words,
+    column_words,
     grad_scale,
     found_inf,
     s,
+    m,
+    first_row,
+    columns_at,
     log_beta1,
     log_beta2,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
+    HAS_WORDS: tl.constexpr,
     BS: tl.constexpr,
 ):
     """What a matrix's step follows from: norms of its slices, whether it counts, its count, Adam's correction, its key.
 
     One program a matrix. The step in the state is counted here. As `counter.key` and `lowrank.bias_correction`.
+    HAS_WORDS: also the words of the rows [B, m] and of the columns [B] by which `counter.lattice` rounds the weights.
     """
     matrix = tl.program_id(0).to(tl.int64)
     inverse = 1.0
@@ -165,6 +181,13 @@ def settle(
     count = tl.maximum(step, 1.0)
     correction = tl.sqrt(_one_less_power(count, log_beta2)) / _one_less_power(count, log_beta1)
     tl.store(corrections + matrix, correction)
+    if HAS_WORDS:
+        word = key.to(tl.uint32)
+        tl.store(column_words + matrix, _words(word, columns_at.to(tl.uint32)).to(tl.int32, bitcast=True))
+        for first in range(0, m, BS):
+            at = first + tl.arange(0, BS)
+            row = _words(word, (at.to(tl.int64) + first_row).to(tl.uint32)).to(tl.int32, bitcast=True)
+            tl.store(row_words + matrix * m + at, row, mask=at < m)
 
 
 @triton.jit
@@ -322,6 +345,101 @@ def adam(
     _write(mean, bits, means, mean_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, False, BLOCK)
     bits = _bits(_words(key, (at + first_square).to(tl.uint32)), start, column)
     _write(square, bits, squares, square_scales, matrix, place, at, s, r, mask, MOMENT, ALIGN, True, BLOCK)
+
+
+@triton.jit
+def coefficients(
+    grad_norms,
+    low_norms,
+    direction_norms,
+    corrections,
+    actives,
+    limiter_norms,
+    on_direction,
+    on_low,
+    on_grad,
+    shares,
+    rate,
+    grad_scale,
+    s,
+    lr,
+    weight_decay,
+    inside,
+    outside,
+    kept,
+    gamma,
+    RATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_INSIDE: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    EARLY: tl.constexpr,
+    MATRIX: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Factors of the update and shares of decay, as a method's function in PyTorch has them; one program a matrix.
+
+    on_direction, shares [B]; on_low, on_grad [B, s]. limiter_norms: addresses of the state's, written here. The numbers
+    are those of `lowrank.Factors`. RATE: whether the learning rate is read from `rate`.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    active = tl.load(actives + matrix) != 0
+    correction = tl.load(corrections + matrix)
+    if RATE:
+        lr = tl.load(rate).to(tl.float32)
+    size = tl.where(active, lr * correction, 0.0)
+    tl.store(shares + matrix, tl.where(active, lr * weight_decay, 0.0))
+    if HAS_INSIDE:
+        tl.store(on_direction + matrix, size * inside)
+    if HAS_GRAD:
+        before = 1.0
+        if EARLY:
+            before = correction
+        ratio = 0.0
+        if MATRIX:
+            low_sum, direction_sum = 0.0, 0.0
+            for first in range(0, s, BS):
+                at = matrix * s + first + tl.arange(0, BS)
+                mask = first + tl.arange(0, BS) < s
+                low = tl.load(low_norms + at, mask=mask, other=0.0)
+                direction = tl.load(direction_norms + at, mask=mask, other=0.0)
+                low_sum += tl.sum(low * low, 0)
+                direction_sum += tl.sum(direction * direction, 0)
+            ratio = tl.sqrt(direction_sum) / (tl.sqrt(low_sum) + 1e-8)
+        total = 0.0
+        for first in range(0, s, BS):
+            at = matrix * s + first + tl.arange(0, BS)
+            mask = first + tl.arange(0, BS) < s
+            grad = tl.load(grad_norms + at, mask=mask, other=0.0)
+            low = tl.load(low_norms + at, mask=mask, other=0.0)
+            factor = ratio
+            if not MATRIX:
+                factor = tl.load(direction_norms + at, mask=mask, other=0.0) / (low + 1e-8)
+            factor *= before
+            total += tl.sum(factor * factor * (grad * grad - (2 * kept - kept * kept) * low * low), 0)
+        norm = tl.sqrt(tl.maximum(total, 0.0))
+        scale = 1.0
+        if gamma != 0:
+            place = tl.load(limiter_norms + matrix).to(tl.pointer_type(tl.float32))
+            previous = tl.load(place)
+            ceiling = gamma * (previous + 1e-8)
+            scale = tl.where((previous > 0) & (norm > ceiling), ceiling / norm, 1.0)
+            after = norm * scale
+            tl.store(place, after, mask=active & (after > 0) & (after < float("inf")))
+        size *= scale * outside
+        unscaled = 1.0
+        if HAS_SCALE:
+            unscaled = tl.load(grad_scale)
+        for first in range(0, s, BS):
+            at = matrix * s + first + tl.arange(0, BS)
+            mask = first + tl.arange(0, BS) < s
+            factor = ratio
+            if not MATRIX:
+                low = tl.load(low_norms + at, mask=mask, other=0.0)
+                factor = tl.load(direction_norms + at, mask=mask, other=0.0) / (low + 1e-8)
+            value = tl.broadcast_to(factor * size, [BS])
+            if HAS_INSIDE:
+                tl.store(on_low + at, value * kept, mask=mask)
+            tl.store(on_grad + at, value / unscaled, mask=mask)
 
 
 @triton.jit
