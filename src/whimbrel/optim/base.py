@@ -23,7 +23,7 @@ from whimbrel.optim.device import HostCopy, to_device
 from whimbrel.optim.groups import ALIASES, resolve_side
 from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.layout import Entry, matrix_layout, other_layout, sides
-from whimbrel.optim.matrix import Key, Matrix, batches, count_matrices, matrices, place_of, stack_grads
+from whimbrel.optim.matrix import Key, Matrix, batches, count_matrices, layout_of, matrices, place_of, stack_grads
 from whimbrel.optim.options import check_options, check_rank
 from whimbrel.optim.sharding import (
     WHOLE,
@@ -50,6 +50,9 @@ _IN_BACKWARD = (
     "leave it out, or leave out fuse_into_backward"
 )
 
+_PLANNED = ("impl", "rank", "refresh_steps", "seed", "side", "stagger")
+"""Group keys from which a plan follows."""
+
 ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach", "fused")
 """Group keys without a meaning here, set by `param_groups`, by torch's schedulers and by training engines."""
 
@@ -73,6 +76,42 @@ class Projected(NamedTuple):
         """The gradients in the coordinates of the bases, for the slices that this process owns."""
         low = lowrank.down(self.grad, self.basis, self.side)
         return self.spread.own(low, -1 if self.side == "left" else -2)
+
+
+class Plan(NamedTuple):
+    """What a group's step does to matrices that have all been stepped before, as long as nothing of it changes."""
+
+    number: int
+    """Of the group."""
+    options: list[Any]
+    """Values of _PLANNED."""
+    found: list[Matrix]
+    lasting: bool
+    """Whether the matrices are whole parameters, of which only the gradients are new in each step."""
+    due: dict[int, list[Matrix]]
+    """Matrices by the number of steps after which their bases are fitted, modulo refresh_steps."""
+    fused: list[tuple[Batch, Tensor]]
+    """Batches for the kernels, and the words of their matrices."""
+    taken: set[Key]
+    others: list[Matrix]
+
+    def renew(self, group: dict[str, Any], states: Any) -> bool:
+        """Take the gradients of this step; whether the plan still stands."""
+        if not self.lasting or [group[name] for name in _PLANNED] != self.options:
+            return False
+        for matrix in self.found:
+            param, grad = matrix.weight, matrix.weight.grad
+            if states.get(param) is not matrix.state or grad is None:
+                return False
+            if layout_of(param, grad) != matrix.layout:
+                return False
+            matrix.grad = grad
+        return True
+
+    def release(self) -> None:
+        """Hold no gradient until the next step."""
+        for matrix in self.found:
+            del matrix.grad
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -136,7 +175,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counted: set[int] = set()
         self._sharers: ProcessGroup | None = getattr(self, "_sharers", None)
         self._in_backward: bool = getattr(self, "_in_backward", False)
-        self._batches: dict[int, tuple[list[Matrix], list[Batch]]] = {}
+        self._plans: dict[tuple[int, ...], list[Plan]] = {}
         self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
@@ -187,6 +226,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Update these parameters, which have gradients; a group's first in a step counts the step."""
         if not self._offsets:
             self._number()
+        ids = tuple(map(id, params))
+        plans = self._plans.get(ids)
+        if plans is not None and all(plan.renew(self.param_groups[plan.number], self.state) for plan in plans):
+            for plan in plans:
+                self._count(plan.number)
+                self._step_matrices(self.param_groups[plan.number], plan, set())
+                plan.release()
+            return
         self._allocate(params)
         chosen: dict[int, list[Tensor]] = {}
         for param in params:
@@ -195,20 +242,56 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found = {number: self._matrices(self.param_groups[number], chosen[number]) for number in low_rank}
         others = [param for number in chosen.keys() - low_rank for param in chosen[number]]
         fresh = self._start([matrix for number in sorted(low_rank) for matrix in found[number]], others)
+        plans = []
         for number in sorted(chosen):
             group = self.param_groups[number]
             started = [matrix for matrix in found.get(number, []) if matrix.key in self._started]
             rest = [] if number in low_rank else [param for param in chosen[number] if (param, None) in self._started]
-            if (started or rest) and number not in self._counted:
-                self._counted.add(number)
-                group["step"] += 1
+            if started or rest:
+                self._count(number)
             if started:
-                self._step_matrices(group, started, fresh)
+                plans.append(self._plan(number, started))
+                self._step_matrices(group, plans[-1], fresh)
             if rest:
                 self._step_others(group, rest)
+        self._plans.pop(ids, None)
+        for plan in plans:
+            plan.release()
+        if all(plan.lasting for plan in plans) and sum(len(plan.found) for plan in plans) == len(params):
+            self._plans[ids] = plans
+
+    def _count(self, number: int) -> None:
+        """Count the step of a group, once."""
+        if number not in self._counted:
+            self._counted.add(number)
+            self.param_groups[number]["step"] += 1
+
+    def _plan(self, number: int, found: list[Matrix]) -> Plan:
+        group = self.param_groups[number]
+        due: dict[int, list[Matrix]] = {}
+        for matrix in found if group["refresh"] != "random" else ():
+            due.setdefault(-self._shift(group, matrix.offset) % group["refresh_steps"], []).append(matrix)
+        kernels = [matrix for matrix in found if self._fuses(group, matrix)]
+        taken = {matrix.key for matrix in kernels}
+        batches: list[Batch] = []
+        if kernels:
+            from whimbrel.optim.kernels import launch
+
+            batches = launch.batches(kernels, group["rank"], group["side"])
+        return Plan(
+            number,
+            [group[name] for name in _PLANNED],
+            found,
+            all(matrix.weight is matrix.key[0] for matrix in found),
+            due,
+            [(batch, self._base_words(group, batch.matrices)) for batch in batches],
+            taken,
+            [matrix for matrix in found if matrix.key not in taken],
+        )
 
     def _number(self) -> None:
         """Number the matrices of all groups, and after them the other parameters; note each one's group."""
+        self._plans = {}
         low_rank = [param for group in self.param_groups if group["low_rank"] for param in group["params"]]
         others = [param for group in self.param_groups if not group["low_rank"] for param in group["params"]]
         counts = [count_matrices(param) for param in low_rank]
@@ -426,36 +509,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
             moments = [storage.read_moment([part], key)[0] for key in ("exp_avg", "exp_avg_sq")]
             value, counted = weight[rows].float(), state["step"].clone()
             adamw_step([value], [self._unscaled(grad[rows])], [counted], *([x] for x in moments), **options)
-            keys = counter.key(self._base_words(group, [self._offsets[param]], param.device), counted[None])
+            keys = counter.key(self._words_of(group, [self._offsets[param]], param.device), counted[None])
             first = row + start * math.prod(weight.shape[1:-1]), column
             for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 storage.write_moment([part], key, moment[None], keys, self._usable(), first=first)
             _write_weight(weight[rows], value, keys[0], group["stochastic_rounding"], first)
         state["step"].copy_(counted)
 
-    def _step_matrices(self, group: dict[str, Any], found: list[Matrix], fresh: set[Key]) -> None:
+    def _step_matrices(self, group: dict[str, Any], plan: Plan, fresh: set[Key]) -> None:
         every = group["refresh_steps"]
-        due: set[Key] = set()
         if group["refresh"] == "random":
             fresh = set()
-        else:
-            phases = {matrix.key: self._phase(group, matrix.offset) for matrix in found if matrix.key not in fresh}
-            due = {
-                matrix.key
-                for matrix in found
-                if matrix.key in phases
-                and phases[matrix.key] % every == 0
-                and phases[matrix.key] // every % self._gap(group, matrix) == 0
-            }
-        refreshed = [matrix for matrix in found if matrix.key in due or matrix.key in fresh]
+        due = {
+            matrix.key
+            for matrix in plan.due.get((group["step"] - 1) % every, ())
+            if matrix.key not in fresh
+            and self._phase(group, matrix.offset) // every % self._gap(group, matrix) == 0
+        }
+        refreshed = []
+        if fresh or due:
+            refreshed = [matrix for matrix in plan.found if matrix.key in due or matrix.key in fresh]
         apart = self._fit_apart(group, refreshed, fresh)
-        fused = [matrix for matrix in found if self._fuses(group, matrix)]
-        taken = {matrix.key for matrix in fused}
-        for batch in batches([matrix for matrix in refreshed if matrix.key in taken]):
+        for batch in batches([matrix for matrix in refreshed if matrix.key in plan.taken]):
             self._refresh_some(group, batch, self._for_refresh(group, batch), due, fresh, apart)
-        if fused:
-            self._step_fused(group, fused)
-        for batch in batches([matrix for matrix in found if matrix.key not in taken]):
+        if plan.fused:
+            self._step_fused(group, plan.fused)
+        for batch in batches(plan.others):
             projected = self._project(group, batch)
             self._refresh_some(group, batch, projected, due, fresh, apart)
             self._apply(group, batch, projected)
@@ -477,11 +556,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
         return group["impl"] == "triton"
 
-    def _step_fused(self, group: dict[str, Any], found: list[Matrix]) -> None:
+    def _step_fused(self, group: dict[str, Any], fused: list[tuple[Batch, Tensor]]) -> None:
         from whimbrel.optim.kernels import launch
 
         options = {name: group[name] for name in self.options}
-        for batch in launch.batches(found, group["rank"], group["side"]):
+        for batch, words in fused:
             members = batch.matrices
 
             def coefficients(
@@ -493,7 +572,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
             launch.fused_step(
                 batch,
-                bases=self._base_words(group, [matrix.offset for matrix in members], members[0].weight.device),
+                bases=words,
                 drawn=self._basis_keys(group, members) if group["refresh"] == "random" else None,
                 factors=self.factors(**options),
                 coefficients=coefficients,
@@ -602,10 +681,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _keys(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
         """Words [B] for stochastic rounding in the step that has just been counted."""
         steps = storage.stack([matrix.state["step"] for matrix in batch])
-        words = self._base_words(group, [matrix.offset for matrix in batch], batch[0].weight.device)
+        words = self._base_words(group, batch)
         return counter.key(words, steps)
 
-    def _base_words(self, group: dict[str, Any], offsets: Sequence[int], device: torch.device) -> Tensor:
+    def _base_words(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
+        return self._words_of(group, [matrix.offset for matrix in batch], batch[0].weight.device)
+
+    def _words_of(self, group: dict[str, Any], offsets: Sequence[int], device: torch.device) -> Tensor:
         known = tuple(offsets)
         bases = self._bases.get((group["seed"], known, device))
         if bases is None:
@@ -636,8 +718,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _phase(self, group: dict[str, Any], offset: int) -> int:
         """Steps before this one, shifted so that refreshes fall on multiples of `refresh_steps`."""
-        shift = offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
-        return group["step"] - 1 + shift
+        return group["step"] - 1 + self._shift(group, offset)
+
+    def _shift(self, group: dict[str, Any], offset: int) -> int:
+        return offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
 
     def _project(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
         side, spread = resolve_side(group["side"], batch[0].shape), batch[0].spread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Matrix:
 
     weight, grad: the part that this process holds, plain tensors; shape: (m, n) of the whole; state: its tensors, as
     far as they are held here; offset: number of the matrix among all; first: row and column of the whole where the
-    part begins.
+    part begins; layout: `layout_of` the two.
     """
 
     key: Key
@@ -36,6 +37,7 @@ class Matrix:
     offset: int
     spread: Spread
     first: tuple[int, int]
+    layout: Any
 
     def full_grad(self, left: bool) -> Tensor:
         """The whole gradient on every process, which all must ask for."""
@@ -52,15 +54,22 @@ def matrices(
     """
     m, n = param.shape[-2:]
     weight, grad = local(param), local_grad(param)
-    held = {key: local(value) for key, value in state.items()}
+    # the very state of a plain parameter, so that it may be known again
+    held = state if weight is param else {key: local(value) for key, value in state.items()}
+    layout = layout_of(weight, grad)
     if param.ndim == 2:
-        yield Matrix((param, None), weight, grad, held, (m, n), offset, spread, first)
+        yield Matrix((param, None), weight, grad, held, (m, n), offset, spread, first, layout)
         return
     experts = part_of(param, 0)
     for i in range(weight.shape[0]):
         number = offset + (experts.start + i if experts.at is None else experts.at[i])
         views = {key: value[i] for key, value in held.items()}
-        yield Matrix((param, i), weight[i], grad[i], views, (m, n), number, spread, first)
+        yield Matrix((param, i), weight[i], grad[i], views, (m, n), number, spread, first, layout)
+
+
+def layout_of(weight: Tensor, grad: Tensor) -> Any:
+    """How a parameter and its gradient lie, but for their addresses."""
+    return weight.dtype, weight.stride(), weight.device, grad.dtype, grad.stride(), grad.device
 
 
 def count_matrices(param: Tensor) -> int:

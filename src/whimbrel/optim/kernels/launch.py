@@ -19,7 +19,7 @@ from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.kernels import passes
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 from whimbrel.optim.matrix import Matrix
-from whimbrel.scan.kernels.quick import Blocks, launch
+from whimbrel.scan.kernels.quick import Address, Blocks, launch
 
 SCRATCH_ELEMENTS = 1 << 26
 """Most elements of one low-rank tensor of a batch: 4 bytes each are held during its step (8 in float32)."""
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Where B tensors of one shape begin.
+    """Where B tensors of one shape begin; it holds none of them.
 
     places [B], int64, on the device: addresses, each a multiple of `alignment` bytes, 16 or 1. units [B], int32, on the
     device: the same in units of `unit` bytes from `lowest` on, the last of which is `last`.
@@ -57,12 +57,12 @@ class Table(NamedTuple):
     alignment: int
     units: Tensor
     unit: int
-    lowest: Tensor
+    lowest: Address
     last: int
 
     def blocks(self, rows: int, columns: int, fold: int, block: tuple[int, int]) -> Blocks:
         """All tensors [rows, columns], `fold` rows side by side, as one of which kernels copy blocks."""
-        shape, step = (self.last + 1, rows // fold, columns * fold), self.unit // self.lowest.element_size()
+        shape, step = (self.last + 1, rows // fold, columns * fold), self.unit // self.lowest.dtype.itemsize
         return Blocks(self.lowest, shape, (step, columns * fold, 1), (1, *block))
 
 
@@ -110,7 +110,8 @@ def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
     places, where = to_device(both, tensors[0].device).chunk(2)
     # what is not aligned is read element by element
     alignment = 16 if fits and lowest % 16 == 0 else 1
-    return Table(places, alignment, where.int(), unit, tensors[found.index(lowest)], max(units))
+    address = Address(lowest, tensors[0].dtype, tensors[0].device)
+    return Table(places, alignment, where.int(), unit, address, max(units))
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def fused_step(
     grads_at = batch.table("grad", [matrix.grad for matrix in matrices])
     weights_at = batch.table("weight", [matrix.weight for matrix in matrices])
     hopper = batch.hopper and r % 8 == 0 and r <= HOPPER_RANK and min(grads_at.alignment, weights_at.alignment) == 16
-    bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
+    made, bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
     hopper = hopper and bases_at.alignment == 16
     types = {
         "GRAD": _DTYPES[grad.dtype],
@@ -365,12 +366,12 @@ def fused_step(
 
 def _bases(
     batch: Batch, drawn: Tensor | None, shape: tuple[int, int, int], dot: torch.dtype, hopper: bool
-) -> Table:
-    """Where the bases lie: in the states, or drawn, opened or narrowed for the time of the step."""
+) -> tuple[Tensor | None, Table]:
+    """Where the bases lie: in the states, or in a tensor, drawn, opened or narrowed for the time of the step."""
     state = batch.matrices[0].state
     number, d, r = shape
     if drawn is None and "basis_scale" not in state and (state["basis"].dtype == dot or not hopper):
-        return batch.state("basis")
+        return None, batch.state("basis")
     bases = torch.empty(shape, dtype=dot, device=batch.matrices[0].weight.device)
     grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
     if drawn is not None:
@@ -382,8 +383,14 @@ def _bases(
         launch(passes.narrow, grid, bases, batch.state("basis").places, d * r, BLOCK=TILE_ELEMENTS)
     # at places that the host need not send
     units, size = torch.arange(number, device=bases.device), bases[0].nbytes
-    alignment = 16 if size % 16 == 0 else 1
-    return Table(units * size + bases.data_ptr(), alignment, units.int(), size, bases, number - 1)
+    return bases, _adjoining(bases, units * size + bases.data_ptr(), units.int())
+
+
+def _adjoining(stack: Tensor, places: Tensor, units: Tensor) -> Table:
+    """The table of a stack of B tensors."""
+    size = stack[0].nbytes
+    address = Address(stack.data_ptr(), stack.dtype, stack.device)
+    return Table(places, 16 if size % 16 == 0 else 1, units, size, address, len(stack) - 1)
 
 
 def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums: Tensor, d: int) -> None:
@@ -445,7 +452,7 @@ def _write_hopper(
     jobs = number * fold * bands * segments
     programs = min(jobs, most)
     numbers = torch.arange(number, dtype=torch.int32, device=inside.device)
-    own = Table(numbers, 16, numbers, inside[0].nbytes, inside, number - 1)
+    own = _adjoining(inside, numbers, numbers)
     rows, columns = (bases, own) if batch.left else (own, bases)
     launch(
         hopper.write,
@@ -454,7 +461,7 @@ def _write_hopper(
         grads.blocks(m, n, fold, (64, 128)),
         rows.blocks(m, r, fold, (64, 64)),
         columns.blocks(n, r, 1, (128, 64)),
-        weights.lowest,
+        min((matrix.weight for matrix in batch.matrices), key=Tensor.data_ptr),
         weights.unit // 2,
         weights.units,
         grads.units,

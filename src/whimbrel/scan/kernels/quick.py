@@ -52,11 +52,23 @@ class Matrix(NamedTuple):
         return TensorDescriptor.from_tensor(self.data.view(-1, self.width), [self.rows, self.columns], layout)
 
 
+class Address(NamedTuple):
+    """Where a tensor lies, without holding it."""
+
+    place: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def data_ptr(self) -> int:
+        """As a tensor's."""
+        return self.place
+
+
 class Blocks(NamedTuple):
     """Memory of which kernels copy blocks of more than two dimensions: as `Matrix`, with all that a descriptor says."""
 
-    data: Tensor
-    """What lies at the lowest address; a descriptor reaches beyond it."""
+    data: Address
+    """The lowest address; a descriptor reaches as far beyond as its shape says."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
