@@ -30,6 +30,9 @@ class Value(Tensor):
     __isub__ = Tensor.__sub__
     __imul__ = Tensor.__mul__
 
+    def to(self, dtype: torch.dtype, *, bitcast: bool = False) -> Tensor:  # pyrefly: ignore [bad-override]
+        return self.contiguous().view(dtype) if bitcast else Tensor.to(self, dtype)
+
 
 def _value(x: Tensor) -> Tensor:
     return x.as_subclass(Value)
@@ -40,6 +43,7 @@ class Shared:
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
+        self.dtype = data.dtype
 
     def index(self, place: Any) -> Shared:
         return Shared(self.data[int(place)])
@@ -139,6 +143,22 @@ class Descriptor:
         return Descriptor(data, block, layout)
 
 
+class Blocks:
+    """Memory, given as a vector, of which copies move blocks of any number of dimensions."""
+
+    def __init__(self, data: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> None:
+        self.data, self.shape, self.strides, self.block, self.dtype = data, shape, strides, tuple(block), data.dtype
+
+    def find(self, place: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The elements of the block at a place, and which of them there are."""
+        where, there = torch.zeros(self.block, dtype=torch.int64), torch.ones(self.block, dtype=torch.bool)
+        for dim, (first, count, stride) in enumerate(zip(place, self.shape, self.strides, strict=True)):
+            index = (int(first) + torch.arange(self.block[dim])).view([-1] + [1] * (len(self.block) - 1 - dim))
+            where, there = where + index * stride, there & (index >= 0) & (index < count)
+        assert int(place[-1]) * 2 % 16 == 0, f"a copy begins at column {int(place[-1])}, within 16 bytes"
+        return where, there
+
+
 class Kernel:
     """A function that runs for one program after another: kernel[(programs,)](...)."""
 
@@ -190,8 +210,13 @@ def _atomic_add(pointer: Pointer, value: int) -> Tensor:
         return _value(before)
 
 
-def _copy_in(matrix: Descriptor, place: Sequence[Any], barrier: Barrier, tile: Shared, pred: Any = True) -> None:
+def _copy_in(matrix: Descriptor | Blocks, place: Sequence[Any], barrier: Barrier, tile: Shared, pred: Any = True) -> None:
     if not pred:
+        return
+    if isinstance(matrix, Blocks):
+        where, there = matrix.find(place)
+        tile.data.copy_(torch.where(there, matrix.data[torch.where(there, where, 0)], 0))
+        barrier.take(2 * where.numel())
         return
     row, column = (int(x) for x in place)
     rows, columns = matrix.block
@@ -202,7 +227,11 @@ def _copy_in(matrix: Descriptor, place: Sequence[Any], barrier: Barrier, tile: S
     barrier.take(2 * rows * columns)
 
 
-def _copy_out(matrix: Descriptor, place: Sequence[Any], tile: Shared) -> None:
+def _copy_out(matrix: Descriptor | Blocks, place: Sequence[Any], tile: Shared) -> None:
+    if isinstance(matrix, Blocks):
+        where, there = matrix.find(place)
+        matrix.data[where[there]] = tile.data[there]
+        return
     row, column = (int(x) for x in place)
     room = matrix.data[row : row + matrix.block[0], column : column + matrix.block[1]]
     room.copy_(tile.data[: room.shape[0], : room.shape[1]])
@@ -275,6 +304,7 @@ def _modules() -> dict[str, ModuleType]:
         f"{_GLUON}.language",
         **dict.fromkeys(layouts, _nothing),
         constexpr=lambda value: value,
+        bfloat16=torch.float32,  # tests run in float32
         int8=torch.int8,
         int32=torch.int32,
         int64=torch.int64,
@@ -282,7 +312,7 @@ def _modules() -> dict[str, ModuleType]:
         program_id=lambda axis: _current.program,
         load=_load,
         store=_store,
-        arange=lambda first, last, layout=None: _value(torch.arange(first, last)),
+        arange=lambda first, last, layout=None: _value(torch.arange(first, last, dtype=torch.int32)),
         zeros=lambda shape, dtype, layout=None: _value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, value, dtype, layout=None: _value(torch.full(shape, float(value)).to(dtype)),
         atomic_add=_atomic_add,

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -114,6 +113,15 @@ def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
     return Table(places, alignment, where.int(), unit, address, max(units))
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(x: int) -> int:
+    """The next power of two, without the work that Triton's own does for a call."""
+    return 1 << (x - 1).bit_length()
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return _HAS_GLUON and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -158,7 +166,7 @@ def fused_step(
     grads_at = batch.table("grad", [matrix.grad for matrix in matrices])
     weights_at = batch.table("weight", [matrix.weight for matrix in matrices])
     hopper = batch.hopper and r % 8 == 0 and r <= HOPPER_RANK and min(grads_at.alignment, weights_at.alignment) == 16
-    made, bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
+    _made, bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
     hopper = hopper and bases_at.alignment == 16
     types = {
         "GRAD": _DTYPES[grad.dtype],
@@ -184,7 +192,7 @@ def fused_step(
         tile = _project_tile(dot, r)
         launch(
             passes.project,
-            (triton.cdiv(s, tile.one), triton.cdiv(r, tile.columns), number),
+            (_cdiv(s, tile.one), _cdiv(r, tile.columns), number),
             grads_at.places,
             bases_at.places,
             low,
@@ -228,9 +236,9 @@ def fused_step(
         HAS_WORDS=hopper,
         BS=1024,
     )
-    wide = max(16, triton.next_power_of_2(r))
+    wide = max(16, _power(r))
     rows = max(1, TILE_ELEMENTS // wide)
-    slices = (triton.cdiv(s, rows), number)
+    slices = (_cdiv(s, rows), number)
     means, squares = (batch.state(name) for name in ("exp_avg", "exp_avg_sq"))
     coded = "exp_avg_scale" in states[0]
     first_slice = first_column if left else first_row
@@ -333,7 +341,7 @@ def fused_step(
         tile = _write_tile(dot, r)
         launch(
             passes.write,
-            (triton.cdiv(n, tile.other), triton.cdiv(m, tile.one), number),
+            (_cdiv(n, tile.other), _cdiv(m, tile.one), number),
             weights_at.places,
             grads_at.places,
             bases_at.places,
@@ -373,7 +381,7 @@ def _bases(
     if drawn is None and "basis_scale" not in state and (state["basis"].dtype == dot or not hopper):
         return None, batch.state("basis")
     bases = torch.empty(shape, dtype=dot, device=batch.matrices[0].weight.device)
-    grid = (triton.cdiv(d * r, TILE_ELEMENTS), number)
+    grid = (_cdiv(d * r, TILE_ELEMENTS), number)
     if drawn is not None:
         launch(passes.draw, grid, bases, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
     elif "basis_scale" in state:
@@ -397,9 +405,9 @@ def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums:
     from whimbrel.optim.kernels import hopper
 
     (m, n), (number, _, r) = batch.matrices[0].weight.shape, low.shape
-    columns = min(256, max(64, triton.next_power_of_2(r)))
-    bands = triton.cdiv(n, 128) if batch.left else triton.cdiv(m // batch.fold, 128)
-    jobs = number * batch.fold * bands * triton.cdiv(r, columns)
+    columns = min(256, max(64, _power(r)))
+    bands = _cdiv(n, 128) if batch.left else _cdiv(m // batch.fold, 128)
+    jobs = number * batch.fold * bands * _cdiv(r, columns)
     programs = min(jobs, _multiprocessors(low.device))
     launch(
         hopper.project,
@@ -413,7 +421,7 @@ def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums:
         jobs,
         programs,
         bands,
-        triton.cdiv(d + (7 if batch.fold > 1 else 0), 64),
+        _cdiv(d + (7 if batch.fold > 1 else 0), 64),
         m,
         n,
         R=r,
@@ -446,9 +454,9 @@ def _write_hopper(
 
     (m, n), (number, s, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
     stages, slots = _write_stages(r)
-    bands, tiles = triton.cdiv(m // fold, 128), triton.cdiv(n + (7 if fold > 1 else 0), 128)
+    bands, tiles = _cdiv(m // fold, 128), _cdiv(n + (7 if fold > 1 else 0), 128)
     most = _multiprocessors(inside.device)
-    segments = min((1, 2, 4, 8), key=lambda x: triton.cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
+    segments = min((1, 2, 4, 8), key=lambda x: _cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
     jobs = number * fold * bands * segments
     programs = min(jobs, most)
     numbers = torch.arange(number, dtype=torch.int32, device=inside.device)
@@ -493,7 +501,7 @@ def _write_hopper(
 
 def _write_stages(rank: int) -> tuple[int, int]:
     """Blocks of the streamed factor, and of weights and gradients, of 16 KB each beside the factor that stays."""
-    chunks = triton.cdiv(rank, 64)
+    chunks = _cdiv(rank, 64)
     return (4, 8) if chunks <= 2 else (4, 6) if chunks <= 4 else (4, 4) if chunks <= 6 else (3, 3)
 
 
@@ -517,14 +525,14 @@ def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
 
 
 def _project_tile(dot: torch.dtype, rank: int) -> Tile:
-    columns = max(16, triton.next_power_of_2(rank))
+    columns = max(16, _power(rank))
     if dot == torch.float32:
         return Tile(64, 32, min(64, columns), 4, 2)
     return Tile(128, 64, min(256, columns), 8, 3)
 
 
 def _write_tile(dot: torch.dtype, rank: int) -> Tile:
-    columns = max(16, triton.next_power_of_2(rank))
+    columns = max(16, _power(rank))
     if dot == torch.float32:
         return Tile(64, 64, min(32, columns), 4, 2)
     # at a low rank two smaller programs a multiprocessor hide each other's loads; at a high one factors are read often
