@@ -197,15 +197,18 @@ from whimbrel.optim.kernels import launch, passes
 types = dict.fromkeys("s d m n r weight_m weight_n grad_s grad_d grad_m grad_n first_column".split(), "i32")
 types |= dict.fromkeys("first_mean first_square columns_at first_row".split(), "u32")
 types |= dict.fromkeys("grads bases weights keys means mean_scales squares square_scales".split(), "*i64")
-types |= dict.fromkeys("steps base_words".split(), "*i64")
+types |= dict.fromkeys("steps base_words limiter_norms stored".split(), "*i64")
+types |= dict.fromkeys("row_words column_words".split(), "*i32")
+types |= dict.fromkeys("lr weight_decay inside outside kept gamma".split(), "fp32")
 types |= dict.fromkeys("beta1 beta2 eps log_beta1 log_beta2".split(), "fp32") | dict(actives="*i1", codes="*i64")
 types |= dict(scales="*i64")
 shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, HAS_SCALE=True, HAS_FOUND=True, GROUP=128)
-shared |= dict(HAS_TOTAL=True)
+shared |= dict(HAS_TOTAL=True, HAS_WORDS=True, RATE=True, EARLY=True, MATRIX=False)
 for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
     shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
     types |= dict.fromkeys(("direction", "inside", "low"), "*bf16" if kind == tl.bfloat16 else "*fp32")
     slices = dict(MOMENT=tl.uint8, BLOCK=min(256, rank), BS=launch.TILE_ELEMENTS // rank, BR=rank)
+    opening = passes.unpack, passes.draw, passes.narrow
     project, write = launch._project_tile(dtype, rank), launch._write_tile(dtype, rank)
     for function, tile, sizes in (
         (passes.project, project, dict(BS=project.one, BD=project.other, BR=project.columns)),
@@ -213,13 +216,14 @@ for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl
         (passes.write, write, dict(BM=write.one, BN=write.other, BR=write.columns, LEFT=True)),
         (passes.adam, None, slices), (passes.blend, None, slices), (passes.settle, None, dict(BS=1024)),
         (passes.unpack, None, dict(BLOCK=2048)), (passes.draw, None, dict(BLOCK=2048)),
+        (passes.narrow, None, dict(BLOCK=2048)), (passes.coefficients, None, dict(BS=2048)),
     ):
         given = shared | sizes
         constants = {n: v for n, v in given.items() if n in function.arg_names}
-        own = types | (dict(bases="*bf16", scales="*i64") if function in (passes.unpack, passes.draw) else {})
+        own = types | (dict(bases="*bf16", scales="*i64") if function in opening else {})
         signature = {n: "constexpr" if n in constants else own.get(n, "*fp32") for n in function.arg_names}
-        if function in (passes.draw,):
-            signature |= dict(count="i32", size="fp32")
+        if function in (passes.draw, passes.narrow):
+            signature |= {n: t for n, t in dict(count="i32", size="fp32").items() if n in function.arg_names}
         source = ASTSource(function, signature, constants)
         options = {} if tile is None else dict(num_warps=tile.warps, num_stages=tile.stages)
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
