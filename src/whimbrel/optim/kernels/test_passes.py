@@ -221,6 +221,7 @@ for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl
         given = shared | sizes
         constants = {n: v for n, v in given.items() if n in function.arg_names}
         own = types | (dict(bases="*bf16", scales="*i64") if function in opening else {})
+        own |= dict(inside="fp32") if function is passes.coefficients else {}
         signature = {n: "constexpr" if n in constants else own.get(n, "*fp32") for n in function.arg_names}
         if function in (passes.draw, passes.narrow):
             signature |= {n: t for n, t in dict(count="i32", size="fp32").items() if n in function.arg_names}
