@@ -84,6 +84,15 @@ class Batch:
         )
         """Whether the kernels for Hopper may read the weights and gradients."""
         self._tables: dict[str, tuple[list[int], Table]] = {}
+        self._numbers = torch.arange(len(matrices), device=weight.device)
+        self._units = self._numbers.int()
+
+    def adjoining(self, stack: Tensor, *, places: bool) -> Table:
+        """The table of a stack of B tensors, of which the host need not send the places."""
+        size = stack[0].nbytes
+        address = Address(stack.data_ptr(), stack.dtype, stack.device)
+        found = self._numbers * size + stack.data_ptr() if places else self._numbers
+        return Table(found, 16 if size % 16 == 0 else 1, self._units, size, address, len(stack) - 1)
 
     def table(self, role: str, tensors: Sequence[Tensor]) -> Table:
         """The table of tensors on one device; role says which."""
@@ -389,16 +398,7 @@ def _bases(
         launch(passes.unpack, grid, bases, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
     else:
         launch(passes.narrow, grid, bases, batch.state("basis").places, d * r, BLOCK=TILE_ELEMENTS)
-    # at places that the host need not send
-    units, size = torch.arange(number, device=bases.device), bases[0].nbytes
-    return bases, _adjoining(bases, units * size + bases.data_ptr(), units.int())
-
-
-def _adjoining(stack: Tensor, places: Tensor, units: Tensor) -> Table:
-    """The table of a stack of B tensors."""
-    size = stack[0].nbytes
-    address = Address(stack.data_ptr(), stack.dtype, stack.device)
-    return Table(places, 16 if size % 16 == 0 else 1, units, size, address, len(stack) - 1)
+    return bases, batch.adjoining(bases, places=not hopper or (batch.left and batch.fold > 1))
 
 
 def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums: Tensor, d: int) -> None:
@@ -459,8 +459,7 @@ def _write_hopper(
     segments = min((1, 2, 4, 8), key=lambda x: _cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
     jobs = number * fold * bands * segments
     programs = min(jobs, most)
-    numbers = torch.arange(number, dtype=torch.int32, device=inside.device)
-    own = _adjoining(inside, numbers, numbers)
+    own = batch.adjoining(inside, places=False)
     rows, columns = (bases, own) if batch.left else (own, bases)
     launch(
         hopper.write,
