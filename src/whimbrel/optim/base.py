@@ -79,7 +79,7 @@ class Projected(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a group's step does to matrices that have all been stepped before, as long as nothing of it changes."""
+    """What a group's step does to parameters that have all been stepped before, as long as nothing of it changes."""
 
     number: int
     """Of the group."""
@@ -94,10 +94,14 @@ class Plan(NamedTuple):
     """Batches for the kernels, and the words of their matrices."""
     taken: set[Key]
     others: list[Matrix]
+    rest: list[Tensor]
+    """Parameters that are not projected."""
 
     def renew(self, group: dict[str, Any], states: Any) -> bool:
         """Take the gradients of this step; whether the plan still stands."""
         if not self.lasting or [group[name] for name in _PLANNED] != self.options:
+            return False
+        if not all(states.get(param) for param in self.rest):
             return False
         for matrix in self.found:
             param, grad = matrix.weight, matrix.weight.grad
@@ -230,9 +234,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         plans = self._plans.get(ids)
         if plans is not None and all(plan.renew(self.param_groups[plan.number], self.state) for plan in plans):
             for plan in plans:
-                self._count(plan.number)
-                self._step_matrices(self.param_groups[plan.number], plan, set())
-                plan.release()
+                self._run(plan, set())
             return
         self._allocate(params)
         chosen: dict[int, list[Tensor]] = {}
@@ -248,26 +250,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
             started = [matrix for matrix in found.get(number, []) if matrix.key in self._started]
             rest = [] if number in low_rank else [param for param in chosen[number] if (param, None) in self._started]
             if started or rest:
-                self._count(number)
-            if started:
-                plans.append(self._plan(number, started))
-                self._step_matrices(group, plans[-1], fresh)
-            if rest:
-                self._step_others(group, rest)
+                plans.append(self._plan(group, number, started, rest))
+                self._run(plans[-1], fresh)
         self._plans.pop(ids, None)
-        for plan in plans:
-            plan.release()
-        if all(plan.lasting for plan in plans) and sum(len(plan.found) for plan in plans) == len(params):
+        if all(plan.lasting for plan in plans) and sum(len(x.found) + len(x.rest) for x in plans) == len(params):
             self._plans[ids] = plans
 
-    def _count(self, number: int) -> None:
-        """Count the step of a group, once."""
-        if number not in self._counted:
-            self._counted.add(number)
-            self.param_groups[number]["step"] += 1
+    def _run(self, plan: Plan, fresh: set[Key]) -> None:
+        """Step a group's matrices and other parameters; the first of its calls in a step counts it."""
+        group = self.param_groups[plan.number]
+        if plan.number not in self._counted:
+            self._counted.add(plan.number)
+            group["step"] += 1
+        if plan.found:
+            self._step_matrices(group, plan, fresh)
+        if plan.rest:
+            self._step_others(group, plan.rest)
+        plan.release()
 
-    def _plan(self, number: int, found: list[Matrix]) -> Plan:
-        group = self.param_groups[number]
+    def _plan(self, group: dict[str, Any], number: int, found: list[Matrix], rest: list[Tensor]) -> Plan:
         due: dict[int, list[Matrix]] = {}
         for matrix in found if group["refresh"] != "random" else ():
             due.setdefault(-self._shift(group, matrix.offset) % group["refresh_steps"], []).append(matrix)
@@ -287,6 +288,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             [(batch, self._base_words(group, batch.matrices)) for batch in batches],
             taken,
             [matrix for matrix in found if matrix.key not in taken],
+            rest,
         )
 
     def _number(self) -> None:
