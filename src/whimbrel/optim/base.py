@@ -525,8 +525,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         due = {
             matrix.key
             for matrix in plan.due.get((group["step"] - 1) % every, ())
-            if matrix.key not in fresh
-            and self._phase(group, matrix.offset) // every % self._gap(group, matrix) == 0
+            if matrix.key not in fresh and self._phase(group, matrix.offset) // every % self._gap(group, matrix) == 0
         }
         refreshed = []
         if fresh or due:

@@ -210,7 +210,9 @@ def _atomic_add(pointer: Pointer, value: int) -> Tensor:
         return _value(before)
 
 
-def _copy_in(matrix: Descriptor | Blocks, place: Sequence[Any], barrier: Barrier, tile: Shared, pred: Any = True) -> None:
+def _copy_in(
+    matrix: Descriptor | Blocks, place: Sequence[Any], barrier: Barrier, tile: Shared, pred: Any = True
+) -> None:
     if not pred:
         return
     if isinstance(matrix, Blocks):

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -452,7 +452,7 @@ def _write_hopper(
 ) -> None:
     from whimbrel.optim.kernels import hopper
 
-    (m, n), (number, s, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
+    (m, n), (number, _, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
     stages, slots = _write_stages(r)
     bands, tiles = _cdiv(m // fold, 128), _cdiv(n + (7 if fold > 1 else 0), 128)
     most = _multiprocessors(inside.device)

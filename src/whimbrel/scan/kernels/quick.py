@@ -174,7 +174,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
     for place, number in reversed(unknown):
         flat[place:place] = _encode(arguments[number], ready.layouts[number])
     stream = driver.active.get_current_stream(current)
-    ready.run(*(grid + (1, 1))[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
+    ready.run(*(*grid, 1, 1)[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
 
 
 def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:
