@@ -295,7 +295,7 @@ def write_rows(
                 if HAS_GRAD:
                     slot = here % SLOTS
                     mbarrier.wait(full.index(slot), (here // SLOTS) & 1)
-                    acc += x_s.index(slot).load(ACC).to(gl.float32) * factor
+                    acc += x_s.index(slot).load(ACC).to(gl.float32) * factor  # pyrefly: ignore [unbound-name]
                     barrier()
                     mbarrier.arrive(free.index(slot))
                     here += 1

@@ -282,8 +282,9 @@ def fused_step(
         )
     inside, outside = factors.inside is not None, factors.outside is not None
     if spread.split:
-        norms = (x[: number * s].view(number, s) for x in (grad_norms, low_norms, direction_norms))
-        on, after = coefficients(lowrank.Slices(*norms, spread), correction[:number], active)
+        whole = [x[: number * s].view(number, s) for x in (grad_norms, low_norms, direction_norms)]
+        norms = lowrank.Slices(whole[0], whole[1], whole[2], spread)
+        on, after = coefficients(norms, correction[:number], active)
         for name, value in zip(scalars, after, strict=True):
             storage.store(states, name, value)
         if on.on_direction is not None:
