@@ -40,10 +40,10 @@ LENGTH_FIGURES = (
 )
 """Metric, title of the axis, factor on ms or bytes a token."""
 EQUAL_ERROR = "flashprefill-v1, equal error"
-PREFILL = ("row_local", "row_local-4", "xattention", "flexprefill-official", EQUAL_ERROR, "sdpa-cudnn")
+PREFILL = ("row_local", "row_local-16", "xattention", "flexprefill-official", EQUAL_ERROR, "sdpa-cudnn")
 """What is drawn of sparse prefill, on the input `mixed` at this coverage."""
 COVERAGE = 0.95
-JUDGED = ("row_local", "row_local-4", "xattention", "flexprefill-official", "flashprefill-v1", "flex_prefill")
+JUDGED = ("row_local", "row_local-16", "xattention", "flexprefill-official", "flashprefill-v1", "flex_prefill")
 """What is drawn of what selectors keep, by coverage or by threshold."""
 
 

@@ -60,7 +60,7 @@ STEPS = (
 )
 PREFILL = {
     "row_local": "row_local",
-    "row_local-4": "row_local, 4 samples",
+    "row_local-16": "row_local, 16 samples",
     "flex_prefill": "flex_prefill",
     "sdpa-cudnn": "dense, cuDNN",
     "sdpa-flash": "dense, flash",

@@ -3,6 +3,8 @@ coverage."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ _SLAB_LOGITS = 1 << 19
 """Logits held at a time on a CPU, 2 MB in fp32: about what the second-level cache takes."""
 _SLAB_LOGITS_CUDA = 1 << 25
 """The same on a GPU, 128 MB: few launches, and little beside the keys of the lengths that need it."""
+
+PILOT_ROWS, PROBE_ROWS = 4, 16
+"""Queries of a block that are looked at first, and where they do not tell enough."""
+JUDGED_AT = 0.95
+"""Coverage at which it is judged whether they tell enough: one for all, so that who asks for more loses no block."""
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -94,6 +101,13 @@ def per_million(share: float) -> int:
     return round(share * 1_000_000)
 
 
+def margin(coverage: float) -> float:
+    """What PILOT_ROWS queries must hold beyond `coverage`, so that others are as likely to hold it as where PROBE_ROWS
+    queries do: as measured, docs/log.md."""
+    lost = max(0.0, 1 - coverage)
+    return min(0.4 * lost, 0.09 * math.sqrt(lost))
+
+
 def rows_needed(rows: int, row_share: float) -> int:
     """How many of `rows` queries are at least the share `row_share` of them; one at least."""
     return max(1, -(-per_million(row_share) * rows // 1_000_000))
@@ -115,6 +129,23 @@ def cover_rows(mass: Tensor, coverage: float, row_share: float, *, allowed: Tens
     before = sorted_mass.cumsum(-1) - sorted_mass
     lacking = (before >= coverage).sum(-2) < rows_needed(mass.shape[-2], row_share)
     return (torch.zeros_like(allowed).scatter(-1, order, lacking) | forced) & allowed
+
+
+def doubtful(mass: Tensor, keep: Tensor, forced: Tensor, margin: float) -> Tensor:
+    """bool [...]: whether a choice `keep` [..., n] from masses [..., R, n] of PILOT_ROWS queries needs a second look.
+
+    It does where queries are missing, or where a query would hold less by more than twice the margin, on average, had
+    the others chosen without it, down to the same mean mass. Where nearly all blocks are kept nothing is to be found.
+    """
+    rows, blocks = mass.shape[-2:]
+    if rows < PILOT_ROWS:
+        return keep.new_ones(keep.shape[:-1])
+    mean = mass.mean(-2)
+    threshold = mean.masked_fill(~keep | forced, torch.inf).amin(-1, keepdim=True)
+    others = (mean.unsqueeze(-2) * rows - mass) / (rows - 1)
+    inside = forced | (others >= threshold.unsqueeze(-1))
+    lost = (mass * (keep.unsqueeze(-2).to(mass.dtype) - inside.to(mass.dtype))).sum(-1).mean(-1)
+    return (lost > 2 * margin) & (keep.sum(-1) * 16 < blocks * 15)
 
 
 def within_budget(

@@ -173,12 +173,18 @@ class Kernel:
             names = self.function.__code__.co_varnames[: self.function.__code__.co_argcount]
             constants = {name: value for name, value in constants.items() if name in names}
             whole = [_value(torch.tensor(x)) if type(x) is int else x for x in args]
-            whole = [Pointer(x.view(-1)) if isinstance(x, Tensor) and x.dim() else x for x in whole]
+            whole = [Pointer(_memory(x)) if isinstance(x, Tensor) and x.dim() else x for x in whole]
             for program in range(grid[0]):
                 _current.program = _value(torch.tensor(program))
                 self.function(*whole, **constants)
 
         return launch
+
+
+def _memory(x: Tensor) -> Tensor:
+    """All that lies between the first and the last element of x, which may be a view."""
+    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((reach + 1,), (1,))
 
 
 def _jit(function: Callable[..., Any] | None = None, **_: Any) -> Any:

@@ -6,6 +6,10 @@ import triton
 import triton.language as tl
 
 PER_MILLION: tl.constexpr = tl.constexpr(1_000_000)
+EXACT: tl.constexpr = tl.constexpr(2.0**17)
+"""Whole numbers in the largest sum of a query, and again in each of these."""
+LONE: tl.constexpr = tl.constexpr(1 << 44)
+"""An entry, in a number that holds how many there are and what they sum up to."""
 
 
 @triton.jit
@@ -26,92 +30,149 @@ def number(chosen, BUDGET: tl.constexpr):
 
 
 @triton.jit
-def load_shares(shares, at, tile, n, p, step, wanted):
-    """int32 [N, P]: masses of the sampled queries of a tile, at int32 [P], in the wanted blocks; 0 elsewhere."""
-    found = tl.load(at + p) >= 0
-    return tl.load(shares + tile + n[:, None] * step + p[None, :], mask=wanted[:, None] & found[None, :], other=0)
+def load_tile(data, at, n, p, wanted, step):
+    """[N, P]: what `data` holds for the sampled queries of a tile, at int32 [P], in the wanted blocks; 0 elsewhere."""
+    # Read whole, in one piece for each block; what nobody wrote for queries that are not there is left out afterwards.
+    found = tl.load(data + n[:, None] * step + p[None, :], mask=wanted[:, None], other=0)
+    return tl.where((tl.load(at + p) >= 0)[None, :], found, 0)
 
 
 @triton.jit
-def choose(at, mass, shares, bits, counts, tiles, rows, blocks, first_row, all_rows, words, first_block, wanted,
-           row_share, least, most, HKV: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-           N: tl.constexpr, UNIT_BITS: tl.constexpr, BUDGET: tl.constexpr):  # fmt: skip
-    """bits int32 [B * H, all_rows, words] and counts int64 [B * H, all_rows] of rows from first_row on.
+def shares_of(sums, UNIT: tl.constexpr):
+    """int32 [N, P] in units of 1 / UNIT, rounded down: each column of `sums` as shares of its total.
 
-    mass int32 [B * H, rows, blocks]; shares int32 [B * HKV, tiles, blocks, GROUP, P] and at int32 [tiles, P] as for
-    `masses`. The first block, a row's own and the one before it are kept; then those of the largest mass, equal ones in
-    their order, until of the row's sampled queries `row_share` in a million hold at least `wanted` each and, if BUDGET,
-    the blocks are `least`, or they are `most`.
+    The total is taken in whole numbers, whose sums no order of summation changes; up to 16,383 blocks they fit.
     """
-    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    top = tl.max(sums, 0)
+    part = sums * (1.0 / tl.where(top > 0, top, 1.0))[None, :]
+    whole = (part * EXACT).to(tl.int32)
+    rest = ((part * EXACT - whole.to(tl.float32)) * EXACT).to(tl.int32)
+    total = (tl.sum(whole, 0).to(tl.float32) + tl.sum(rest, 0).to(tl.float32) / EXACT) / EXACT
+    return (part * (UNIT / tl.maximum(total, 1.0))[None, :]).to(tl.int32)
+
+
+@triton.jit
+def choose(at, sums, shares, bits, counts, units, filled, wanting, rows, room, begin, blocks, words, first_block,
+           wanted, row_share, least, most, slack, LISTED: tl.constexpr, PILOT: tl.constexpr, HKV: tl.constexpr,
+           GROUP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
+           UNIT_BITS: tl.constexpr, SHIFT: tl.constexpr, BUDGET: tl.constexpr):  # fmt: skip
+    """bits int32 [B * H, rows, words] and counts int64 [B * H, rows] of rows from `begin` on.
+
+    sums fp32 [B * HKV, room * S, blocks, GROUP, P], at, units and filled as for `estimate.scores`; shares is the same
+    memory as int32, and holds shares afterwards where S > 1. The first block, a row's own and the one before it are
+    kept; then those of the largest mean share, equal ones in their order, until of the row's sampled queries
+    `row_share` in a million hold at least `wanted` each and, if BUDGET, the blocks are `least`, or they are `most`.
+    SHIFT is log2(P * S).
+
+    If PILOT, wanting int32 [B * HKV, rows] gets bit g, and the row an entry of `units`, where the choice for head g
+    deserves a second look: queries are missing, or one would hold less by more than `slack`, on average, had the others
+    chosen without it. If LISTED, only heads with such a bit are chosen for.
+    """
+    pair = tl.program_id(1).to(tl.int64)
     b, h = pair // (HKV * GROUP), pair % (HKV * GROUP)
-    own = first_block + first_row + row
-    n = tl.arange(0, N)
-    p = tl.arange(0, P)
-    allowed = n <= own
-    forced = allowed & ((n == 0) | (n >= own - 1))
-    free = allowed & (n > 0) & (n < own - 1)
-    x = tl.load(mass + (pair * rows + row) * blocks + n, mask=allowed & (n < blocks), other=0)
-    step = GROUP * P
-    tile = ((b * HKV + h // GROUP) * tiles + row * S) * blocks * step + h % GROUP * P
-    next_tile = tl.full([], step, tl.int64) * blocks
-    at += row * S * P
-    samples = tl.full([], 0, tl.int32)
-    for s in range(S):
-        samples += tl.sum((tl.load(at + s * P + p) >= 0).to(tl.int32))
-    needed = tl.maximum((samples * row_share + (PER_MILLION - 1)) // PER_MILLION, 1)
-    kept = tl.sum(forced.to(tl.int32))
-    first = load_shares(shares, at, tile, n, p, step, allowed)
-    # The largest threshold whose entries are enough; 0, if none is. Its highest bit is searched by halves, as few bits
-    # have entries at all; then bit by bit, until one mass is left that it can be.
-    threshold = 0
-    low, high = -1, UNIT_BITS + 1  # bits that are known to be enough, and not
-    bit = (low + high) // 2
-    open = 1
-    while open > 0:
-        higher = threshold | (1 << bit)
-        over = free & (x >= higher)
+    group, head = b * HKV + h // GROUP, h % GROUP
+    place = begin + tl.program_id(0)
+    row = place
+    asked = 1
+    if LISTED:
+        some = place < tl.load(filled + group)
+        row = tl.load(units + group * rows + place, mask=some, other=0)
+        asked = tl.load(wanting + group * rows + row, mask=some, other=0) >> head & 1
+    if asked > 0:
+        own = first_block + row
+        n = tl.arange(0, N)
+        p = tl.arange(0, P)
+        allowed = n <= own
+        forced = allowed & ((n == 0) | (n >= own - 1))
+        free = allowed & (n > 0) & (n < own - 1)
+        step = GROUP * P
+        next_tile = tl.full([], step, tl.int64) * blocks
+        tile = (group * room + tl.program_id(0)) * S * next_tile + head * P
+        at += row * S * P
+        samples = tl.full([], 0, tl.int32)
+        for s in range(S):
+            samples += tl.sum((tl.load(at + s * P + p) >= 0).to(tl.int32))
+        needed = tl.maximum((samples * row_share + (PER_MILLION - 1)) // PER_MILLION, 1)
+        kept = tl.sum(forced.to(tl.int32))
+        shares += tile
+        first = shares_of(load_tile(sums + tile, at, n, p, allowed, step), UNIT)
+        x = tl.sum(first >> SHIFT, 1)
+        if S > 1:
+            for s in range(S):
+                part = shares_of(load_tile(sums + tile + s * next_tile, at + s * P, n, p, allowed, step), UNIT)
+                if s > 0:
+                    x += tl.sum(part >> SHIFT, 1)
+                tl.store(shares + s * next_tile + n[:, None] * step + p[None, :], part, mask=allowed[:, None])
+            tl.debug_barrier()
+        # The largest threshold whose entries are enough; 0, if none is. Its highest bit is searched by halves, as few
+        # bits have entries at all; then bit by bit, until one mass is left that it can be.
+        threshold = 0
+        low, high = -1, UNIT_BITS + 1  # bits that are known to be enough, and not
+        bit = UNIT_BITS  # no block but the forced ones
+        alone = -1  # from where on it pays to look whether one mass is left
+        open = 1
+        while open > 0:
+            higher = threshold | (1 << bit)
+            over = free & (x >= higher)
+            inside = forced | over
+            covered = tl.sum((tl.sum(tl.where(inside[:, None], first, 0), 0) >= wanted).to(tl.int32))
+            for s in range(1, S):
+                more = load_tile(shares + s * next_tile, at + s * P, n, p, inside, step)
+                covered += tl.sum((tl.sum(more, 0) >= wanted).to(tl.int32))
+            got = enough(covered, needed, kept + number(over, BUDGET), least, most, BUDGET)
+            if threshold == 0:
+                low = tl.where(got, bit, low)
+                high = tl.where(got, high, bit)
+                found = high - low == 1
+                threshold = tl.where(found & (low >= 0), 1 << tl.maximum(low, 0), 0)
+                bit = tl.where(found, low - 1, (low + high) // 2)
+                open = ((bit >= 0) & (low < UNIT_BITS)).to(tl.int32)
+                alone = low - 4
+            else:
+                threshold = tl.where(got, higher, threshold)
+                bit -= 1
+                open = (bit >= 0).to(tl.int32)
+            if (threshold > 0) & (bit < alone):
+                between = free & (x >= threshold) & (x - threshold < (1 << (bit + 1)))
+                left = tl.sum(tl.where(between, (x - threshold).to(tl.int64) + LONE, 0))
+                if left // LONE == 1:
+                    threshold += (left % LONE).to(tl.int32)
+                    open = 0
+        over = free & (x > threshold)
+        level = (free & (x == threshold)).to(tl.int32)
         inside = forced | over
-        covered = tl.sum((tl.sum(tl.where(inside[:, None], first, 0), 0) >= wanted).to(tl.int32))
-        for s in range(1, S):
-            more = load_shares(shares, at + s * P, tile + s * next_tile, n, p, step, inside)
-            covered += tl.sum((tl.sum(more, 0) >= wanted).to(tl.int32))
-        got = enough(covered, needed, kept + number(over, BUDGET), least, most, BUDGET)
-        if threshold == 0:
-            low = tl.where(got, bit, low)
-            high = tl.where(got, high, bit)
-            found = high - low == 1
-            threshold = tl.where(found & (low >= 0), 1 << tl.maximum(low, 0), 0)
-            bit = tl.where(found, low - 1, (low + high) // 2)
-            open = (bit >= 0).to(tl.int32)
-        else:
-            threshold = tl.where(got, higher, threshold)
-            bit -= 1
-            open = (bit >= 0).to(tl.int32)
-        if threshold > 0:
-            between = free & (x >= threshold) & (x - threshold < (1 << (bit + 1)))
-            least_left = tl.min(tl.where(between, x, 2147483647))
-            most_left = tl.max(tl.where(between, x, 0))
-            if least_left == most_left:
-                threshold = most_left
-                open = 0
-    over = free & (x > threshold)
-    level = (free & (x == threshold)).to(tl.int32)
-    inside = forced | over
-    # What the queries hold before each entry that lies at the threshold: such entries are taken in order.
-    covered = tl.zeros([N], tl.int32)
-    for s in range(S):
-        part = load_shares(shares, at + s * P, tile + s * next_tile, n, p, step, inside | (level > 0))
-        tied = tl.where(level[:, None] > 0, part, 0)
-        held = tl.sum(tl.where(inside[:, None], part, 0), 0)[None, :] + tl.cumsum(tied, 0) - tied
-        covered += tl.sum((held >= wanted).to(tl.int32), 1)
-    earlier = kept + tl.sum(over.to(tl.int32)) + tl.cumsum(level, 0) - level
-    level = (level > 0) & (enough(covered, needed, earlier, least, most, BUDGET) == 0)
-    keep = (inside | level).to(tl.int32)
-    tl.store(counts + pair * all_rows + first_row + row, tl.sum(keep).to(tl.int64))
-    packed = tl.sum(tl.reshape(keep, [N // 32, 32]) << tl.arange(0, 32)[None, :], 1)
-    w = tl.arange(0, N // 32)
-    tl.store(bits + (pair * all_rows + first_row + row) * words + w, packed, mask=w < words)
+        chosen = kept + tl.sum(over.to(tl.int32))
+        keep = inside.to(tl.int32)
+        equals = tl.sum(level)
+        if equals == 1:
+            # It was needed, as nothing above the threshold is enough.
+            keep += level
+        if equals > 1:
+            # What the queries hold before each entry at the threshold: such entries are taken in order.
+            covered = tl.zeros([N], tl.int32)
+            for s in range(S):
+                part = (
+                    load_tile(shares + s * next_tile, at + s * P, n, p, inside | (level > 0), step) if S > 1 else first
+                )
+                tied = tl.where(level[:, None] > 0, part, 0)
+                held = tl.sum(tl.where(inside[:, None], part, 0), 0)[None, :] + tl.cumsum(tied, 0) - tied
+                covered += tl.sum((held >= wanted).to(tl.int32), 1)
+            earlier = chosen + tl.cumsum(level, 0) - level
+            keep += ((level > 0) & (enough(covered, needed, earlier, least, most, BUDGET) == 0)).to(tl.int32)
+        chosen = tl.sum(keep)
+        tl.store(counts + pair * rows + row, chosen.to(tl.int64))
+        packed = tl.sum(tl.reshape(keep, [N // 32, 32]) << tl.arange(0, 32)[None, :], 1)
+        w = tl.arange(0, N // 32)
+        tl.store(bits + (pair * rows + row) * words + w, packed, mask=w < words)
+        if PILOT:
+            others = free[:, None] & (x[:, None] - (first >> SHIFT) >= threshold - (threshold >> SHIFT))
+            mine = tl.sum(tl.where(keep[:, None] > 0, first, 0), 0) >> SHIFT
+            theirs = tl.sum(tl.where(forced[:, None] | others, first, 0), 0) >> SHIFT
+            unsure = (tl.sum(mine - theirs) > slack) & (chosen * 16 < (own + 1) * 15)
+            if unsure | (samples < P):
+                before = tl.atomic_or(wanting + group * rows + row, 1 << head)
+                if before == 0:
+                    tl.store(units + group * rows + tl.atomic_add(filled + group, 1), row)
 
 
 @triton.jit

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from whimbrel.sparse import RowLocalConfig
 from whimbrel.sparse.kernels.test_kernels import check_masses
 from whimbrel.testing.gluon import emulated
-from whimbrel.testing.heads import gaussian, mixed
+from whimbrel.testing.heads import gaussian, mixed, structured
 
 pytest.importorskip("triton.experimental.gluon")
 from whimbrel.attend.kernels import hopper_launch
@@ -46,6 +49,33 @@ def test_rows_do_not_depend_on_cuts(hopper):
         assert torch.equal(part, whole[:, :, start // 128 : -(-stop // 128), : -(-stop // 128)])
 
 
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from whimbrel.sparse.kernels.hopper import scores
+
+tile = gl.NVMMASharedLayout(128, 16, 2)
+types = {"q": "*bf16", "k": "*bf16", "keys": f"tensordesc<bf16[128,128],{tile!r}>", "out": "*fp32", "scale": "fp32"}
+types |= dict.fromkeys(("at", "units", "filled"), "*i32")
+constants = {"LISTED": True, "HKV": 8, "GROUP": 4, "P": 16, "S": 1, "Q": 4, "D": 128}
+constants |= {"TILES": 2, "KEYS": 2, "RUN": 32, "STAGES": 4}
+signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in scores.arg_names}
+made = compile(
+    GluonASTSource(scores, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+)
+assert "wgmma" in made.asm["ptx"]
+assert made.metadata.shared <= 232448, made.metadata.shared
+"""
+
+
+def test_compiles_without_a_gpu():
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("probe", "dim", "batch"), [(4, 128, 1), (16, 128, 2), (128, 64, 1)])
 def test_compiled_masses_are_exact(probe, dim, batch):
@@ -56,12 +86,27 @@ def test_compiled_masses_are_exact(probe, dim, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("probe", [4, 16])
-def test_compiled_rows_do_not_depend_on_cuts_nor_on_the_run(probe):
-    q, k, _ = (x.cuda() for x in mixed(5, tokens=9000, heads=8, kv_heads=2))
-    select = RowLocalConfig(coverage=0.9, probe_rows=probe, impl="triton").build()
-    whole = select(q, k).to_mask()
+@pytest.mark.parametrize("probe", [None, 4, 16])
+@pytest.mark.parametrize("kind", ["mixed", "structured"])
+def test_compiled_rows_do_not_depend_on_cuts_nor_on_the_run(probe, kind):
+    if kind == "mixed":
+        q, k, _ = mixed(5, tokens=9000, heads=8, kv_heads=2)
+    else:
+        q, k, _ = structured(5, tokens=9000, dim=128, dtype=torch.bfloat16)
+    check_cuts(q.cuda(), k.cuda(), probe, (0, 2048, 3072, 8192, 9000))
+
+
+@pytest.mark.gpu
+def test_compiled_rows_of_long_prompts():
+    """In several strips, of several widths, and with more second looks than are launched blindly."""
+    q, k, _ = (x.cuda() for x in mixed(6, tokens=40_000))
+    check_cuts(q, k, None, (16_384, 32_768, 40_000))
+
+
+def check_cuts(q, k, probe, cuts):
+    select = RowLocalConfig(probe_rows=probe, impl="triton").build()
+    whole = select(q, k).check().to_mask()
     assert all(torch.equal(whole, select(q, k).to_mask()) for _ in range(5))
-    for start, stop in itertools.pairwise((0, 2048, 3072, 8192, 9000)):
+    for start, stop in itertools.pairwise(cuts):
         part = select(q[:, start:stop], k[:, :stop]).to_mask()
         assert torch.equal(part, whole[:, :, start // 128 : -(-stop // 128), : -(-stop // 128)])

@@ -17,9 +17,9 @@ from whimbrel.attend.kernels.test_kernel import PoisonedTorch
 from whimbrel.attend.test_plan import random_mask
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.sparse import RowLocalConfig
-from whimbrel.sparse.blocks import always_kept, block_mass, cover_rows, heads_first, per_million, within_budget
+from whimbrel.sparse.blocks import always_kept, block_mass, cover_rows, heads_first, margin, per_million, within_budget
 from whimbrel.sparse.row_local.select import _sample
-from whimbrel.testing.heads import gaussian, mixed, structured
+from whimbrel.testing.heads import gaussian, local, mixed, slashes, structured
 
 pytest.importorskip("triton")
 from whimbrel.sparse.kernels import launch
@@ -61,17 +61,21 @@ def test_masses_are_exact(probe, dtype, rows, monkeypatch):
 
 
 def check_masses(q, k, probe, error, *, block_size):
-    """The masses that kernels give the sampled queries' key blocks, against the definition."""
+    """What kernels sum up for every sampled query and key block, as shares, against the definition."""
     grid = Grid(block_size, q.shape[1], k.shape[1])
     positions = launch.sample_positions(grid, probe, q.device)
-    got = launch.tile_mass(q, k, grid, positions, first_block=grid.first_block, scale=0.2).double() / UNIT
+    selection = launch.Selection(q, k, grid, row_share=0.95, least=0, most=None, scale=0.2)
+    group, slots = selection.group, min(positions.shape[1], launch.MOST_SLOTS)
+    sums = selection.scores(positions, 0, grid.query_blocks).double()
+    sums = sums.unflatten(1, (grid.query_blocks, -1)).unflatten(-1, (group, slots))  # pairs, rows, S, blocks, group, P
+    sums = sums.permute(0, 4, 1, 2, 5, 3).flatten(3, 4).reshape(len(q), -1, *positions.shape, grid.key_blocks)
     for row in range(grid.query_blocks):
-        at = positions[row][positions[row] >= 0].long()
+        there = positions[row] >= 0
+        at = positions[row][there].long()
         keys = heads_first(k[:, : int(at[-1]) + 1])
-        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=block_size, scale=0.2).mean(2)
-        found = got[:, :, row, : want.shape[-1]]
-        assert (found - want).abs().max() < error
-        assert (got[:, :, row, want.shape[-1] :] == 0).all()
+        want = block_mass(heads_first(q[:, at - grid.offset]), keys, at, block_size=block_size, scale=0.2)
+        found = sums[:, :, row, there, : want.shape[-1]]
+        assert (found / found.sum(-1, keepdim=True) - want).abs().max() < error
 
 
 @pytest.mark.parametrize(
@@ -80,43 +84,49 @@ def check_masses(q, k, probe, error, *, block_size):
 )
 @pytest.mark.parametrize("tiles_of_a_row", [1, 2])
 def test_choice_is_that_of_the_slow_path(coverage, row_share, least, most, tiles_of_a_row):
-    """Made-up masses of 8 queries of two heads, many of them equal and some queries missing."""
+    """Made-up sums of 8 queries of two heads, many of them equal and some queries missing."""
     grid, heads, slots = Grid(16, 16 * 3, 16 * 40), 2, 4
-    rows, blocks, tiles = grid.query_blocks, grid.key_blocks, tiles_of_a_row * grid.query_blocks
+    rows, blocks, all_slots = grid.query_blocks, grid.key_blocks, tiles_of_a_row * 4
     g = torch.Generator().manual_seed(2)
     causal, forced = grid.causal(), always_kept(grid, torch.device("cpu"))
-    alone = torch.rand(heads, rows, tiles_of_a_row * slots, blocks, generator=g).pow(6).double() * causal[:, None]
-    alone = (alone / alone.sum(-1, keepdim=True) * UNIT).int()
-    alone[..., ::3] = 1 << 20
-    at = torch.zeros(rows, tiles_of_a_row * slots, dtype=torch.int32)
+    sums = torch.rand(heads, rows, all_slots, blocks, generator=g).pow(6)
+    sums[..., ::3] = 2.0**-7
+    sums *= torch.rand(heads, rows, all_slots, 1, generator=g) * causal[:, None]
+    at = torch.zeros(rows, all_slots, dtype=torch.int32)
     at[1, 2:] = -1
+    alone = (sums / sums.sum(-1, keepdim=True)).double()
     alone[:, 1, 2:] = 0
-    mass = alone.double().sum(2) / (at >= 0).sum(1)[:, None]
     want = torch.stack(
         [
-            cover_rows(
-                alone[:, i, at[i] >= 0].double() / UNIT, coverage, row_share, allowed=causal[i], forced=forced[i]
-            )
+            cover_rows(alone[:, i, at[i] >= 0], coverage, row_share, allowed=causal[i], forced=forced[i])
             for i in range(rows)
         ],
         1,
     )
-    want = within_budget(want, mass.int().double(), allowed=causal, forced=forced, least=least, most=most)
-    alone[:, 1, 2:] = 2**31 - 1  # nobody writes the masses of queries that are not there
-    shares = alone.unflatten(2, (tiles_of_a_row, slots)).permute(1, 2, 4, 0, 3).contiguous()  # tiles, blocks, group, P
+    want = within_budget(want, alone.sum(2), allowed=causal, forced=forced, least=least, most=most)
+    sums[:, 1, 2:] = torch.nan  # nobody writes the sums of queries that are not there
+    sums = sums.unflatten(2, (tiles_of_a_row, slots)).permute(1, 2, 4, 0, 3).contiguous()  # tiles, blocks, group, P
     bits = torch.full((heads, rows, 2), -1, dtype=torch.int32)
     counts = torch.full((heads, rows), -1)
     wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * UNIT)
     choose[(rows, heads)](
-        at, mass.int(), shares, bits, counts, tiles, rows, blocks, 0, rows, 2, grid.first_block, wanted,
-        per_million(row_share), least, most or 2**31 - 1,
-        HKV=1, GROUP=heads, P=slots, S=tiles_of_a_row, N=64, UNIT_BITS=launch.UNIT_BITS,
-        BUDGET=least > 0 or most is not None,
+        at, sums, sums.view(torch.int32), bits, counts, at, at, at, rows, rows, 0, blocks, 2, grid.first_block, wanted,
+        per_million(row_share), least, most or 2**31 - 1, 0,
+        LISTED=False, PILOT=False, HKV=1, GROUP=heads, P=slots, S=tiles_of_a_row, N=64, UNIT=UNIT,
+        UNIT_BITS=launch.UNIT_BITS, SHIFT=1 + tiles_of_a_row, BUDGET=least > 0 or most is not None,
     )  # fmt: skip
     got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
     assert torch.equal(got, want)
     assert torch.equal(counts, want.sum(-1))
     assert torch.equal(launch._plan(bits, counts, grid, 1, most).check().to_mask()[0], want)
+
+
+def test_early_rows_leave_nothing_in_the_words_of_late_blocks():
+    q, k, _ = gaussian(3, tokens=16 * 40, heads=1, dim=16)
+    selection = launch.Selection(q, k, Grid(16, 640, 640), row_share=0.95, least=0, most=None, scale=1.0)
+    at = launch.sample_positions(selection.grid, 4, q.device)
+    selection.choose(at, selection.scores(at, 0, 3), 0, 0.95)
+    assert selection.bits[0, :3].tolist() == [[1, 0], [3, 0], [7, 0]]
 
 
 def test_a_mask_becomes_a_plan():
@@ -136,6 +146,23 @@ def test_plans_are_those_of_the_slow_path(waiting, monkeypatch):
     slow, fast = (RowLocalConfig(impl=impl, **settings).build()(q, k) for impl in ("torch", "triton"))
     assert torch.equal(slow.to_mask(), fast.check().to_mask())
     assert (len(fast.indices) == int(fast.offsets[-1])) == (waiting == 0)
+
+
+def test_second_looks_are_those_of_the_slow_path(monkeypatch):
+    """Sharp diagonals need them, local decay does not, all at once, or some at a time after a wait."""
+    heads = slashes(3, tokens=200, period=67), local(3, tokens=200, decay=10)
+    q, k = (torch.cat(parts, 2) for parts in list(zip(*heads, strict=True))[:2])
+    q = q.repeat_interleave(2, 2)
+    settings = {"coverage": 0.9, "block_size": 16}
+    slow = RowLocalConfig(impl="torch", **settings).build()(q, k).to_mask()
+    few = RowLocalConfig(impl="torch", probe_rows=4, coverage=0.9 + margin(0.9), block_size=16).build()(q, k).to_mask()
+    assert not torch.equal(slow[:, :2], few[:, :2])
+    assert torch.equal(slow[:, 2:, :-1], few[:, 2:, :-1])  # the last block is cut, and looked at again
+    for scratch, looks in ((1 << 23, 4), (4 * 4 * 13 * 16 * 4, 0)):
+        monkeypatch.setattr(launch, "MOST_SCRATCH", scratch)
+        monkeypatch.setattr(launch, "MOST_LOOKS", looks)
+        fast = RowLocalConfig(impl="triton", **settings).build()(q, k).check().to_mask()
+        assert torch.equal(slow, fast)
 
 
 def test_rows_do_not_depend_on_cuts_or_on_what_follows():
@@ -193,14 +220,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from whimbrel.sparse.kernels import choose, estimate
 
-types = dict.fromkeys("at mass shares bits counts chosen indices".split(), "*i32") | {"q": "*bf16", "k": "*bf16"}
-types |= {"offsets": "*i64", "counts": "*i64", "scale": "fp32"} | dict.fromkeys("lse whole".split(), "*fp32")
-flags = dict(HKV=8, GROUP=4, G=4, P=16, S=1, Q=2, M=128, MP=64, D=128, BD=128, SIZE=128, RUN=16, PRECISION="tf32")
-flags |= dict(BUDGET=True, N=1024, UNIT=2**30, UNIT_BITS=30, PACKED=True)
-for function in (estimate.block_lse, estimate.whole_lse, estimate.masses, choose.choose, choose.compact):
+types = dict.fromkeys("at shares bits units filled wanting chosen indices".split(), "*i32")
+types |= {"q": "*bf16", "k": "*bf16", "offsets": "*i64", "counts": "*i64", "scale": "fp32"}
+types |= dict.fromkeys(("out", "sums"), "*fp32")
+flags = dict(LISTED=False, PILOT=True, HKV=8, GROUP=4, P=4, S=1, Q=8, M=128, D=128, BD=128, SIZE=128, RUN=16)
+flags |= dict(PRECISION="tf32", BUDGET=True, N=1024, UNIT=2**30, UNIT_BITS=30, SHIFT=2, PACKED=True)
+for function in (estimate.scores, choose.choose, choose.compact):
     constants = {n: v for n, v in flags.items() if n in function.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in function.arg_names}
-    even = [n for n in "q k lse q_time q_head k_time k_head".split() if n in function.arg_names]
+    even = [n for n in "q k out sums q_time q_head k_time k_head".split() if n in function.arg_names]
     attrs = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(function, signature, constants, attrs)
     compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
@@ -214,11 +242,14 @@ def test_compile_for_hopper_without_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("estimate", ["sampled", "exact"])
-def test_compiled_plans_are_those_of_the_slow_path(estimate):
+@pytest.mark.parametrize("kind", ["mixed", "structured"])
+@pytest.mark.parametrize("settings", [{}, {"probe_rows": 16}, {"estimate": "exact", "coverage": 0.9}], ids=str)
+def test_compiled_plans_are_those_of_the_slow_path(settings, kind):
     """But for entries at the threshold, where rounding decides."""
-    q, k, _ = (x.cuda() for x in mixed(6, tokens=5000, heads=8, kv_heads=2))
-    settings = {"estimate": estimate, "coverage": 0.9}
+    if kind == "mixed":
+        q, k, _ = (x.cuda() for x in mixed(6, tokens=5000, heads=8, kv_heads=2))
+    else:
+        q, k, _ = (x.cuda() for x in structured(6, tokens=5000, dim=128, dtype=torch.bfloat16))
     slow, fast = (RowLocalConfig(impl=impl, **settings).build()(q, k).check().to_mask() for impl in ("torch", "triton"))
     assert (slow != fast).sum() <= 2e-3 * slow.sum()
 

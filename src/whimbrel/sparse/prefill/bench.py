@@ -30,7 +30,7 @@ from whimbrel.sparse.coverage import coverage as achieved
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.sparse.row_local.config import RowLocalConfig
 from whimbrel.testing.budget import assert_close, rms_ratio
-from whimbrel.testing.heads import Heads, mixed, structured
+from whimbrel.testing.heads import Heads, fading, mixed, structured
 
 COVERAGES = (0.9, 0.95)
 CURVE = (0.7, 0.8, 0.9, 0.95, 0.98)
@@ -41,6 +41,8 @@ LEAST_THRESHOLD = 1e-5
 """Below which no threshold of equal error is looked for."""
 CHUNK = 8192
 """Tokens of a chunk, where a prompt comes in chunks."""
+FADING = {"fading, 10 %": 0.1, "fading, 5 %": 0.05}
+"""Input -> share of the causal pairs that holds 95 % of the attention: what is gained where little is needed."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
 CAPTURED = Path("runs/smollm2/heads.safetensors")
 """Where `benchmarks/smollm2.py capture` leaves queries, keys and values of a real model, below the working directory:
@@ -75,7 +77,7 @@ class Problem(NamedTuple):
         local = RowLocalConfig(coverage=share, impl="triton" if self.on_gpu else "torch")
         return {
             "row_local": local.build(),
-            "row_local-4": replace(local, probe_rows=4).build(),
+            "row_local-16": replace(local, probe_rows=16).build(),
             "flex_prefill": FlexPrefillConfig(coverage=share).build(),
         }
 
@@ -111,7 +113,9 @@ class Problem(NamedTuple):
             made = structured(self.length, tokens=self.length, dim=dim, dtype=dtype)
         else:
             sizes = {"tokens": self.length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
-            made = mixed(self.length, **sizes, dtype=dtype, device=self.device)
+            share = FADING.get(self.kind)
+            maker = mixed if share is None else partial(fading, share=share)
+            made = maker(self.length, **sizes, dtype=dtype, device=self.device)
         return Heads(*(x.to(self.device) for x in made))
 
 
@@ -176,6 +180,9 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
                 found += _sparse(problem, share)
                 found += _equal_error(problem, share) if problem.on_gpu else []
                 found += [_in_chunks(problem, share)] if length > CHUNK else []
+    if device == "cuda" and not quick:
+        for problem in (Problem(kind, length, device) for kind in FADING for length in (32_768, 131_072)):
+            found += [_dense(problem), *_sparse(problem, 0.95)]
     for problem in captured(device):
         found.append(_dense(problem))
         for share in COVERAGES:

@@ -18,6 +18,7 @@ from whimbrel.sparse.prefill import bench
 from whimbrel.sparse.prefill.bench import (
     COVERAGES,
     CUDA_LENGTHS,
+    FADING,
     THRESHOLDS,
     Problem,
     _audited,
@@ -41,7 +42,7 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert first.params == {"N": 8192, "input": "mixed", "H": 32, "G": 8, "D": 128, "batch": 1}
     assert list(first.rivals) == ["sdpa-cudnn", "sdpa-flash"]
     assert second.params == {**first.params, "coverage": 0.9}
-    assert list(second.impls) == ["row_local", "row_local-4", "flex_prefill", "row_local, dense where short"]
+    assert list(second.impls) == ["row_local", "row_local-16", "flex_prefill", "row_local, dense where short"]
     assert list(second.rivals) == ["flexprefill-official", "xattention", "flex-attention"]
     assert {case.metric for case in made if case.impls and "coverage" in case.params} == {"time", "time_select"}
     theirs = [case for case in made if "flashprefill-v1" in case.rivals]
@@ -50,7 +51,7 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert {case.params["coverage"] for case in theirs} == set(COVERAGES)
     chunked = [case for case in made if "row_local, one piece" in case.impls]
     assert {case.params["N"] for case in chunked} == set(CUDA_LENGTHS[1:])
-    assert {case.params["input"] for case in made} == {"mixed", "structured"}
+    assert {case.params["input"] for case in made} == {"mixed", "structured", *FADING}
     assert max(case.params["N"] for case in made) == 131_072
 
 
@@ -58,7 +59,7 @@ def test_lines_hold_what_was_asked_for(tmp_path):
     lines = run_case("prefill", device="cpu", quick=True, out=tmp_path, table=False)
     found = {(line["impl"], line["metric"]) for line in lines}
     per_selector = {"time", "time_select", "density", "recall_mean", "recall_p5", "recall_min", "output_error"}
-    selectors = "row_local", "row_local-4", "flex_prefill"
+    selectors = "row_local", "row_local-16", "flex_prefill"
     assert found == {("sdpa", "time")} | {(s, m) for s in selectors for m in per_selector}
     assert all(("coverage" in line["params"]) == (line["impl"] != "sdpa") for line in lines)
 

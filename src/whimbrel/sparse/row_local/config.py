@@ -29,7 +29,8 @@ class RowLocalConfig(SelectorConfig):
     queries and all their keys; `mean` all its queries and the mean key of each earlier block (cheapest, blind
     to single keys)."""
     probe_rows: int | None = None
-    """Queries per block that `sampled` looks at, evenly spaced, the block's last one included; None is 16."""
+    """Queries per block that `sampled` looks at, evenly spaced, the block's last one included. None is 4, and 16 for
+    heads and blocks where what three of these choose would not do for the fourth."""
     min_budget: int = 0
     """Tokens each row keeps at least, rounded up to blocks; first, previous and own block are kept in any
     case."""
@@ -39,8 +40,8 @@ class RowLocalConfig(SelectorConfig):
     block_size: int = 128
     """Tokens of a block."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """What chooses: `triton` kernels on CUDA, which never wait for the device, or `torch` anywhere. `auto` takes the
-    kernels on devices where they were compared with PyTorch."""
+    """What chooses: `triton` kernels on CUDA, which wait for the device on long prompts alone, or `torch` anywhere.
+    `auto` takes the kernels on devices where they were compared with PyTorch."""
 
     def __post_init__(self) -> None:
         require(0 < self.coverage <= 1, "row_local.coverage", self.coverage, "a share above 0 and up to 1")
@@ -77,7 +78,7 @@ class RowLocalConfig(SelectorConfig):
             coverage=self.coverage,
             row_share=self.row_share,
             estimate=self.estimate,
-            probe_rows=16 if self.probe_rows is None else self.probe_rows,
+            probe_rows=self.probe_rows,
             min_budget=self.min_budget,
             max_budget=self.max_budget,
             block_size=self.block_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +12,17 @@ from whimbrel.attend.plan import Grid, Plan
 from whimbrel.attend.shapes import check_qkv, default_scale
 from whimbrel.errors import UnsupportedError
 from whimbrel.sparse.blocks import (
+    JUDGED_AT,
+    PILOT_ROWS,
+    PROBE_ROWS,
     always_kept,
     block_mass,
     block_means,
     blocks_of,
     cover_rows,
+    doubtful,
     heads_first,
+    margin,
     per_key_head,
     plan_of,
     within_budget,
@@ -31,7 +37,7 @@ def select(
     coverage: float,
     row_share: float,
     estimate: str,
-    probe_rows: int,
+    probe_rows: int | None,
     min_budget: int,
     max_budget: int | None,
     block_size: int,
@@ -65,28 +71,51 @@ def select(
     means = block_means(keys, block_size)[0]
 
     causal, forced = grid.causal(q.device), always_kept(grid, q.device)
-    mass = query.new_zeros(shape.batch, shape.heads, grid.query_blocks, grid.key_blocks)
-    chosen = torch.zeros_like(mass, dtype=torch.bool)
+    chosen = torch.zeros(
+        shape.batch, shape.heads, grid.query_blocks, grid.key_blocks, dtype=torch.bool, device=q.device
+    )
     for row in range(grid.query_blocks):
-        first, stop = grid.query_span(row)
-        at = torch.arange(first, stop, device=q.device) + grid.offset
-        if estimate == "sampled":
-            at = _sample(at, block_size, probe_rows)
-        rows = query[:, :, at - grid.offset]
-        own = grid.first_block + row
-        if estimate == "mean":
-            here = keys[:, :, own * block_size : stop + grid.offset]
-            found = _mean_mass(rows, means[:, :, :own], here, at - own * block_size, block_size, scale)
+        seen = slice(grid.first_block + row + 1)
+        where = {"allowed": causal[row, seen], "forced": forced[row, seen]}
+        mass = partial(_mass, query, keys, means, grid, row, estimate=estimate, scale=scale)
+        choose = partial(_choose, row_share=row_share, **where, **budget)
+        if estimate == "sampled" and probe_rows is None:
+            pilot = mass(PILOT_ROWS)
+            found = choose(pilot, JUDGED_AT + margin(JUDGED_AT))
+            unsure = doubtful(pilot, found, where["forced"], margin(JUDGED_AT))
+            if coverage != JUDGED_AT:
+                found = choose(pilot, coverage + margin(coverage))
+            if bool(unsure.any()):
+                found = torch.where(unsure.unsqueeze(-1), choose(mass(PROBE_ROWS), coverage), found)
         else:
-            # Only keys up to the block's last query take part, so that later ones cannot change a rounding.
-            earlier = keys[:, :, : stop + grid.offset]
-            found = block_mass(rows, earlier, at, block_size=block_size, scale=scale, first=first + grid.offset)
-        mass[:, :, row, : own + 1] = found.mean(2)
-        seen = slice(own + 1)
-        chosen[:, :, row, seen] = cover_rows(
-            found, coverage, row_share, allowed=causal[row, seen], forced=forced[row, seen]
-        )
-    return plan_of(within_budget(chosen, mass, allowed=causal, forced=forced, **budget), grid)
+            found = choose(mass(probe_rows if estimate == "sampled" else None), coverage)
+        chosen[:, :, row, seen] = found
+    return plan_of(chosen, grid)
+
+
+def _mass(
+    query: Tensor, keys: Tensor, means: Tensor, grid: Grid, row: int, rows: int | None, *, estimate: str, scale: float
+) -> Tensor:
+    """Masses [B, H, R, n] of the blocks that `rows` queries of a query block see, all of its queries by default."""
+    first, stop = grid.query_span(row)
+    own, size = grid.first_block + row, grid.block_size
+    at = torch.arange(first, stop, device=query.device) + grid.offset
+    at = at if rows is None else _sample(at, size, rows)
+    some = query[:, :, at - grid.offset]
+    if estimate == "mean":
+        here = keys[:, :, own * size : stop + grid.offset]
+        return _mean_mass(some, means[:, :, :own], here, at - own * size, size, scale)
+    # Only keys up to the block's last query take part, so that later ones cannot change a rounding.
+    earlier = keys[:, :, : stop + grid.offset]
+    return block_mass(some, earlier, at, block_size=size, scale=scale, first=first + grid.offset)
+
+
+def _choose(
+    mass: Tensor, coverage: float, *, row_share: float, allowed: Tensor, forced: Tensor, least: int, most: int | None
+) -> Tensor:
+    """bool [B, H, n]: the fewest blocks that hold the coverage, within the budget."""
+    keep = cover_rows(mass, coverage, row_share, allowed=allowed, forced=forced)
+    return within_budget(keep, mass.mean(2), allowed=allowed, forced=forced, least=least, most=most)
 
 
 def _sample(at: Tensor, block_size: int, probe_rows: int) -> Tensor:
