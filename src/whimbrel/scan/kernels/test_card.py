@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from whimbrel.scan.kernels.test_launch import HALF, every
-from whimbrel.testing.budget import assert_close
+from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.recurrence import Inputs, Recurrence, Shape, make_inputs, outputs_and_gradients
 
 pytest.importorskip("triton")
@@ -75,6 +76,36 @@ def test_pieces_equal_the_whole(recurrence: Recurrence, shape: Shape):
 
     found = outputs_and_gradients(InPieces(), inputs, impl="triton")  # pyrefly: ignore [bad-argument-type]
     check(recurrence, inputs, found)
+
+
+@every
+@by_walk
+def test_errors_are_at_most_twice_those_of_the_plain_form(recurrence: Recurrence, shape: Shape, monkeypatch):
+    """The plain form with its products' operands rounded to bf16 too, sums and all else in fp32."""
+    inputs = on_card(recurrence, shape)
+    exact = Inputs(*([x.double() for x in part] for part in inputs))
+    wanted = outputs_and_gradients(recurrence, exact, impl="chunked")
+    found = outputs_and_gradients(recurrence, inputs, impl="triton")
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch, "bmm"), (torch, "baddbmm"), (torch.Tensor, "baddbmm_")):
+            patch.setattr(owner, name, rounding(getattr(owner, name)))
+        plain = outputs_and_gradients(recurrence, inputs, impl="chunked")
+    ratios = {
+        name: (rms_ratio(want[name], got[name]), rms_ratio(want[name], other[name]))
+        for want, got, other in zip(wanted, found, plain, strict=True)
+        for name in want
+    }
+    assert not {name: pair for name, pair in ratios.items() if pair[0] > max(2 * pair[1], 1e-3)}, ratios
+
+
+def rounding(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`product` of its last two tensors as bf16 holds them."""
+
+    def rounded(*tensors: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        *rest, a, b = tensors
+        return product(*rest, a.bfloat16().to(a), b.bfloat16().to(b), **kwargs)
+
+    return rounded
 
 
 @every
