@@ -80,7 +80,8 @@ def several(j, i, out, q_s, k_s, pos_s, ref_s, full, free, blocks, scale, KEYS: 
             following = issue(q_s.index(HALF * TILES + (step + 1) % TILES), k_s.index(coming % STAGES))
             now = warpgroup_mma_wait(1, deps=(now,))
         else:
-            now = following = warpgroup_mma_wait(0, deps=(now,))
+            now = warpgroup_mma_wait(0, deps=(now,))
+            following = now
         if tile == TILES - 1:
             barrier()
             mbarrier.arrive(free.index((i + step // TILES) % STAGES))
