@@ -80,6 +80,8 @@ def _pairs(texts: Sequence[str], flag: str) -> tuple[tuple[str, str], ...]:
 @contextmanager
 def reporting(as_json: bool, disk_rate: float) -> Iterator[Progress]:
     """A progress callback: a bar with the rate beside the disk's own, or a JSON line each second."""
+    from rich.filesize import decimal
+
     from whimbrel.progress import track
 
     start = last = time.monotonic()
@@ -91,7 +93,7 @@ def reporting(as_json: bool, disk_rate: float) -> Iterator[Progress]:
             rate = done / max(now - start, 1e-9)
             if not as_json:
                 bar.total = total
-                bar.advance(done - bar.done, f"{rate / disk_rate:.0%} of the disk's {disk_rate / 1e9:.1f} GB/s")
+                bar.advance(done - bar.done, f"{rate / disk_rate:.0%} of the disk's {decimal(int(disk_rate))}/s")
             elif now - last >= 1.0:
                 last = now
                 left = (total - done) / max(rate, 1.0)
@@ -103,6 +105,8 @@ def reporting(as_json: bool, disk_rate: float) -> Iterator[Progress]:
 
 def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool, extra: dict[str, Any]) -> None:
     """What a merge would do."""
+    from rich.filesize import decimal
+
     if as_json:
         data = {**plan._asdict(), "weights": plan.weights.texts(), "out": out, "event": "plan", **extra}
         print(json.dumps(data, default=str))
@@ -110,21 +114,23 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool, extra: dict[
     for path, weight in zip(plan.sources, plan.weights.texts()):
         print(f"{weight:>12}  {path}" if "merges" not in extra else f"  {path}")
     print(
-        f"would read {plan.read_bytes / 1e9:,.3f} GB and write {plan.write_bytes / 1e9:,.3f} GB"
-        f" ({plan.tensors} tensors) in about {plan.seconds:.0f} s at the {plan.disk_rate / 1e9:.2f} GB/s of a moment's"
+        f"would read {decimal(plan.read_bytes)} and write {decimal(plan.write_bytes)}"
+        f" ({plan.tensors} tensors) in about {plan.seconds:.0f} s at the {decimal(int(plan.disk_rate))}/s of a moment's"
         f" reading, with {plan.buffer_bytes / 2**20:.0f} MiB of buffers; nothing was written"
     )
 
 
 def print_done(report: MergeReport, text: str, *, as_json: bool, extra: dict[str, Any]) -> None:
     """What a merge did."""
+    from rich.filesize import decimal
+
     rate = report.read_bytes / max(report.seconds, 1e-9)
     if as_json:
         data = {**report._asdict(), "weights": report.weights.floats(), "event": "done", "bytes_per_second": rate}
         print(json.dumps({**data, **extra}, default=str))
         return
     resumed = f", {report.resumed_bytes:,} taken over from an interrupted merge" if report.resumed_bytes else ""
-    print(f"{text}: {report.tensors} tensors, {report.read_bytes:,} bytes read at {rate / 1e9:.2f} GB/s{resumed}")
+    print(f"{text}: {report.tensors} tensors, {report.read_bytes:,} bytes read at {decimal(int(rate))}/s{resumed}")
 
 
 def warn(warnings: Sequence[str]) -> None:

@@ -191,7 +191,7 @@ def test_command_line_that_does_not_fit(capsys, run: Path, tmp_path: Path) -> No
         ([*sources, *out, "--count", "2"], "--count is for a run folder with --every or --preset"),
         ([*sources, *out, "--every", "8"], "--every and --preset take one run folder, not 2 checkpoints"),
         ([str(run), *out, "--every", "8"], "--every needs --count"),
-        ([str(run), *out, "--preset", "dense"], "no checkpoint lies near"),
+        ([str(run), *out, "--preset", "dense"], "begin before the run did; choose a shorter interval"),
         ([*sources, *out, "--tied", "a"], "--tied = 'a' needs the form A=B"),
         ([*sources, *out, "--any-sum"], "--any-sum is for --method explicit"),
         ([*sources, *out, "--curve-file", "x"], "--curve-file is for --method decay"),
