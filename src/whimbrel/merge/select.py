@@ -194,8 +194,8 @@ def pick(
         point = end - (count - 1 - i) * every
         if point < 0:
             raise ConfigError(
-                f"{count} checkpoints {say_tokens(every)} tokens apart up to {say_tokens(end)} begin before the run did;"
-                " choose a shorter interval, fewer of them or a later end"
+                f"{count} checkpoints {say_tokens(every)} tokens apart up to {say_tokens(end)} begin before the run "
+                "did; choose a shorter interval, fewer of them or a later end"
             )
         best = min(candidates, key=lambda candidate: abs(candidate.tokens - point))
         distance = abs(best.tokens - point)
