@@ -51,7 +51,11 @@ def shares_of(sums, UNIT: tl.constexpr):
     return (part * (UNIT / tl.maximum(total, 1.0))[None, :]).to(tl.int32)
 
 
-@triton.jit
+COUNTS = ["rows", "room", "begin", "blocks", "words", "first_block", "wanted", "row_share", "least", "most", "slack"]
+"""Numbers that differ from strip to strip and from call to call: one kernel serves them all."""
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def choose(at, sums, shares, bits, counts, units, filled, wanting, rows, room, begin, blocks, words, first_block,
            wanted, row_share, least, most, slack, LISTED: tl.constexpr, PILOT: tl.constexpr, HKV: tl.constexpr,
            GROUP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,

@@ -13,7 +13,11 @@ MOST: tl.constexpr = tl.constexpr(2.0**107)
 """Most that a block counts for a query, so that a sum over blocks stays finite."""
 
 
-@triton.jit
+COUNTS = ["before", "k_len", "rows", "room", "begin", "blocks", "first"]
+"""Numbers that differ from strip to strip: one kernel serves them all."""
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def scores(
     q,
     k,
