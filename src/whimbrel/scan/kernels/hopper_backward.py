@@ -85,6 +85,8 @@ def backward_stream(
     dk,
     gates,
     dends,
+    local,
+    carried,
     dstarts,
     dx_memory,
     dq_memory,
@@ -97,6 +99,7 @@ def backward_stream(
     tokens,
     chunks,
     stretches,
+    parts,
     H,
     HV,
     scale,
@@ -110,13 +113,15 @@ def backward_stream(
     DECAYED: gl.constexpr,
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
+    GATHER: gl.constexpr,
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
     q, k, x, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is what
     the stream was given and dx its cotangent: the residual for the second stream, v for the first, or for the only one.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
-    the first adds to them.
+    the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
+    stretches behind ask for: `local`, of `reach`, and the `carried` decays.
     """
     LV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
     LK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, K // 2, 16])
@@ -204,14 +209,22 @@ def backward_stream(
 
     at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V)
     col_v = gl.arange(0, V, gl.SliceLayout(0, LV))
+    tile = gl.arange(0, K, RV)[:, None] * V + col_v[None, :]
+    if GATHER:
+        at = ((STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv) * (K * V)
     if FROM:
-        ds = gl.load(dends + at + gl.arange(0, K, RV)[:, None] * V + col_v[None, :])
+        ds = gl.load(dends + at + tile)
     else:
         ds = gl.zeros([K, V], gl.float32, LV)
+    if GATHER:
+        final = s - s % parts + parts - 1
+        for other in range(final - s):
+            place = (STREAM * stretches.to(gl.int64) + final - other) * HV + hv
+            ds = ds * gl.load(carried + place) + gl.load(local + place * (K * V) + tile)
     gate_row = gates + hv.to(gl.int64) * tokens
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     own_col = hv * K
     value_col = hv * V
@@ -496,8 +509,11 @@ def backward_stream(
         gl.store(dlog + place, dgate, mask=held)
         gl.store(drate + place, wrote, mask=held)
     tma.store_wait(0)
-    o = opaque(0)
-    gl.store(dstarts + at + (gl.arange(0, K, RV)[:, None] + o) * V + col_v[None, :], ds)
+    if s % parts == 0:
+        # The start of the sequence; nobody asks for those of other stretches.
+        o = opaque(0)
+        place = ((STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv) * (K * V)
+        gl.store(dstarts + place + (gl.arange(0, K, RV)[:, None] + o) * V + col_v[None, :], ds)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -509,7 +525,7 @@ def reach(
     gates,
     dstarts,
     dresidual,
-    inside,
+    clipped,
     stretch_start,
     stretch_end,
     stretch_chunk,
@@ -519,6 +535,7 @@ def reach(
     H,
     HV,
     scale,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -531,7 +548,8 @@ def reach(
     """Cotangents of the start states of one stream's stretches, as if there were none of their end states.
 
     Grid (stretches * HV * V / 64,), of one warpgroup each; q, k, dy and tiles are descriptors of [64, 64] blocks. The
-    first stream reads the residual's cotangent in `dresidual`, and in `inside` where the clip let it through.
+    first stream reads the residual in `clipped`, its cotangent in `dresidual`; the clip let through what is at most
+    `below`.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     TILE: gl.constexpr = q.layout
@@ -657,8 +675,8 @@ def reach(
             values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
             passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0).to(gl.float32)
             if CLIP:
-                kept = gl.load(inside + values, mask=ok[:, None], other=0)
-                passed = gl.where(kept != 0, passed, 0.0)
+                left = gl.load(clipped + values, mask=ok[:, None], other=0.0).to(gl.float32)
+                passed = gl.where(gl.abs(left) <= below, passed, 0.0)
             dseen = -passed
             if DECAYED:
                 dseen = dseen * alpha[:, None]

@@ -42,10 +42,10 @@ def walk(
     residual,
     gates,
     starts,
+    local,
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     k_s,
     q_s,
@@ -74,10 +74,12 @@ def walk(
     tokens,
     chunks,
     stretches,
+    parts,
     H,
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -87,8 +89,8 @@ def walk(
     DECAYED: gl.constexpr,
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
+    GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
     ONLY: gl.constexpr,
     LINKED: gl.constexpr,
 ):
@@ -97,6 +99,8 @@ def walk(
     LINKED: the other stream runs beside this one. The first puts residual and share of y into `left_s` and `share_s`,
     two places each, and says so in `ready`; the second says in `done` that it has read them, and asks for the keys and
     queries of later chunks when both are through with a place.
+    GATHER: the start is put together from `starts`, of the sequence, and what the stretches before leave: `local` and
+    `decays` of ONLY = END. `ends` are those of sequences, or with ONLY those of stretches.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -115,7 +119,18 @@ def walk(
     row = gl.arange(0, 64, ROW)
     col = gl.arange(0, 64, gl.SliceLayout(0, ACC))
     at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V) + i_v * 64 + row[:, None] * V + col[None, :]
-    s0, s1 = load_state(starts, at, V, KT, FROM, ACC)
+    if GATHER:
+        tile = i_v * 64 + row[:, None] * V + col[None, :]
+        owner = (STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv
+        s0, s1 = load_state(starts, owner * (K * V) + tile, V, KT, FROM, ACC)
+        for other in range(s - s % parts, s):
+            place = (STREAM * stretches.to(gl.int64) + other) * HV + hv
+            x0, x1 = load_state(local, place * (K * V) + tile, V, KT, True, ACC)
+            by = gl.load(decays + place)
+            s0 = s0 * by + x0
+            s1 = s1 * by + x1
+    else:
+        s0, s1 = load_state(starts, at, V, KT, FROM, ACC)
     gate_row = gates + hv.to(gl.int64) * tokens
     begin = 0
     if ONLY:
@@ -139,7 +154,7 @@ def walk(
                 s1 += diagonal
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     value_col = hv * V + i_v * 64
 
@@ -183,7 +198,6 @@ def walk(
             asked, queried = 0, c & 1
         first = start + i * 64
         after = first + 64
-        t = first + row
         rows = end - first
         whole = gl.exp2(last)
 
@@ -280,10 +294,9 @@ def walk(
                     seen = seen * alpha[:, None]
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
-                    if MASK:
-                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
-                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
-                    left = gl.minimum(gl.maximum(left, -clip), clip)
+                    # None within the bound is rounded up to it, so that what is stored says where the clip was active.
+                    most = gl.where(gl.abs(left) <= clip, below, clip)
+                    left = gl.minimum(gl.maximum(left, -most), most)
                 if LINKED:
                     mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
                     left_s.index(par).store(left.to(dtype))
@@ -364,7 +377,12 @@ def walk(
         last = next_last
     if not ONLY:
         tma.store_wait(0)
-    store_state(ends, at, s0, s1, V, KT)
+    if ONLY:
+        store_state(ends, at, s0, s1, V, KT)
+    elif (s + 1) % parts == 0:
+        # The end of the sequence; other stretches' ends were known before they were walked.
+        place = ((STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv) * (K * V) + i_v * 64
+        store_state(ends, place + row[:, None] * V + col[None, :], s0, s1, V, KT)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -378,10 +396,10 @@ def forward_stream(
     residual,
     gates,
     starts,
+    local,
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -389,10 +407,12 @@ def forward_stream(
     tokens,
     chunks,
     stretches,
+    parts,
     H,
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -402,8 +422,8 @@ def forward_stream(
     DECAYED: gl.constexpr,
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
+    GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
     ONLY: gl.constexpr,
 ):
     """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
@@ -456,10 +476,10 @@ def forward_stream(
         residual,
         gates,
         starts,
+        local,
         ends,
         y_memory,
         residual_memory,
-        inside,
         decays,
         k_s,
         q_s,
@@ -488,10 +508,12 @@ def forward_stream(
         tokens,
         chunks,
         stretches,
+        parts,
         H,
         HV,
         scale,
         clip,
+        below,
         K,
         V,
         FIRST,
@@ -501,8 +523,8 @@ def forward_stream(
         DECAYED,
         CLIP,
         FROM,
+        GATHER,
         SAVE,
-        MASK,
         ONLY,
         False,
     )
@@ -519,10 +541,10 @@ def forward_streams(
     residual,
     gates,
     starts,
+    local,
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -530,10 +552,12 @@ def forward_streams(
     tokens,
     chunks,
     stretches,
+    parts,
     H,
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     DELTA: gl.constexpr,
@@ -605,10 +629,10 @@ def forward_streams(
                     residual,
                     gates,
                     starts,
+                    local,
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -637,10 +661,12 @@ def forward_streams(
                     tokens,
                     chunks,
                     stretches,
+                    parts,
                     H,
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(True),
@@ -650,8 +676,8 @@ def forward_streams(
                     DECAYED,
                     CLIP,
                     FROM,
-                    SAVE,
                     gl.constexpr(False),
+                    SAVE,
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),
@@ -668,10 +694,10 @@ def forward_streams(
                     residual,
                     gates,
                     starts,
+                    local,
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -700,10 +726,12 @@ def forward_streams(
                     tokens,
                     chunks,
                     stretches,
+                    parts,
                     H,
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(False),
@@ -713,8 +741,8 @@ def forward_streams(
                     DECAYED,
                     CLIP,
                     FROM,
-                    SAVE,
                     gl.constexpr(False),
+                    SAVE,
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),

@@ -69,6 +69,22 @@ def carried_shape(delta: bool, stretches: int, parts: int, value_heads: int, key
     return (*shape, key_dim, key_dim) if delta else shape
 
 
+def scratch_shape(
+    delta: bool, splits: int, sequences: int, value_heads: int, key_dim: int, value_dim: int
+) -> tuple[int, ...]:
+    """States at the ends of stretches from a start of zero; for the delta rule also what each stretch starts from."""
+    return (1 + delta, 2, sequences * splits, value_heads, key_dim, value_dim) if splits > 1 else (0,)
+
+
+@cache
+def _below(clip: float | None, dtype: torch.dtype) -> float:
+    """The largest number of a dtype below the clip as it is in that dtype."""
+    if clip is None:
+        return 0.0
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    return float((torch.tensor(clip, dtype=dtype).view(bits) - 1).view(dtype))
+
+
 def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Matrix]:
     """Blocks of [rows, columns] of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
     return [Matrix(x, x.shape[-1] * (x.shape[2] if x.dim() == 4 else 1), rows, columns) for x in tensors]
@@ -79,12 +95,12 @@ def _aligned(*tensors: Tensor) -> list[Tensor]:
     return [x.clone() if x.data_ptr() % ALIGNMENT else x for x in tensors]
 
 
-def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int, int]:
-    """The table, the number of sequences and of stretches in each."""
+def cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int]:
+    """The table, and the number of stretches in each sequence."""
     batch, time = q.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     parts = splits(q, v, sequences)
-    return segments(cu_seqlens, batch, time, CHUNK, parts, q.device), sequences, parts
+    return segments(cu_seqlens, batch, time, CHUNK, parts, q.device), parts
 
 
 def forward(
@@ -94,13 +110,14 @@ def forward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
-    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     start: Tensor | None,
     ends: Tensor,
     y: Tensor,
-    cu_seqlens: Tensor | None,
+    scratch: Tensor,
+    table: Segments,
+    splits: int,
     flags: Any,
     scale: float,
     clip: float | None,
@@ -109,18 +126,16 @@ def forward(
     """Fill y, ends, and what the backward needs."""
     from whimbrel.scan.kernels.hopper_forward import forward_stream, forward_streams
 
-    table, sequences, splits = _cut(q, v, cu_seqlens)
     q, k, v = _aligned(q, k, v)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
-    stretches = sequences * splits
+    stretches = table.stretch_start.numel()
     queries, keys, values, result = _matrices(q, k, v, y)
     solved = _matrices(tiles)[0] if tiles.numel() else queries
     keep = _matrices(saved)[0] if save else queries
     left = _matrices(residual)[0] if residual.numel() else result
-    begins, finals, local = start, ends, ends
-    if splits > 1:
-        begins, finals, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
+    local = scratch[0] if splits > 1 else ends
+    begins = scratch[1] if splits > 1 and flags.DELTA else start
 
     def stream(kernel: Any, given: Any, starts: Tensor | None, out: Tensor, columns: int, **constants: Any) -> None:
         launch(
@@ -135,10 +150,10 @@ def forward(
             left,
             gates,
             out if starts is None else starts,
+            local,
             out,
             y,
             residual,
-            inside,
             carried,
             table.stretch_start,
             table.stretch_end,
@@ -146,10 +161,12 @@ def forward(
             q.shape[0] * q.shape[1],
             table.chunk_start.numel(),
             stretches,
+            splits,
             heads,
             value_heads,
             scale,
             clip or 0.0,
+            _below(clip, q.dtype),
             K=key_dim,
             V=columns,
             FROM=starts is not None,
@@ -159,23 +176,22 @@ def forward(
         )
 
     if flags.TWO and splits == 1:
-        stream(forward_streams, values, begins, finals, value_dim, SAVE=save)
+        stream(forward_streams, values, begins, ends, value_dim, SAVE=save)
         return
     for first in (True, False) if flags.TWO else (False,):
         given = values if first or not flags.TWO else left
-        if splits > 1 and begins is not None:
+        if splits > 1:
             i = 0 if first else 1
-            part = {"FIRST": first, "SAVE": False, "MASK": False}
+            part = {"FIRST": first, "SAVE": False, "GATHER": False}
             if flags.DELTA:
                 stream(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
             stream(forward_stream, given, None, local, value_dim, ONLY=1, **part)
-            begin = None if start is None else start[i]
-            carry(local[i], carried[i], begin, splits, back=False, out=begins[i])
-        whole = {"FIRST": first, "SAVE": save, "MASK": save and splits > 1, "ONLY": 0}
-        stream(forward_stream, given, begins, finals, value_dim, **whole)
-    if splits > 1:
-        streams = slice(0 if flags.TWO else 1, 2)
-        ends[streams] = finals[streams].unflatten(1, (sequences, splits))[:, :, -1]
+            if flags.DELTA:
+                begin = None if start is None else start[i]
+                carry(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
+        whole = {"FIRST": first, "SAVE": save, "ONLY": 0}
+        whole["GATHER"] = splits > 1 and not flags.DELTA
+        stream(forward_stream, given, begins, ends, value_dim, **whole)
 
 
 def backward(
@@ -186,7 +202,6 @@ def backward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
-    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     dends: Tensor | None,
@@ -197,7 +212,9 @@ def backward(
     dlog: Tensor,
     dfirst: Tensor,
     dsecond: Tensor,
-    cu_seqlens: Tensor | None,
+    scratch: Tensor,
+    table: Segments,
+    splits: int,
     flags: Any,
     scale: float,
     clip: float | None,
@@ -205,23 +222,22 @@ def backward(
     """Fill the cotangents."""
     from whimbrel.scan.kernels.hopper_backward import backward_stream, reach
 
-    table, sequences, splits = _cut(q, v, cu_seqlens)
     q, k, v, dy = _aligned(q, k, v, dy)
     heads, key_dim = q.shape[2:]
     value_heads, value_dim = v.shape[2:]
-    tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), sequences * splits
+    tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), table.stretch_start.numel()
     queries, keys, to_q, to_k = _matrices(q, k, dq, dk, columns=key_dim)
     values, given, to_v = _matrices(v, dy, dv, columns=value_dim)
     left = _matrices(residual, columns=value_dim)[0] if flags.TWO else values
     solved = _matrices(tiles)[0] if tiles.numel() else queries
     kept = _matrices(saved.view(-1, value_dim), rows=key_dim, columns=value_dim)[0]
-    finals, begins, local = dends, dstarts, dstarts
+    local = scratch[0] if splits > 1 else dstarts
+    finals = scratch[1] if splits > 1 and flags.DELTA else dends
     if splits > 1:
-        finals, begins, local = torch.empty(3, 2, stretches, value_heads, key_dim, value_dim, device=q.device).unbind()
         small = _matrices(q, k, dy)
 
     for first in (False, True) if flags.TWO else (False,):
-        if splits > 1 and finals is not None:
+        if splits > 1:
             stream = 0 if first else 1
             launch(
                 reach,
@@ -231,7 +247,7 @@ def backward(
                 gates,
                 local,
                 dv,
-                inside,
+                residual,
                 table.stretch_start,
                 table.stretch_end,
                 table.stretch_chunk,
@@ -241,14 +257,16 @@ def backward(
                 heads,
                 value_heads,
                 scale,
+                _below(clip, q.dtype),
                 K=key_dim,
                 V=value_dim,
                 FIRST=first,
                 num_warps=4,
                 **flags._asdict(),
             )
-            end = None if dends is None else dends[stream]
-            carry(local[stream], carried[stream], end, splits, back=True, out=finals[stream])
+            if flags.DELTA:
+                end = None if dends is None else dends[stream]
+                carry(local[stream], carried[stream], end, splits, back=True, out=scratch[1, stream])
         launch(
             backward_stream,
             stretches * value_heads,
@@ -262,8 +280,10 @@ def backward(
             to_q,
             to_k,
             gates,
-            begins if finals is None else finals,
-            begins,
+            dstarts if finals is None else finals,
+            local,
+            carried,
+            dstarts,
             dv,
             dq,
             dk,
@@ -275,6 +295,7 @@ def backward(
             tokens,
             chunks,
             stretches,
+            splits,
             heads,
             value_heads,
             scale,
@@ -283,9 +304,7 @@ def backward(
             V=value_dim,
             FIRST=first,
             FROM=finals is not None,
+            GATHER=splits > 1 and not flags.DELTA,
             num_warps=8,
             **flags._asdict(),
         )
-    if splits > 1:
-        streams = slice(0 if flags.TWO else 1, 2)
-        dstarts[streams] = begins[streams].unflatten(1, (sequences, splits))[:, :, 0]

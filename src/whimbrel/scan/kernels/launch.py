@@ -17,9 +17,9 @@ from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
 from whimbrel.scan.kernels import prepare as _prepare
-from whimbrel.scan.kernels.operators import differentiate, operator
-from whimbrel.scan.kernels.quick import launch
-from whimbrel.scan.kernels.segments import count_chunks, segments
+from whimbrel.scan.kernels.operators import differentiate, operator, plain
+from whimbrel.scan.kernels.quick import launch, replay
+from whimbrel.scan.kernels.segments import Segments, count_chunks, segments
 
 CHUNK = 32
 COLUMNS = 32
@@ -41,8 +41,8 @@ class Flags(NamedTuple):
     CLIP: bool
 
 
-def _chunk(q: Tensor, v: Tensor) -> int:
-    return _hopper.CHUNK if _hopper.fits(q, v) else CHUNK
+def _chunk(hopper: bool) -> int:
+    return _hopper.CHUNK if hopper else CHUNK
 
 
 def _block(dim: int, most: int = 1 << 30) -> int:
@@ -75,30 +75,68 @@ def _scan_forward(
     q, k [B, T, H, K], v [B, T, HV, V], contiguous; log_decay and rates [B, T, HV]; start as the final states.
     `first_rate` None means one state, the second. Tensors that only the backward needs are empty without `save`.
     """
-    batch, time, heads, key_dim = q.shape
+    batch, time, _, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    chunk = _chunk(q, v)
+    hopper = _hopper.fits(q, v)
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
-    table = segments(cu_seqlens, batch, time, chunk, 1, q.device)
-    tokens, chunks, sequences = batch * time, table.chunk_start.numel(), table.stretch_start.numel()
+    table, parts = _cut(q, v, cu_seqlens, hopper)
+    tokens, chunks, sequences = batch * time, table.chunk_start.numel(), table.stretch_start.numel() // parts
     y = torch.empty_like(v)
     ends = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
     if not flags.TWO:
         ends[0].zero_()
     gates = _empty(q, (3, value_heads, tokens), torch.float32)
-    tiles = _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype)
-    saved = _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8)
-    hopper = _hopper.fits(q, v)
-    residual, carried = (_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, save))
-    common: dict[str, Any] = {"C": chunk, "BK": _block(key_dim), "K": key_dim, "PRECISION": _precision(q.dtype)}
+    tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
+    saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
+    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
+    residual, carried, scratch = (
+        _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save)
+    )
+    kept = y, ends, gates, tiles, saved, inside, residual, carried
     if tokens == 0:
         ends.zero_() if start is None else ends.copy_(start)
-        return y, ends, gates, tiles, saved, inside, residual, carried
-    inverses = 2 if flags.DELTA and flags.TWO else 1
+        return kept
+
+    def run() -> None:
+        _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper)
+        if hopper:
+            _hopper.forward(
+                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, scratch,
+                table, parts, flags, scale, clip, save,
+            )  # fmt: skip
+        else:
+            _forward_anywhere(q, k, v, gates, tiles, saved, inside, start, ends, y, table, flags, scale, clip, save)
+
+    tensors = (q, k, v, log_decay, first_rate, second_rate, start, *kept, scratch, *table)
+    dtypes = [None if x is None else x.dtype for x in (q, log_decay, first_rate, second_rate, start)]
+    replay(("forward", flags, scale, clip, save, q.shape, v.shape, sequences, parts, *dtypes), tensors, run)
+    return kept
+
+
+def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, hopper: bool) -> tuple[Segments, int]:
+    """Chunks and stretches of a call, and how many stretches a sequence has."""
+    if hopper:
+        return _hopper.cut(q, v, cu_seqlens)
+    return segments(cu_seqlens, q.shape[0], q.shape[1], CHUNK, 1, q.device), 1
+
+
+def _prepare_chunks(
+    k: Tensor,
+    log_decay: Tensor,
+    first_rate: Tensor | None,
+    second_rate: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    table: Segments,
+    flags: Flags,
+    hopper: bool,
+) -> None:
+    """Fill gates and tiles."""
+    heads, key_dim = k.shape[2:]
+    value_heads, chunks = log_decay.shape[2], table.chunk_start.numel()
     launch(
         _prepare.prepare,
-        chunks * value_heads * inverses,
+        chunks * value_heads * (2 if flags.DELTA and flags.TWO else 1),
         k,
         log_decay,
         second_rate if first_rate is None else first_rate,
@@ -107,25 +145,44 @@ def _scan_forward(
         tiles,
         table.chunk_start,
         table.chunk_end,
-        tokens,
+        gates.shape[2],
         chunks,
         heads,
         value_heads,
+        K=key_dim,
+        C=_chunk(hopper),
+        BK=_block(key_dim),
         DELTA=flags.DELTA,
         TWO=flags.TWO,
-        SOLVE="tf32x3" if q.dtype == torch.float32 else "half",
+        PRECISION=_precision(k.dtype),
+        SOLVE="tf32x3" if k.dtype == torch.float32 else "half",
         num_warps=4 if hopper else WARPS,
         num_stages=1,
         **({"maxnreg": 128} if hopper else {}),  # four programs on a multiprocessor
-        **common,
     )
-    if hopper:
-        _hopper.forward(
-            q, k, v, gates, tiles, saved, inside, residual, carried, start, ends, y,
-            cu_seqlens, flags, scale, clip, save,
-        )  # fmt: skip
-        return y, ends, gates, tiles, saved, inside, residual, carried
-    block = _block(value_dim, COLUMNS)
+
+
+def _forward_anywhere(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    saved: Tensor,
+    inside: Tensor,
+    start: Tensor | None,
+    ends: Tensor,
+    y: Tensor,
+    table: Segments,
+    flags: Flags,
+    scale: float,
+    clip: float | None,
+    save: bool,
+) -> None:
+    """Fill y, ends, and what the backward needs, on any device."""
+    heads, key_dim = q.shape[2:]
+    value_heads, value_dim = v.shape[2:]
+    sequences, block = table.stretch_start.numel(), _block(value_dim, COLUMNS)
     launch(
         _forward.forward,
         sequences * value_heads * triton.cdiv(value_dim, block),
@@ -142,23 +199,25 @@ def _scan_forward(
         table.stretch_start,
         table.stretch_end,
         table.stretch_chunk,
-        tokens,
-        chunks,
+        gates.shape[2],
+        table.chunk_start.numel(),
         sequences,
         heads,
         value_heads,
         scale,
         clip or 0.0,
+        K=key_dim,
         V=value_dim,
+        C=CHUNK,
+        BK=_block(key_dim),
         BV=block,
         FROM=start is not None,
         SAVE=save,
+        PRECISION=_precision(q.dtype),
         num_warps=WARPS,
         num_stages=1,
         **flags._asdict(),
-        **common,
     )
-    return y, ends, gates, tiles, saved, inside, residual, carried
 
 
 def _fake_forward(
@@ -167,36 +226,33 @@ def _fake_forward(
     batch, time, _, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunk = _chunk(q, v)
+    hopper = _hopper.fits(q, v)
+    chunk, parts = _chunk(hopper), _hopper.splits(q, v, sequences) if hopper else 1
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
     chunks = count_chunks(batch * time, sequences, chunk)
+    residual, carried, _ = _hopper_extras(q, v, flags, sequences, parts, save)
     return (
         torch.empty_like(v),
         _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32),
         _empty(q, (3, value_heads, batch * time), torch.float32),
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
-        _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and _keeps_mask(q, v, flags, sequences) else (0,), torch.int8),
-        *(_empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, save)),
+        _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
+        _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8),
+        *(_empty(q, shape, dtype) for shape, dtype in (residual, carried)),
     )
 
 
-def _keeps_mask(q: Tensor, v: Tensor, flags: Flags, sequences: int) -> bool:
-    """Whether the backward reads where the clip was active; on Hopper only a walk that cannot see the states does."""
-    if not (flags.TWO and flags.CLIP):
-        return False
-    return not _hopper.fits(q, v) or _hopper.splits(q, v, sequences) > 1
-
-
-def _hopper_extras(q: Tensor, v: Tensor, flags: Flags, sequences: int, save: bool) -> list[tuple[Any, torch.dtype]]:
-    """Shape and dtype of what only the kernels for Hopper keep: the residual, and what carries a state on."""
+def _hopper_extras(
+    q: Tensor, v: Tensor, flags: Flags, sequences: int, parts: int, save: bool
+) -> list[tuple[Any, torch.dtype]]:
+    """Shape and dtype of what only the kernels for Hopper have: the residual, what carries a state on, and scratch."""
     if not _hopper.fits(q, v):
-        return [((0,), q.dtype), ((0,), torch.float32)]
-    value_heads = v.shape[2]
-    splits = _hopper.splits(q, v, sequences)
-    carried = _hopper.carried_shape(flags.DELTA, sequences * splits, splits, value_heads, q.shape[3])
-    kept = flags.TWO and (save or splits > 1)
-    return [(v.shape if kept else (0,), q.dtype), (carried, torch.float32)]
+        return [((0,), q.dtype), ((0,), torch.float32), ((0,), torch.float32)]
+    value_heads, value_dim = v.shape[2:]
+    carried = _hopper.carried_shape(flags.DELTA, sequences * parts, parts, value_heads, q.shape[3])
+    scratch = _hopper.scratch_shape(flags.DELTA, parts, sequences, value_heads, q.shape[3], value_dim)
+    kept = flags.TWO and (save or parts > 1)
+    return [(v.shape if kept else (0,), q.dtype), (carried, torch.float32), (scratch, torch.float32)]
 
 
 def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -205,6 +261,11 @@ def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def _states(sequences: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
     return 2, sequences, heads, key_dim, value_dim
+
+
+def _saved(hopper: bool, flags: Flags, chunks: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
+    """States at the chunks' starts; the kernels that run anywhere leave the first plane of one state empty."""
+    return 1 if hopper and not flags.TWO else 2, chunks, heads, key_dim, value_dim
 
 
 def _tiles(flags: Flags, heads: int, chunks: int, chunk: int) -> tuple[int, ...]:
@@ -234,102 +295,141 @@ def _scan_backward(
     """dq, dk, dv as q, k, v; fp32 cotangents [B, T, HV] of log decay, first and second rate; of the start, fp32."""
     batch, time, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    chunk = _chunk(q, v)
+    hopper = _hopper.fits(q, v)
     flags = Flags(delta, two, gated, decayed, clip is not None)
-    table = segments(cu_seqlens, batch, time, chunk, 1, q.device)
-    tokens, chunks, sequences = batch * time, table.chunk_start.numel(), table.stretch_start.numel()
+    table, parts = _cut(q, v, cu_seqlens, hopper)
+    sequences = table.stretch_start.numel() // parts
     dv = torch.empty_like(v)
     dstarts = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
     if not two:
         dstarts[0].zero_()
-    group_dtype = q.dtype if value_heads == heads or _hopper.fits(q, v) else torch.float32
+    group_dtype = q.dtype if value_heads == heads or hopper else torch.float32
     dq = _empty(q, (batch, time, value_heads, key_dim), group_dtype)
     dk = torch.empty_like(dq)
     dlog, dfirst, dsecond = (_empty(q, (batch, time, value_heads), torch.float32) for _ in range(3))
-    common: dict[str, Any] = {
-        "K": key_dim,
-        "V": value_dim,
-        "C": chunk,
-        "BK": _block(key_dim),
-        "PRECISION": _precision(q.dtype),
-        **flags._asdict(),
-    }
-    if _hopper.fits(q, v):
-        _hopper.backward(
-            q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends, dstarts,
-            dq, dk, dv, dlog, dfirst, dsecond, cu_seqlens, flags, scale, clip,
-        )  # fmt: skip
-    elif tokens:
-        dr = torch.empty_like(v) if two else dv
-        pulled = torch.empty_like(saved)
-        block = _block(value_dim, COLUMNS)
-        launch(
-            _backward.backward_states,
-            sequences * value_heads * triton.cdiv(value_dim, block),
-            q,
-            k,
-            dy,
-            gates,
-            tiles,
-            inside,
-            dstarts if dends is None else dends,
-            dstarts,
-            dv,
-            dr,
-            pulled,
-            table.stretch_start,
-            table.stretch_end,
-            table.stretch_chunk,
-            tokens,
-            chunks,
-            sequences,
-            heads,
-            value_heads,
-            scale,
-            BV=block,
-            FROM=dends is not None,
-            num_warps=WARPS,
-            num_stages=1,
-            **common,
-        )
-        launch(
-            _backward.backward_tokens,
-            chunks * value_heads,
-            q,
-            k,
-            v,
-            dy,
-            dv,
-            dr,
-            gates,
-            tiles,
-            saved,
-            pulled,
-            dq,
-            dk,
-            dlog,
-            dfirst,
-            dsecond,
-            table.chunk_start,
-            table.chunk_end,
-            tokens,
-            chunks,
-            heads,
-            value_heads,
-            scale,
-            clip or 0.0,
-            BV=_block(value_dim, COLUMNS),
-            num_warps=WARPS,
-            num_stages=1,
-            **common,
-        )
-    elif dends is not None:
-        dstarts.copy_(dends)
-    else:
-        dstarts.zero_()
+    results = dq, dk, dv, dlog, dfirst, dsecond, dstarts
+    if not batch * time:
+        dstarts.zero_() if dends is None else dstarts.copy_(dends)
+        return results
+    dr = torch.empty_like(v) if two and not hopper else dv
+    pulled = _empty(q, (0,) if hopper else saved.shape, saved.dtype)
+    scratch = _empty(q, _hopper.scratch_shape(delta, parts, sequences, value_heads, key_dim, value_dim), torch.float32)
+
+    def run() -> None:
+        if hopper:
+            _hopper.backward(
+                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstarts,
+                dq, dk, dv, dlog, dfirst, dsecond, scratch, table, parts, flags, scale, clip,
+            )  # fmt: skip
+        else:
+            _backward_anywhere(
+                q, k, v, dy, gates, tiles, saved, inside, dends, dstarts,
+                dq, dk, dv, dr, pulled, dlog, dfirst, dsecond, table, flags, scale, clip,
+            )  # fmt: skip
+
+    given = (q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends)
+    tensors = (*given, *results, *(() if hopper else (dr, pulled)), scratch, *table)
+    key = ("backward", flags, scale, clip, q.shape, v.shape, sequences, parts, q.dtype, dends is None)
+    replay(key, tensors, run)
     if value_heads != heads:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dlog, dfirst, dsecond, dstarts
+
+
+def _backward_anywhere(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    saved: Tensor,
+    inside: Tensor,
+    dends: Tensor | None,
+    dstarts: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dr: Tensor,
+    pulled: Tensor,
+    dlog: Tensor,
+    dfirst: Tensor,
+    dsecond: Tensor,
+    table: Segments,
+    flags: Flags,
+    scale: float,
+    clip: float | None,
+) -> None:
+    """Fill the cotangents on any device; `dr` and `pulled` are used on the way."""
+    heads, key_dim = q.shape[2:]
+    value_heads, value_dim = v.shape[2:]
+    tokens, chunks, sequences = gates.shape[2], table.chunk_start.numel(), table.stretch_start.numel()
+    block = _block(value_dim, COLUMNS)
+    common: dict[str, Any] = {
+        "K": key_dim,
+        "V": value_dim,
+        "C": CHUNK,
+        "BK": _block(key_dim),
+        "BV": block,
+        "PRECISION": _precision(q.dtype),
+        "num_warps": WARPS,
+        "num_stages": 1,
+        **flags._asdict(),
+    }
+    launch(
+        _backward.backward_states,
+        sequences * value_heads * triton.cdiv(value_dim, block),
+        q,
+        k,
+        dy,
+        gates,
+        tiles,
+        inside,
+        dstarts if dends is None else dends,
+        dstarts,
+        dv,
+        dr,
+        pulled,
+        table.stretch_start,
+        table.stretch_end,
+        table.stretch_chunk,
+        tokens,
+        chunks,
+        sequences,
+        heads,
+        value_heads,
+        scale,
+        FROM=dends is not None,
+        **common,
+    )
+    launch(
+        _backward.backward_tokens,
+        chunks * value_heads,
+        q,
+        k,
+        v,
+        dy,
+        dv,
+        dr,
+        gates,
+        tiles,
+        saved,
+        pulled,
+        dq,
+        dk,
+        dlog,
+        dfirst,
+        dsecond,
+        table.chunk_start,
+        table.chunk_end,
+        tokens,
+        chunks,
+        heads,
+        value_heads,
+        scale,
+        clip or 0.0,
+        **common,
+    )
 
 
 def _fake_backward(
@@ -380,7 +480,8 @@ def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[T
     log_type, first_type, second_type, start_type = ctx.dtypes
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     dends = None if dends is None else dends.contiguous()
-    dq, dk, dv, dlog, dfirst, dsecond, dstart = scan_backward(
+    run = _scan_backward if plain(dy) else scan_backward
+    dq, dk, dv, dlog, dfirst, dsecond, dstart = run(
         dy, dends, q, k, v, gates, tiles, saved, inside, residual, carried, cu_seqlens,
         delta, first_type is not None, gated, decayed, clip, scale,
     )  # fmt: skip
@@ -396,7 +497,7 @@ def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[T
     )
 
 
-differentiate(scan_forward, _keep, _pull)
+_plain_forward = differentiate(scan_forward, _keep, _pull)
 
 
 def recurrence(
@@ -433,7 +534,8 @@ def recurrence(
         start = None if start is None else F.pad(start, (0, more_values, 0, more_keys))
     tensors = (q, k, v, log_decay, first_rate, second_rate)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, start))
-    y, ends, *_ = scan_forward(
+    run = _plain_forward if plain(*tensors, start) else scan_forward
+    y, ends, *_ = run(
         *(None if x is None else x.contiguous() for x in tensors),
         start, cu_seqlens, delta, gated, decayed, clip, scale, save,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COUNTS = ["tokens", "chunks", "stretches", "H", "HV"]
+COUNTS = ["tokens", "chunks", "stretches", "parts", "H", "HV"]
 """Arguments whose value must not lead to another compilation."""
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp(-40) = 4e-18 is nothing beside 1; a lower floor would only cost digits in differences of the sums.

@@ -2,14 +2,17 @@
 
 `kernel[grid](...)` binds arguments, looks at each of them and encodes every descriptor again: some 100 microseconds of
 Python, longer than many kernels here run. What comes of it depends on little, so it is kept: the compiled kernel by
-types and constants, a descriptor by its address. A call that has been seen goes to Triton's launcher at once.
+types and constants, a descriptor by its address. A call that has been seen goes to Triton's launcher at once. Where
+several launches belong together, `replay` keeps even their arguments, and puts in addresses alone.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +25,8 @@ ALIGNMENT = 16
 """Bytes: Triton compiles a kernel of its own for addresses that are not a multiple; such calls go its way."""
 MOST = 1 << 14
 """Descriptors kept, of some 300 bytes each; when there are more, all are forgotten."""
+MOST_TAPES = 1 << 8
+"""Sequences of launches kept, of some 10 KB each."""
 
 
 class Matrix(NamedTuple):
@@ -107,8 +112,128 @@ class _Ready(NamedTuple):
     """Held, since its id is in the key."""
 
 
+class _Move(NamedTuple):
+    """A launch on a tape."""
+
+    ready: _Ready
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    """As the launcher takes them, with anything where an address belongs."""
+    pointers: list[tuple[int, int, int]]
+    """Place in the arguments, number of the tensor, bytes from its start."""
+    descriptors: list[tuple[int, int, int, int, tuple[Any, ...], dict[int, list[Any]]]]
+    """First place and the one behind the last, number of the tensor, bytes from its start, what a descriptor says
+    besides its address, and descriptors by address."""
+
+
+class _Tape:
+    """Launches as they are made, with each address as a place in one of `tensors`."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        spans = [
+            (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), number)
+            for number, x in enumerate(tensors)
+            if x is not None and x.numel()
+        ]
+        self.spans = sorted(spans)
+        self.moves: list[_Move] = []
+        # Where two share memory, the next call may have two in their place.
+        self.holds = all(a[1] <= b[0] for a, b in pairwise(self.spans)) and not any(x[0] % ALIGNMENT for x in spans)
+
+    def add(self, ready: _Ready, grid: tuple[int, ...], arguments: tuple[Any, ...], flat: list[Any]) -> None:
+        pointers, descriptors, place = [], [], 0
+        for x in arguments:
+            end = place + 1
+            if type(x) in _DESCRIBED:
+                address, *rest = x.key()
+                found = _descriptors.get((address, *rest), [])
+                end = place + len(found)
+                descriptors.append((place, end, *self.find(address), tuple(rest), {address: found}))
+            elif isinstance(x, Tensor) and x.numel():
+                pointers.append((place, *self.find(x.data_ptr())))
+            place = end
+        if place != len(flat):
+            self.holds = False  # its descriptors were forgotten meanwhile
+        self.moves.append(_Move(ready, grid, flat, pointers, descriptors))
+
+    def find(self, address: int) -> tuple[int, int]:
+        """Number of the tensor that an address lies in, and bytes from its start."""
+        for first, end, number in self.spans:
+            if first <= address < end:
+                return number, address - first
+        self.holds = False
+        return 0, 0
+
+
 _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
+_tapes: dict[Any, list[_Move]] = {}
+_recording = threading.local()
+
+
+def replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None]) -> None:
+    """make(), or from its third call with this `key` on the launches it made, without making them.
+
+    key: decides, with the device, all about the launches but addresses.
+    tensors: in the same order for one key; all memory that the launches take lies in them, and they do nothing else.
+    """
+    place = tensors[0].device  # pyrefly: ignore [missing-attribute]
+    if place.type == "cuda" and place.index == driver.active.get_current_device():
+        _replay((key, place.index), tensors, make, place.index)
+    else:
+        make()
+
+
+def _replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None], device: int) -> None:
+    moves = _tapes.get(key)
+    if moves is not None:
+        if not _play(moves, tensors, device):
+            make()
+        return
+    tape = _recording.tape = _Tape(tensors)
+    try:
+        make()
+    finally:
+        _recording.tape = None
+    if tape.holds:
+        if len(_tapes) >= MOST_TAPES:
+            _tapes.clear()
+        _tapes[key] = tape.moves
+
+
+def _play(moves: list[_Move], tensors: Sequence[Tensor | None], device: int) -> bool:
+    """Whether all was launched; otherwise nothing was."""
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    together = 0
+    for address in addresses:
+        together |= address
+    if together % ALIGNMENT or _watched():
+        return False
+    calls = []
+    for ready, grid, arguments, pointers, descriptors in moves:
+        flat = arguments.copy()
+        for place, number, offset in pointers:
+            flat[place] = addresses[number] + offset
+        for place, end, number, offset, rest, known in descriptors:
+            address = addresses[number] + offset
+            found = known.get(address)
+            if found is None:
+                found = _descriptors.get((address, *rest))
+                if found is None:
+                    return False
+                if len(known) >= MOST_TAPES:
+                    known.clear()
+                known[address] = found
+            flat[place:end] = found
+        calls.append((ready, grid, flat))
+    stream = driver.active.get_current_stream(device)
+    for ready, grid, flat in calls:
+        _run(ready, grid, stream, flat)
+    return True
+
+
+def _run(ready: _Ready, grid: tuple[int, ...], stream: int, flat: list[Any]) -> None:
+    ready.run(*(*grid, 1, 1)[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
 
 
 def launch(
@@ -166,15 +291,19 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
             addresses |= address
     key = (*kinds, *constants.items())
     ready = None if addresses % ALIGNMENT or _watched() else _ready.get(key)
+    tape = getattr(_recording, "tape", None)
     if ready is None:
+        if tape is not None:
+            tape.holds = False
         compiled = kernel[grid](*_as_triton_has_them(arguments), **constants)
         if not addresses % ALIGNMENT and (ready := _get_ready(kernel, compiled, arguments)) is not None:
             _ready[key] = ready
         return
     for place, number in reversed(unknown):
         flat[place:place] = _encode(arguments[number], ready.layouts[number])
-    stream = driver.active.get_current_stream(current)
-    ready.run(*(*grid, 1, 1)[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
+    if tape is not None:
+        tape.add(ready, grid, arguments, flat)
+    _run(ready, grid, driver.active.get_current_stream(current), flat)
 
 
 def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:

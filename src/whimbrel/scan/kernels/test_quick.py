@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -107,8 +108,13 @@ def test_the_launcher_below_takes_descriptors_encoded(kernel):
 def test_a_descriptor_is_encoded_once_for_an_address_and_a_shape(kernel, monkeypatch):
     launched = []
     monkeypatch.setattr(quick, "_descriptors", {})
-    made = quick._descriptors
-    monkeypatch.setattr(quick, "_encode", lambda x, layout: made.setdefault(x.key(), [layout, len(made)]))
+    numbers = count()
+
+    def encode(x, layout):
+        made = quick._descriptors
+        return made[x.key()] if x.key() in made else made.setdefault(x.key(), [layout, next(numbers)])
+
+    monkeypatch.setattr(quick, "_encode", encode)
     layouts = {0: "first", 1: "second"}
     ready = quick._Ready(lambda *given: launched.append(given[9:]), 7, (), (None,), layouts, kernel)
     monkeypatch.setattr(quick, "_get_ready", lambda *_: ready)
@@ -122,6 +128,86 @@ def test_a_descriptor_is_encoded_once_for_an_address_and_a_shape(kernel, monkeyp
         ("first", 2, "second", 0, 40, None),
         ("first", 3, "second", 0, 40, None),
     ]
+
+
+@pytest.fixture
+def tape(kernel, monkeypatch):
+    """replay() of two launches on tensors (a, b): the second takes the back half of a, and b as a matrix."""
+    monkeypatch.setattr(quick, "_tapes", {})
+    monkeypatch.setattr(quick, "_descriptors", {})
+    encode = lambda x, _: quick._descriptors.setdefault(x.key(), ["map", x.data.data_ptr()])  # noqa: E731
+    monkeypatch.setattr(quick, "_encode", encode)
+    monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
+    ready = quick._Ready(lambda *given: kernel.launched.append(given[9:]), 7, (), (None,), {0: "", 1: ""}, kernel)
+    monkeypatch.setattr(quick, "_get_ready", lambda *_: ready)
+    made = []
+
+    def run(a, b, n=40, key="key"):
+        def make():
+            made.append(key)
+            quick.launch(kernel, 5, a, b, n, 0.5, SIZE=8)
+            quick.launch(kernel, 6, a[32:], _matrix(b), n, 0.5, SIZE=8)
+
+        quick._replay((key, n), (a, None, b), make, 0)
+        got = kernel.launched[-2:]
+        kernel.launched.clear()
+        return got, len(made)
+
+    return run
+
+
+def squares():
+    return torch.zeros(64, 64), torch.zeros(64, 64)
+
+
+def test_launches_are_made_again_with_other_addresses(tape):
+    held = [squares() for _ in range(4)]
+    wanted = [
+        [(a.data_ptr(), b.data_ptr(), 40, 0.5, None), (a[32:].data_ptr(), "map", b.data_ptr(), 40, 0.5, None)]
+        for a, b in held
+    ]
+    for number, (a, b) in enumerate(held, start=1):  # compiled, noted, then made for want of b's descriptor
+        got, made = tape(a, b)
+        assert made == number
+        assert number == 1 or got == wanted[number - 1]
+    for (a, b), calls in zip(held[1:], wanted[1:]):
+        assert tape(a, b) == (calls, 4)
+
+
+def test_a_tape_is_of_its_key(tape):
+    a, b = squares()
+    for n in (40, 40, 40, 41, 41):
+        got, made = tape(a, b, n)
+        assert not got or got[0][2] == n
+    assert made == 3  # two for 40, and one for 41, whose kernel was compiled by then
+    assert tape(a, b, 40)[0][1][3] == 40
+
+
+def test_tensors_that_share_memory_make_no_tape(tape):
+    a, b = squares()
+    for _ in range(4):
+        made = tape(a, a)[1]
+    assert made == 4
+    for _ in range(3):
+        got, made = tape(a, b)
+    assert made == 5
+    assert got[0][:2] == (a.data_ptr(), b.data_ptr())
+    assert tape(a, a)[0][0][:2] == (a.data_ptr(), a.data_ptr())
+
+
+def test_an_address_off_alignment_is_not_replayed(tape):
+    a, b = squares()
+    for _ in range(3):
+        tape(a, b)
+    assert tape(torch.zeros(64 * 64 + 1)[1:].view(64, 64), b)[1] == 3
+
+
+def test_memory_from_elsewhere_makes_no_tape(tape, kernel):
+    a, b = squares()
+    tape(a, b)
+    for _ in range(3):
+        quick._replay("other", (a,), lambda: quick.launch(kernel, 5, a, b, 40, 0.5, SIZE=8), 0)
+    assert "other" not in quick._tapes
 
 
 def _matrix(x=None):
@@ -168,6 +254,29 @@ def test_inputs_off_alignment_and_changing_addresses(time):
         for number, (a, b) in enumerate(zip(results[0], other)):
             assert_close(str(number), a, b, 2e-3)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(RECURRENCES))
+@pytest.mark.parametrize("time", [130, 2100])
+def test_replayed_launches_give_what_new_ones_do(name, time, monkeypatch):
+    """Fresh inputs in fresh places, bit for bit."""
+    recurrence = RECURRENCES[name]
+    monkeypatch.setattr(quick, "_tapes", {})
+    held = [make_inputs(recurrence, Shape(1, time, 1, 2, 64, 64), seed=n, dtype=torch.bfloat16) for n in range(5)]
+
+    def results(inputs):
+        moved = [x.detach().cuda().requires_grad_() for x in inputs.tensors]
+        y = recurrence(moved, None, impl="triton")[0]
+        return [y.detach(), *torch.autograd.grad(y, moved, torch.ones_like(y)), *moved]
+
+    found = [results(inputs) for inputs in held]
+    assert len(quick._tapes) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(quick, "_replay", lambda key, tensors, make, device: make())
+        wanted = [results(inputs) for inputs in held]
+    for a, b in zip(found, wanted):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.mark.gpu
