@@ -14,6 +14,7 @@ elements of slices that are here. Processes then agree on Gram matrices and on s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -81,9 +82,7 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
     if split.groups:
         norm = split.sum(norm.square()).sqrt()
     y.div_(norm.clamp_min(torch.finfo(torch.float32).tiny))
-    key = torch.zeros((), dtype=torch.int64, device=x.device)
-    filling = split.cut(counter.lattice(key, rows, columns).sub_(1 << 15), -2)
-    y.add_(filling, alpha=FILL / math.sqrt(rows) / (1 << 16))
+    y.add_(split.cut(_filling(rows, columns, x.device), -2), alpha=FILL / math.sqrt(rows) / (1 << 16))
     for done in range(rounds):
         gram = split.sum(y.mT @ y)
         if done == 0:
@@ -91,6 +90,13 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
         lower, _ = torch.linalg.cholesky_ex(gram)
         y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
     return y.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Fixed noise, int16. Kept for the few shapes of a model, since drawing it is most of what a refresh would launch."""
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    return counter.lattice(key, rows, columns).sub_(1 << 15).short()
 
 
 def iterate(
