@@ -96,6 +96,8 @@ class Plan(NamedTuple):
     others: list[Matrix]
     rest: list[Tensor]
     """Parameters that are not projected."""
+    replay: Any
+    """Of the batches for the kernels: a `launch.Replay`, or None."""
 
     def renew(self, group: dict[str, Any], states: Any) -> bool:
         """Take the gradients of this step; whether the plan still stands."""
@@ -180,6 +182,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._sharers: ProcessGroup | None = getattr(self, "_sharers", None)
         self._in_backward: bool = getattr(self, "_in_backward", False)
         self._plans: dict[tuple[int, ...], list[Plan]] = {}
+        self._rates: dict[int, Tensor] = {}
         self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
@@ -289,7 +292,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
             taken,
             [matrix for matrix in found if matrix.key not in taken],
             rest,
+            launch.Replay() if kernels and self._replays(kernels) else None,
         )
+
+    def _replays(self, matrices: Sequence[Matrix]) -> bool:
+        """Whether steps may be replayed: all at once, on one GPU, without words between processes."""
+        devices = {matrix.weight.device for matrix in matrices}
+        together = len(devices) == 1 and not self._in_backward and not any(x.spread.split for x in matrices)
+        return together and next(iter(devices)).type == "cuda"
 
     def _number(self) -> None:
         """Number the matrices of all groups, and after them the other parameters; note each one's group."""
@@ -534,7 +544,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for batch in batches([matrix for matrix in refreshed if matrix.key in plan.taken]):
             self._refresh_some(group, batch, self._for_refresh(group, batch), due, fresh, apart)
         if plan.fused:
-            self._step_fused(group, plan.fused)
+            self._step_fused(group, plan)
         for batch in batches(plan.others):
             projected = self._project(group, batch)
             self._refresh_some(group, batch, projected, due, fresh, apart)
@@ -557,35 +567,60 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
         return group["impl"] == "triton"
 
-    def _step_fused(self, group: dict[str, Any], fused: list[tuple[Batch, Tensor]]) -> None:
+    def _step_fused(self, group: dict[str, Any], plan: Plan) -> None:
         from whimbrel.optim.kernels import launch
 
         options = {name: group[name] for name in self.options}
-        for batch, words in fused:
-            members = batch.matrices
+        scaling = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        shared = {
+            "factors": self.factors(**options),
+            "scalars": self.scalars,
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "stochastic": group["stochastic_rounding"],
+        }
+        drawn = [
+            self._basis_keys(group, batch.matrices) if group["refresh"] == "random" else None for batch, _ in plan.fused
+        ]
 
-            def coefficients(
-                slices: lowrank.Slices, correction: Tensor, active: Tensor, members: Sequence[Matrix] = members
-            ) -> tuple[lowrank.Coefficients, list[Tensor]]:
-                scalars = (storage.stack([matrix.state[name] for matrix in members]) for name in self.scalars)
-                found, *after = self.coefficients(slices, correction, active, *scalars, lr=group["lr"], **options)
-                return found, after
+        def step(lr: float | Tensor) -> None:
+            for (batch, words), keys in zip(plan.fused, drawn, strict=True):
 
-            launch.fused_step(
-                batch,
-                bases=words,
-                drawn=self._basis_keys(group, members) if group["refresh"] == "random" else None,
-                factors=self.factors(**options),
-                coefficients=coefficients,
-                scalars=self.scalars,
-                betas=group["betas"],
-                eps=group["eps"],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                stochastic=group["stochastic_rounding"],
-                found_inf=getattr(self, "found_inf", None),
-                grad_scale=getattr(self, "grad_scale", None),
-            )
+                def coefficients(
+                    slices: lowrank.Slices, correction: Tensor, active: Tensor, batch: Batch = batch
+                ) -> tuple[lowrank.Coefficients, list[Tensor]]:
+                    held = (storage.stack([matrix.state[name] for matrix in batch.matrices]) for name in self.scalars)
+                    found, *after = self.coefficients(slices, correction, active, *held, lr=lr, **options)
+                    return found, after
+
+                launch.fused_step(
+                    batch,
+                    bases=words,
+                    drawn=keys,
+                    coefficients=coefficients,
+                    lr=lr,
+                    found_inf=scaling[0],
+                    grad_scale=scaling[1],
+                    **shared,
+                )
+
+        lr, device = group["lr"], plan.fused[0][0].matrices[0].weight.device
+        if not launch.GRAPHS or plan.replay is None or torch.cuda.is_current_stream_capturing():
+            step(lr)
+            return
+        if not isinstance(lr, Tensor) or not lr.is_cuda:
+            # where a graph reads it
+            if plan.number not in self._rates:
+                self._rates[plan.number] = torch.zeros((), device=device)
+            lr = self._rates[plan.number].fill_(float(lr))
+        held = [lr, *scaling, *drawn]
+        known = (
+            [batch.moves() for batch, _ in plan.fused],
+            [None if x is None else (x.data_ptr(), x.dtype) for x in held],
+            shared,
+        )
+        plan.replay.run(known, device, lambda: step(lr))
 
     def _fit_apart(self, group: dict[str, Any], refreshed: Sequence[Matrix], fresh: set[Key]) -> dict[Key, Tensor]:
         """Bases [d, r] that processes fit for each other: each whole fit is done by one of them, and sent to the rest.

@@ -94,7 +94,7 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
 
 @functools.lru_cache(maxsize=4)
 def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Fixed noise, int16. Kept for the few shapes of a model, since drawing it is most of what a refresh would launch."""
+    """Fixed noise, int16. Kept for the few shapes of a model: drawing it is most of what a refresh would launch."""
     key = torch.zeros((), dtype=torch.int64, device=device)
     return counter.lattice(key, rows, columns).sub_(1 << 15).short()
 

@@ -199,3 +199,40 @@ def test_compiled_leaves_bad_and_empty_gradients_and_memory_around_alone(shape):
     assert [torch.equal(a, b) for a, b in zip(before, params, strict=True)] == [True, True, False, False]
     assert all(torch.isfinite(param).all() for param in params)
     assert (flat[:, m * n :] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "basis_dtype": "int4"}], ids=str)
+@pytest.mark.parametrize("cls", [Fira, GaLore, Apollo])
+def test_replayed_steps_equal_launched_ones(cls, options, monkeypatch):
+    """Bit for bit, with refreshes between, another rate in each step, and gradients that move in some."""
+    from whimbrel.optim.kernels import launch
+
+    shapes, results = [(256, 384)] * 3 + [(384, 256), (333, 520)], []
+    for replays in (False, True):
+        monkeypatch.setattr(launch, "GRAPHS", replays)
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        params = [nn.Parameter(torch.zeros(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes]
+        optimizer = cls(
+            [{"params": params, "rank": 32, "refresh_steps": 12}], weight_decay=0.1, impl="triton", **options
+        )
+        for step in range(30):
+            for param in params:
+                grad = torch.randn(param.shape, device="cuda", generator=generator).bfloat16()
+                if param.grad is None or step in (7, 8, 20):
+                    param.grad = grad
+                else:
+                    param.grad.copy_(grad)
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append([*params, *(value for state in states(optimizer) for value in state.values())])
+        recorded = [plan.replay._graph is not None for plans in optimizer._plans.values() for plan in plans]
+        assert recorded == [replays]
+    for a, b in zip(*results, strict=True):
+        assert torch.isfinite(a.float()).all()
+        assert torch.equal(a, b)
