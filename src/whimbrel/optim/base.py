@@ -278,10 +278,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         kernels = [matrix for matrix in found if self._fuses(group, matrix)]
         taken = {matrix.key for matrix in kernels}
         batches: list[Batch] = []
+        replay = None
         if kernels:
             from whimbrel.optim.kernels import launch
 
             batches = launch.batches(kernels, group["rank"], group["side"])
+            replay = launch.Replay() if self._replays(kernels) else None
         return Plan(
             number,
             [group[name] for name in _PLANNED],
@@ -292,7 +294,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             taken,
             [matrix for matrix in found if matrix.key not in taken],
             rest,
-            launch.Replay() if kernels and self._replays(kernels) else None,
+            replay,
         )
 
     def _replays(self, matrices: Sequence[Matrix]) -> bool:
