@@ -544,8 +544,9 @@ def _write_hopper(
 def _write_stages(rank: int) -> tuple[int, int]:
     """Blocks of the streamed factor, and of weights and gradients, of 16 KB each beside the factor that stays."""
     chunks = _cdiv(rank, 64)
-    # with 6 and 10 blocks of weights and gradients the kernel was seen to hang and to race, with these never
-    return (4, 8) if chunks <= 2 else (4, 4) if chunks <= 6 else (3, 3)
+    # a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is, as copies may
+    # overtake each other by more than one phase of its barrier
+    return (4, 8) if chunks <= 2 else (4, 4) if chunks <= 6 else (2, 4)
 
 
 def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
