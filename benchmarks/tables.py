@@ -84,6 +84,7 @@ def tables(results: Path = RESULTS) -> str:
             *prefill(results, links="benchmarks/results"),
             *_quality("quality-optimizers", "Optimizers", "optimizer", results),
             "",
+            *_pretrain(results),
             *_quality("quality-mixers", "Mixers", "blocks", results),
             "",
             *_averaging(results),
@@ -295,6 +296,46 @@ def _quality(case: str, title: str, first: str, results: Path) -> list[str]:
             f"{', '.join(f'{value:.0%}' for value in recall)} | {own[0]['params']['lr']:g} | {state / 2**20:.1f} MiB |"
         )
     return rows
+
+
+def _pretrain(results: Path) -> list[str]:
+    """The longest runs of each optimizer, best first, with the rates that were tried in shorter ones."""
+    path = results / "pretrain.jsonl"
+    lines = newest(read_lines(path)) if path.exists() else []
+    if not lines:
+        return []
+    most = max(int(line["params"]["tokens"]) for line in lines)
+    tried: dict[str, set[float]] = {}
+    longest: dict[str, dict[str, list[ResultLine]]] = {}
+    for line in lines:
+        if int(line["params"]["tokens"]) == most:
+            longest.setdefault(line["impl"], {}).setdefault(line["metric"], []).append(line)
+        else:
+            tried.setdefault(line["impl"], set()).add(float(line["params"]["lr"]))
+    about = lines[-1]
+    seeds = {line["params"]["seed"] for found in longest.values() for line in found["loss"]}
+    rows = [
+        f"**Optimizers at LLaMA-60M**, recipe {about['params']['recipe']} on documentation prose (not C4), {most:,} "
+        f"tokens in batches of {about['params']['batch_tokens']:,}, {len(seeds)} seed{'s' * (len(seeds) > 1)}; a rate "
+        f"at an end of those tried need not be the best ({about['device']}, "
+        "[lines](benchmarks/results/pretrain.jsonl), [how far it carries](docs/methods/low-rank-optimizers.md)):",
+        "",
+        "| optimizer | nats a token | perplexity | divided as published | rate, best of | optimizer state |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def mean(found: list[ResultLine]) -> float:
+        return statistics.mean(line["value"] for line in found)
+
+    for name, found in sorted(longest.items(), key=lambda item: mean(item[1]["loss"])):
+        params = found["loss"][0]["params"]
+        rates = ", ".join(f"{rate:g}" for rate in sorted(tried.get(name, ())))
+        rows.append(
+            f"| {name} | {mean(found['loss']):.3f} | {mean(found['perplexity']):.1f} | "
+            f"{mean(found['perplexity_as_published']):.1f} | {params['lr']:g}{f' of {rates}' if rates else ''} | "
+            f"{int(params['state_bytes']) / 2**20:.0f} MiB |"
+        )
+    return [*rows, ""]
 
 
 def _averaging(results: Path) -> list[str]:
