@@ -101,10 +101,13 @@ def multiply_gradients(
                 squares += x * x
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if step > 0:
+                # what threads have read comes before what the copy engine writes
+                fence_async_shared()
                 barrier()
                 mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES))
             turn += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
+        fence_async_shared()
         barrier()
         mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES))
         at = band * 128 + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
@@ -296,6 +299,7 @@ def write_rows(
                     slot = here % SLOTS
                     mbarrier.wait(full.index(slot), (here // SLOTS) & 1)
                     acc += x_s.index(slot).load(ACC).to(gl.float32) * factor  # pyrefly: ignore [unbound-name]
+                    fence_async_shared()
                     barrier()
                     mbarrier.arrive(free.index(slot))
                     here += 1
@@ -319,6 +323,7 @@ def write_rows(
                     there = memory + weights.to(gl.int64) * unit
                     held = (at < m)[:, None] & ((column >= 0) & (column < n))[None, :]
                     gl.store(there + at[:, None] * n + column[None, :], value.to(gl.bfloat16), mask=held)
+                    fence_async_shared()
                 barrier()
                 mbarrier.arrive(free.index(slot))
                 turn += TILES
