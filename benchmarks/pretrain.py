@@ -153,7 +153,11 @@ def main() -> None:
                 try:
                     result = future.result()
                 except Exception as error:  # one run that diverges is a result, not the end of the others
-                    print(f"{chosen.name} lr {chosen.lr:g}: {type(error).__name__}: {error}", flush=True)
+                    text = str(error).partition("\n")[0][:200]
+                    print(f"{chosen.name} lr {chosen.lr:g}: {type(error).__name__}: {text}", flush=True)
+                    # says nothing about the rate, as others may have taken the memory; the class is of torch
+                    if type(error).__name__ == "OutOfMemoryError" and plan.again(chosen):
+                        continue
                 if result is not None:
                     write(args, *chosen, result)
                 plan.done(chosen, math.inf if result is None else result["loss"])
@@ -176,6 +180,7 @@ class Plan:
         leaders = [name for name in args.optimizers if name not in TUNED_AS]
         self.waiting = [(0, Run(name, lr, 0, args.tune_tokens)) for lr in args.grid for name in leaders]
         self.tuned: dict[str, dict[float, float]] = {name: {} for name in leaders}
+        self.retried: set[Run] = set()
 
     def next(self) -> Run | None:
         """The next run; None where there is none yet, or no more time to begin one."""
@@ -184,6 +189,14 @@ class Plan:
         first = min(self.waiting, key=lambda item: item[0])
         self.waiting.remove(first)
         return first[1]
+
+    def again(self, run: Run) -> bool:
+        """Put a run off until the others of its kind have begun; False where that has been done before."""
+        if run in self.retried:
+            return False
+        self.retried.add(run)
+        self.waiting.append((0 if run.tokens == self.args.tune_tokens else 1 + self.args.seeds.index(run.seed), run))
+        return True
 
     def done(self, run: Run, loss: float) -> None:
         """Note the loss of a run (inf where it failed); the last of a grid brings the winner's runs."""

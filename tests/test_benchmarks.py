@@ -181,6 +181,11 @@ def test_pretraining_takes_winners_seed_by_seed(monkeypatch):
     firsts, seconds = [(*order[4:7],), order[7:]]
     assert set(firsts) == {("adamw", 0.2, 5, 10), ("fira", 0.1, 5, 10), ("fira-exact", 0.1, 5, 10)}
     assert set(seconds) == {("adamw", 0.2, 6, 10), ("fira", 0.1, 6, 10)}
+    plan = pretrain.Plan(args)
+    first = plan.next()
+    assert plan.again(first)
+    assert [plan.next() for _ in range(4)][-1] == first
+    assert not plan.again(first)
     late = pretrain.Plan(argparse.Namespace(**(vars(args) | {"seconds": -1.0})))
     assert late.next() is None
 
