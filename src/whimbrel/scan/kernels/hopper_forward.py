@@ -46,6 +46,7 @@ def walk(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     k_s,
     q_s,
@@ -79,7 +80,6 @@ def walk(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -91,6 +91,7 @@ def walk(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
+    MASK: gl.constexpr,
     ONLY: gl.constexpr,
     LINKED: gl.constexpr,
 ):
@@ -198,6 +199,7 @@ def walk(
             asked, queried = 0, c & 1
         first = start + i * 64
         after = first + 64
+        t = first + row
         rows = end - first
         whole = gl.exp2(last)
 
@@ -294,9 +296,10 @@ def walk(
                     seen = seen * alpha[:, None]
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
-                    # None within the bound is rounded up to it, so that what is stored says where the clip was active.
-                    most = gl.where(gl.abs(left) <= clip, below, clip)
-                    left = gl.minimum(gl.maximum(left, -most), most)
+                    if MASK:
+                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
+                    left = gl.minimum(gl.maximum(left, -clip), clip)
                 if LINKED:
                     mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
                     left_s.index(par).store(left.to(dtype))
@@ -400,6 +403,7 @@ def forward_stream(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -412,7 +416,6 @@ def forward_stream(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -424,6 +427,7 @@ def forward_stream(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
+    MASK: gl.constexpr,
     ONLY: gl.constexpr,
 ):
     """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
@@ -480,6 +484,7 @@ def forward_stream(
         ends,
         y_memory,
         residual_memory,
+        inside,
         decays,
         k_s,
         q_s,
@@ -513,7 +518,6 @@ def forward_stream(
         HV,
         scale,
         clip,
-        below,
         K,
         V,
         FIRST,
@@ -525,6 +529,7 @@ def forward_stream(
         FROM,
         GATHER,
         SAVE,
+        MASK,
         ONLY,
         False,
     )
@@ -545,6 +550,7 @@ def forward_streams(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -557,7 +563,6 @@ def forward_streams(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     DELTA: gl.constexpr,
@@ -633,6 +638,7 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
+                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -666,7 +672,6 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
-                    below,
                     K,
                     V,
                     gl.constexpr(True),
@@ -678,6 +683,7 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
+                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),
@@ -698,6 +704,7 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
+                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -731,7 +738,6 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
-                    below,
                     K,
                     V,
                     gl.constexpr(False),
@@ -743,6 +749,7 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
+                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),
