@@ -42,14 +42,16 @@ def issue(queries, keys):
 
 
 @gluon.jit
-def finish(logits, j, pos, ref, out, scale, MP: gl.constexpr, MASKED: gl.constexpr):
+def finish(logits, j, tile, out, pos_s, ref_s, scale, MP: gl.constexpr, MASKED: gl.constexpr):
     """Sum up block j for the queries of a tile, and write where they see it."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    pos = pos_s.index(tile).load(ROW)
     # Masked before it is scaled, so that blocks with and without a mask round alike.
     if MASKED:
-        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
         n = gl.arange(0, 128, gl.SliceLayout(0, ACC))
         logits = gl.where((j * 128 + n)[None, :] <= pos[:, None], logits, float("-inf"))
-    sums = gl.sum(gl.exp2(logits * scale - ref[:, None]), 1)
+    sums = gl.sum(gl.exp2(logits * scale - ref_s.index(tile).load(ROW)[:, None]), 1)
     gl.store(out + j * MP, gl.minimum(sums, MOST), mask=j * 128 <= pos)
 
 
@@ -62,28 +64,29 @@ def places(out, tile, blocks, Q: gl.constexpr, MP: gl.constexpr):
 
 
 @gluon.jit
-def several(j, i, q_s, k_s, full, free, pos_0, pos_1, ref_0, ref_1, out_0, out_1, scale, KEYS: gl.constexpr,
-            MASKED: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Both tiles of a half against KEYS blocks of keys from j on, the i-th of this program. Unrolled: products that are
+def several(j, i, out, q_s, k_s, pos_s, ref_s, full, free, blocks, scale, KEYS: gl.constexpr,
+            MASKED: gl.constexpr, HALF: gl.constexpr, TILES: gl.constexpr, Q: gl.constexpr, MP: gl.constexpr,
+            STAGES: gl.constexpr):  # fmt: skip
+    """All tiles of a half against KEYS blocks of keys from j on, the i-th of this program. Unrolled: products that are
     under way cannot be handed from one turn of a loop to the next."""
     mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
-    now = issue(q_s.index(2 * HALF), k_s.index(i % STAGES))
-    for step in gl.static_range(2 * KEYS):
-        if step + 1 < 2 * KEYS:
-            coming = i + (step + 1) // 2
-            if step % 2 == 1:
+    now = issue(q_s.index(HALF * TILES), k_s.index(i % STAGES))
+    for step in gl.static_range(KEYS * TILES):
+        tile = step % TILES
+        if step + 1 < KEYS * TILES:
+            coming = i + (step + 1) // TILES
+            if (step + 1) % TILES == 0:
                 mbarrier.wait(full.index(coming % STAGES), (coming // STAGES) & 1)
-            following = issue(q_s.index(2 * HALF + (step + 1) % 2), k_s.index(coming % STAGES))
+            following = issue(q_s.index(HALF * TILES + (step + 1) % TILES), k_s.index(coming % STAGES))
             now = warpgroup_mma_wait(1, deps=(now,))
         else:
             now = warpgroup_mma_wait(0, deps=(now,))
             following = now
-        if step % 2 == 0:
-            finish(now, j + step // 2, pos_0, ref_0, out_0, scale, MP, MASKED)
-        else:
+        if tile == TILES - 1:
             barrier()
-            mbarrier.arrive(free.index((i + step // 2) % STAGES))
-            finish(now, j + step // 2, pos_1, ref_1, out_1, scale, MP, MASKED)
+            mbarrier.arrive(free.index((i + step // TILES) % STAGES))
+        place = places(out, HALF * TILES + tile, blocks, Q, MP)
+        finish(now, j + step // TILES, HALF * TILES + tile, place, pos_s, ref_s, scale, MP, MASKED)
         now = following
 
 
@@ -116,18 +119,19 @@ def half(
     S: gl.constexpr,
     Q: gl.constexpr,
     D: gl.constexpr,
+    TILES: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """Half of the queries of a program: two tiles of 64."""
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+    """TILES times 64 of the queries of a program."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     MP: gl.constexpr = GROUP * P
     d = gl.arange(0, D, gl.SliceLayout(0, L))
     first_key = gl.load(k + d).to(gl.float32)
     least = 2147483647
-    for tile in gl.static_range(2 * HALF, 2 * HALF + 2):
+    for t in gl.static_range(TILES):
+        tile = HALF * TILES + t
         r = gl.arange(0, 64, gl.SliceLayout(1, L)) + tile * 64
         i = begin + r // MP
         used = (r < Q * MP) & (i < count)
@@ -150,20 +154,16 @@ def half(
     least = least // 128
     fence_async_shared()
     barrier()
-    pos_0, ref_0 = pos_s.index(2 * HALF).load(ROW), ref_s.index(2 * HALF).load(ROW)
-    pos_1, ref_1 = pos_s.index(2 * HALF + 1).load(ROW), ref_s.index(2 * HALF + 1).load(ROW)
-    out_0, out_1 = places(out, 2 * HALF, blocks, Q, MP), places(out, 2 * HALF + 1, blocks, Q, MP)
     # Blocks that all queries see in full, without a mask, and then the others.
     whole = start + gl.maximum(gl.minimum(stop, least) - start, 0) // KEYS * KEYS
     for j in range(start, whole, KEYS):
         several(
-            j, j - start, q_s, k_s, full, free, pos_0, pos_1, ref_0, ref_1, out_0, out_1, scale, KEYS, False, HALF, MP,
+            j, j - start, out, q_s, k_s, pos_s, ref_s, full, free, blocks, scale, KEYS, False, HALF, TILES, Q, MP,
             STAGES,
         )  # fmt: skip
     for j in range(whole, stop):
         several(
-            j, j - start, q_s, k_s, full, free, pos_0, pos_1, ref_0, ref_1, out_0, out_1, scale, 1, True, HALF, MP,
-            STAGES,
+            j, j - start, out, q_s, k_s, pos_s, ref_s, full, free, blocks, scale, 1, True, HALF, TILES, Q, MP, STAGES
         )  # fmt: skip
 
 
@@ -204,6 +204,7 @@ def scores(
     S: gl.constexpr,
     Q: gl.constexpr,
     D: gl.constexpr,
+    TILES: gl.constexpr,
     KEYS: gl.constexpr,
     RUN: gl.constexpr,
     STAGES: gl.constexpr,
@@ -232,11 +233,11 @@ def scores(
         else:
             own = last // S
         stop = gl.minimum(first + own + 1, start + RUN)
-    q_s = gl.allocate_shared_memory(keys.dtype, [4, 64, D], keys.layout)
+    q_s = gl.allocate_shared_memory(keys.dtype, [2 * TILES, 64, D], keys.layout)
     k_s = gl.allocate_shared_memory(keys.dtype, [STAGES, 128, D], keys.layout)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    pos_s = gl.allocate_shared_memory(gl.int32, [4, 64], FLAT)
-    ref_s = gl.allocate_shared_memory(gl.float32, [4, 64], FLAT)
+    pos_s = gl.allocate_shared_memory(gl.int32, [2 * TILES, 64], FLAT)
+    ref_s = gl.allocate_shared_memory(gl.float32, [2 * TILES, 64], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -253,7 +254,7 @@ def scores(
                     half,
                     (
                         query, key, at, units, mine, q_s, k_s, pos_s, ref_s, full, free, q_time, q_head, k_time, before,
-                        tile, count, blocks, start, stop, scale, LISTED, GROUP, P, S, Q, D, KEYS, STAGES,
+                        tile, count, blocks, start, stop, scale, LISTED, GROUP, P, S, Q, D, TILES, KEYS, STAGES,
                         gl.constexpr(0),
                     ),
                 ),
@@ -261,7 +262,7 @@ def scores(
                     half,
                     (
                         query, key, at, units, mine, q_s, k_s, pos_s, ref_s, full, free, q_time, q_head, k_time, before,
-                        tile, count, blocks, start, stop, scale, LISTED, GROUP, P, S, Q, D, KEYS, STAGES,
+                        tile, count, blocks, start, stop, scale, LISTED, GROUP, P, S, Q, D, TILES, KEYS, STAGES,
                         gl.constexpr(1),
                     ),
                 ),

@@ -25,8 +25,8 @@ PROGRAM_ROWS = 128
 """Queries of all heads and tiles that a program multiplies with the keys it reads."""
 RUN = 16
 """Key blocks that are taken together."""
-HOPPER_ROWS = 256
-"""The same of the kernel for Hopper."""
+HOPPER_TILES = 2
+"""Tiles of 64 queries that a warpgroup of the kernel for Hopper takes; it has two warpgroups."""
 HOPPER_RUN = 32
 """Key blocks that one of its programs takes: many, since it reads its queries first, but enough programs for a card."""
 HOPPER_KEYS = 2
@@ -134,7 +134,7 @@ class Selection:
         numbers = self.grid.offset, self.grid.k_len, self.rows, room * sub, begin * sub, blocks, self.grid.first_block
         constants = {"LISTED": looks is not None, "HKV": self.kv_heads, "GROUP": self.group, "P": slots, "S": sub}
         constants["D"] = self.dim
-        if size <= HOPPER_ROWS and hopper_launch.fits(self.q, self.q, self.grid.block_size):
+        if size <= 128 * HOPPER_TILES and hopper_launch.fits(self.q, self.q, self.grid.block_size):
             self._scores_on_hopper(tensors, strides, numbers, constants)
             return sums
         together = max(1, PROGRAM_ROWS // size)
@@ -152,13 +152,13 @@ class Selection:
         from whimbrel.sparse.kernels import hopper
 
         q, k, *others = tensors
-        together = HOPPER_ROWS // (self.group * constants["P"])
+        together = 128 * HOPPER_TILES // (self.group * constants["P"])
         *_, room, _, blocks, _ = numbers
         groups, runs = triton.cdiv(room, together), triton.cdiv(blocks, HOPPER_RUN)
         keys, k_row, k_col = hopper_launch.matrix(k.flatten(0, 1), hopper_launch.BLOCK)
         hopper.scores[(self.batch * self.kv_heads * groups * runs,)](
             q, k, keys, *others, *strides, *numbers, groups, runs, k_row, k_col, self.scale, **constants, Q=together,
-            KEYS=HOPPER_KEYS, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
+            TILES=HOPPER_TILES, KEYS=HOPPER_KEYS, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
         )  # fmt: skip
 
     def choose(
