@@ -141,6 +141,8 @@ class Run:
                 subprocess.run(call, check=True, stdout=log, stderr=log, timeout=left)
             except subprocess.TimeoutExpired:
                 print(f"{self.name} seed {self.seed}: ended before its last step", flush=True)
+            except subprocess.CalledProcessError as error:
+                print(f"{self.name} seed {self.seed}: failed ({error.returncode}); see {log.name}", flush=True)
 
     def steps(self) -> set[int]:
         """Steps of which there are complete checkpoints."""
@@ -169,7 +171,8 @@ def train(args: argparse.Namespace) -> None:
     runs = [Run(name, found[name], seed, args) for seed in args.seeds for name in found]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Run.train, runs))
-        common = set.intersection(*(run.steps() for run in runs))
+        runs = [run for run in runs if run.steps()]  # what failed has said so, and leaves the others their lines
+        common = set.intersection(*(run.steps() for run in runs)) if runs else set()
         if not common:
             sys.exit("no checkpoint is common to all runs; give more --seconds or fewer --steps")
         step = max(common)
