@@ -111,7 +111,8 @@ class _Trainer:
             recall_fraction=config.data.recall_fraction,
             recall_warmup_steps=config.data.recall_warmup_steps,
         ).rank_slice(processes.rank, processes.world)
-        self.batches = Ahead(self.loader.batch)
+        # On a CPU the thread would take the cores that compute.
+        self.batches = Ahead(self.loader.batch) if processes.device.type == "cuda" else self.loader.batch
         self.model = build_model(config.model, seed=config.seed).to(processes.device)
         shard(self.model, processes)
         self.optimizer = config.optim.build(config.optim.groups(self.model))
