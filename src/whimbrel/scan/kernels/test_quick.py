@@ -135,7 +135,10 @@ def tape(kernel, monkeypatch):
     """replay() of two launches on tensors (a, b): the second takes the back half of a, and b as a matrix."""
     monkeypatch.setattr(quick, "_tapes", {})
     monkeypatch.setattr(quick, "_descriptors", {})
-    encode = lambda x, _: quick._descriptors.setdefault(x.key(), ["map", x.data.data_ptr()])  # noqa: E731
+
+    def encode(x, _):
+        return quick._descriptors.setdefault(x.key(), ["map", x.data.data_ptr()])
+
     monkeypatch.setattr(quick, "_encode", encode)
     monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
     ready = quick._Ready(lambda *given: kernel.launched.append(given[9:]), 7, (), (None,), {0: "", 1: ""}, kernel)
