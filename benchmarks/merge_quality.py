@@ -8,7 +8,7 @@ The recipe, or TOML file, has AdamW and a folder of token shards; the run is at 
 Checkpoints stay in memory, blocks are compiled, and the host waits for the device only where it must, so that a model
 of 60 M parameters takes minutes on a GPU. Averages are made by whimbrel.merge.OnlineAverage, a collapse is seen by
 whimbrel.merge.SpikeDetector. Work that would begin after --seconds is left out and named. A process for each seed,
-side by side, keeps a large card busy; each needs about 20 GB.
+side by side, keeps a large card busy; each needs about 20 GB, in `collapse` 30.
 
 Lines go to benchmarks/results/merge_quality.jsonl: metric loss, on the first --validation-tokens of the held-out text,
 with differences paired over blocks of one training sequence; metric training_loss, the mean of --stretch steps.
@@ -383,23 +383,29 @@ def _collapses(job: Job, seed: int, rate: float) -> bool:
     course = Course(job.take(0, moments=False), rate)
     if burst is not None:
         course = _advance(job, loader, course, end=burst)
-        calm = _advance(job, loader, course, end=args.steps)
-        _record_run(job, "undisturbed", seed, calm)
+        _finish_run(job, loader, course, "undisturbed", seed)
         if job.has_time(f"seed {seed}, skip"):
-            skipping = _advance(job, loader, course, end=args.steps, way="skip", burst=burst)
-            _record_run(job, "collapse-skip", seed, skipping)
+            _finish_run(job, loader, course, "collapse-skip", seed, way="skip", burst=burst)
     fork = _advance(job, loader, course, end=args.steps, until_restart=True, burst=burst)
-    none = _advance(job, loader, fork, end=args.steps)
-    _record_run(job, "collapse-none", seed, none)
+    none = _finish_run(job, loader, fork, "collapse-none", seed)
     if fork.onset < 0:
-        shown = " ".join(f"{np.mean(none.curve[i : i + 25]):.2f}" for i in range(0, len(none.curve), 25))
+        shown = " ".join(f"{np.mean(none[i : i + 25]):.2f}" for i in range(0, len(none), 25))
         print(f"seed {seed}: no collapse at rate {rate:g}: {shown}", flush=True)
         return False
     print(f"seed {seed}: left its range at step {fork.onset}, would go back at step {fork.now.step}", flush=True)
-    for way in MOMENTS:
+    for way in args.ways:
         if job.has_time(f"seed {seed}, {way}"):
-            _record_run(job, f"collapse-{way}", seed, _advance(job, loader, fork, end=args.steps, way=way))
+            _finish_run(job, loader, fork, f"collapse-{way}", seed, way=way)
     return True
+
+
+def _finish_run(
+    job: Job, loader: Loader, course: Course, method: str, seed: int, *, way: str = "none", burst: int | None = None
+) -> list[float]:
+    """Go on to the end and record it; returns the curve alone, so that the run's checkpoints do not stay in memory."""
+    done = _advance(job, loader, course, end=job.args.steps, way=way, burst=burst)
+    _record_run(job, method, seed, done)
+    return done.curve
 
 
 def _advance(
@@ -534,6 +540,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--burst-steps", type=int, default=3)
     parser.add_argument("--burst-factor", type=float, default=100.0, help="collapse: the rate's factor in the burst")
+    parser.add_argument(
+        "--ways", nargs="+", choices=tuple(MOMENTS), default=tuple(MOMENTS), help="collapse: ways to go back"
+    )
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--beta2", type=float, help="of AdamW; default: the recipe's")
     parser.add_argument("--clip", type=float, default=1.0, help="norm that gradients are clipped to; 0: not at all")
