@@ -1,16 +1,16 @@
 """Mixers at equal parameters and tokens: loss, recall by pairs and by length, bytes of a sequence, speed.
 
-    python benchmarks/comparison.py train --corpus data/shards --steps 1600 --jobs 3 --device cuda
+    python benchmarks/comparison.py train --corpus data/shards --jobs 3 --device cuda
     python benchmarks/comparison.py speed --device cuda
 
 `train` runs `whimbrel train` and `whimbrel eval` for each mixer and seed in processes of their own, kept in --runs, so
-that a second call does no work twice; --jobs of them share a card. With --seconds, what still trains then is ended, and
-all are judged by the newest checkpoint that every one has: equal tokens, but a rate that had not come down. `speed`
-measures training and decoding, one model at a time.
+that a second call does no work twice; --jobs of them share a card. A run that is done is judged and recorded at once.
+With --seconds, what still trains then is ended, and all are judged by the newest checkpoint that every one has as well:
+equal tokens, but a rate that had not come down. `speed` measures training and decoding, one model at a time.
 
 Lines are of the case `comparison`: params mixer's width, tokens and seed; metrics loss (nats a token of held-out text),
-mqar and needle (accuracy), curve (loss on part of that text along the run), state_bytes, train_rate and decode_rate
-(tokens a second). Evaluation is in the precision of training.
+mqar and needle (accuracy), curve (loss of the batches trained on, the same for all), state_bytes, train_rate and
+decode_rate (tokens a second), train_peak (bytes of the device). Evaluation is in the precision of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -59,7 +59,8 @@ LENGTHS = (1024, 16_384)
 DECODE_BATCH, DECODE_TOKENS = 16, 32
 CHECKPOINTS = 4
 """Checkpoints of a run, at equal distances."""
-
+PIECE = 4096
+"""Tokens of a prompt at a time."""
 
 MIXERS = ("RDN", "softmax", "RDN hybrid", "GDN", "RLA", "GDN sum")
 
@@ -96,26 +97,26 @@ def chosen(args: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfig]:
 
 
 def config_for(model: ModelConfig, args: argparse.Namespace, seed: int) -> Config:
-    """AdamW at one rate for all mixers, cosine to a tenth, one recall sequence in eight."""
+    """AdamW at one rate for all mixers, cosine to a tenth, one recall sequence in sixteen."""
     return Config(
         name="comparison",
         seed=seed,
         device=args.device,
         steps=args.steps,
         batch_tokens=args.batch_tokens,
-        micro_batch_tokens=args.batch_tokens,
+        micro_batch_tokens=args.micro_batch_tokens or args.batch_tokens,
         log_every=max(1, args.steps // 40),
         dtype="bfloat16" if args.device == "cuda" else "float32",
         model=model,
         optim=AdamWConfig(lr=args.lr, weight_decay=0.1),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=max(1, args.steps // 10), min_ratio=0.1),
         data=DataConfig(
-            corpus=args.corpus, seq_len=args.seq_len, recall_fraction=0.125, recall_warmup_steps=args.steps // 3
+            corpus=args.corpus, seq_len=args.seq_len, recall_fraction=1 / 16, recall_warmup_steps=args.steps // 4
         ),
         checkpoint=CheckpointConfig(every_steps=max(1, args.steps // CHECKPOINTS)),
         eval=EvalConfig(
             validation_tokens=args.validation_tokens,
-            checkpoint_tokens=args.validation_tokens // 4,
+            checkpoint_tokens=0,
             num_sequences=args.num_sequences,
             needle_lengths=tuple(args.seq_len * factor for factor in (1, 2, 4, 8)),
         ),
@@ -128,6 +129,12 @@ class Run:
     def __init__(self, name: str, model: ModelConfig, seed: int, args: argparse.Namespace) -> None:
         self.name, self.model, self.seed, self.args = name, model, seed, args
         self.folder = args.runs / f"{name.replace(' ', '-')}-seed{seed}-steps{args.steps}"
+
+    def work(self) -> None:
+        """Train, and judge and record what came to its last step."""
+        self.train()
+        if self.args.steps in self.steps():
+            write(self, self.args.steps, self.judge(self.args.steps))
 
     def train(self) -> None:
         """Train in a process, which is ended at the time that is set; a second call goes on."""
@@ -155,13 +162,14 @@ class Run:
             dtype = "bfloat16" if self.args.device == "cuda" else "float32"
             call = [sys.executable, "-m", "whimbrel", "eval", str(checkpoints.step_dir(self.folder, step)), "--json"]
             call += ["--tasks", "bpb", "mqar", "needle", "--device", self.args.device, "--dtype", dtype]
-            done.write_text(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+            with (self.folder / "log.txt").open("a") as log:
+                done.write_text(subprocess.run(call, check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout)
         return json.loads(done.read_text())
 
     def curve(self) -> list[tuple[int, float]]:
-        """(tokens, nats a token) at each checkpoint."""
+        """(tokens, nats a token of the batches since the tokens before)."""
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        return [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -170,17 +178,26 @@ def train(args: argparse.Namespace) -> None:
     found = chosen(args, TokenShards(args.corpus, "train").tokenizer().vocab_size)
     runs = [Run(name, found[name], seed, args) for seed in args.seeds for name in found]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(Run.train, runs))
-        runs = [run for run in runs if run.steps()]  # what failed has said so, and leaves the others their lines
-        common = set.intersection(*(run.steps() for run in runs)) if runs else set()
-        if not common:
-            sys.exit("no checkpoint is common to all runs; give more --seconds or fewer --steps")
-        step = max(common)
-        if step < args.steps:
-            print(f"judged after {step} of {args.steps} steps, the last that all runs reached", flush=True)
-        judged = {pool.submit(run.judge, step): run for run in runs}
-        for done in concurrent.futures.as_completed(judged):
-            write(judged[done], step, done.result())
+        done = [pool.submit(run.work) for run in runs]
+        concurrent.futures.wait(done)
+        runs = [run for run in runs if run.steps()]  # what failed has said so
+        if not runs:
+            sys.exit("no run came to a checkpoint; give more --seconds or fewer --steps")
+        if not all(args.steps in run.steps() for run in runs):
+            judge_together(runs, args, pool)
+    for future in done:
+        future.result()  # raises what an evaluation ended with
+
+
+def judge_together(runs: Sequence[Run], args: argparse.Namespace, pool: concurrent.futures.Executor) -> None:
+    """Judge and record all runs at the newest step of which every one has a checkpoint."""
+    step = max(set.intersection(*(run.steps() for run in runs)), default=0)
+    if not step:
+        sys.exit("no checkpoint is common to all runs; give more --seconds or fewer --steps")
+    print(f"judged after {step} of {args.steps} steps, the last that all runs reached", flush=True)
+    judged = {pool.submit(run.judge, step): run for run in runs}
+    for done in concurrent.futures.as_completed(judged):
+        write(judged[done], step, done.result())
 
 
 def write(run: Run, step: int, result: dict[str, Any]) -> None:
@@ -227,13 +244,14 @@ def speed(args: argparse.Namespace) -> None:
         }
         text = f"{name:12} training"
         for length in args.lengths:
-            rates = train_rates(model, length, args)
+            rates, peak = train_rates(model, length, args)
             given = {**params, "T": length, "tokens": args.batch_tokens}
             record("comparison", name, given, "train_rate", rates, "tokens/s", device=args.device, out=args.out)
-            text += f" {length}: {median(rates):,.0f} tokens/s;"
+            if peak:
+                record("comparison", name, given, "train_peak", peak, "bytes", device=args.device, out=args.out)
+            text += f" {length}: {median(rates):,.0f} tokens/s, {peak / 2**30:.1f} GiB;"
         text += " decoding"
-        for context in args.contexts:
-            rates = decode_rates(model, context, args.device)
+        for context, rates in decode_rates(model, args.contexts, args.device):
             held = state_bytes(model, context, bytes_per_element=2)
             total = held.recurrent + held.kv_cache
             given = {**params, "context": context, "B": DECODE_BATCH}
@@ -243,8 +261,8 @@ def speed(args: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
-def train_rates(model: ModelConfig, length: int, args: argparse.Namespace) -> list[float]:
-    """Tokens a second of forward, backward and update over sequences of `length`."""
+def train_rates(model: ModelConfig, length: int, args: argparse.Namespace) -> tuple[list[float], int]:
+    """Tokens a second of forward, backward and update over sequences of `length`, and the largest memory, in bytes."""
     decoder = build_model(model, seed=0).to(args.device)
     config = config_for(model, args, 0)
     optimizer = config.optim.build(config.optim.groups(decoder))
@@ -258,27 +276,34 @@ def train_rates(model: ModelConfig, length: int, args: argparse.Namespace) -> li
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    count = tokens[:, 1:].numel()
-    return [count / taken for taken in seconds(call, args.device, warmup=3, rounds=10 if args.device == "cuda" else 2)]
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = seconds(call, args.device, warmup=3, rounds=10 if cuda else 2)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return [tokens[:, 1:].numel() / taken for taken in times], peak
 
 
 @torch.no_grad()
-def decode_rates(model: ModelConfig, context: int, device: str) -> list[float]:
-    """Tokens a second of DECODE_BATCH sequences, one token of each a call, behind `context` tokens."""
+def decode_rates(model: ModelConfig, contexts: Sequence[int], device: str) -> Iterator[tuple[int, list[float]]]:
+    """For each of the contexts, from the shortest: tokens a second of DECODE_BATCH sequences behind so many tokens."""
     decoder = build_model(model, seed=0).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
-    prompt = torch.randint(model.vocab_size, (1, context), device=device)
-    cache = None
-    for piece in prompt.split(4096, dim=1):
-        _, cache = decoder(piece, cache, logits_to_keep=1)
-    # What the rows hold makes no difference to the time, so one prompt stands for all.
-    cache = tree_map(lambda state: state.repeat_interleave(DECODE_BATCH, 0), cache)
+    prompt = torch.randint(model.vocab_size, (1, max(contexts)), device=device)
     token = prompt[:, :1].expand(DECODE_BATCH, 1)
+    first, cache = 0, None
+    for context in sorted(contexts):
+        for piece in prompt[:, first:context].split(PIECE, dim=1):
+            _, cache = decoder(piece, cache, logits_to_keep=1)
+        first = context
+        # What the rows hold makes no difference to the time, so one prompt stands for all.
+        rows = tree_map(lambda state: state.repeat_interleave(DECODE_BATCH, 0), cache)
 
-    def call() -> None:
-        nonlocal cache
-        _, cache = decoder(token, cache, logits_to_keep=1)
+        def call() -> None:
+            nonlocal rows
+            _, rows = decoder(token, rows, logits_to_keep=1)
 
-    return [DECODE_BATCH / taken for taken in seconds(call, device, warmup=4, rounds=DECODE_TOKENS)]
+        yield context, [DECODE_BATCH / taken for taken in seconds(call, device, warmup=4, rounds=DECODE_TOKENS)]
+        del rows
 
 
 def seconds(call: Callable[[], None], device: str, *, warmup: int, rounds: int) -> list[float]:
@@ -299,11 +324,12 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=MIXERS)
     parser.add_argument("--corpus", default="demo", help="folder of token shards (whimbrel data)")
     parser.add_argument("--vocab-size", type=int, default=16_384, help="speed: train takes the corpus's")
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch-tokens", type=int, default=65_536)
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="train: of one forward pass; 0 for all")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

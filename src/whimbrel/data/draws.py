@@ -7,6 +7,8 @@ distributions that the data needs are made here from the raw stream of Philox (S
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -16,12 +18,12 @@ class Draws:
     def __init__(self, *counters: int) -> None:
         # Two words for each counter and their number in front: a seed sequence does not tell (1) from (1, 0).
         words = [word for counter in counters for word in (counter & 0xFFFFFFFF, counter >> 32)]
-        key = np.random.SeedSequence([len(counters), *words]).generate_state(2, np.uint64)
-        self._bits = np.random.Philox(key=key)
+        # Philox takes its key from the sequence. Given a key instead, it would first ask the system for a seed.
+        self._bits = np.random.Philox(np.random.SeedSequence([len(counters), *words]))
 
     def raw(self, *shape: int) -> np.ndarray:
         """Uniform 64-bit integers, uint64 of `shape`."""
-        return self._bits.random_raw(int(np.prod(shape))).reshape(shape)
+        return self._bits.random_raw(math.prod(shape)).reshape(shape)
 
     def below(self, limit: int, *shape: int) -> np.ndarray:
         """Uniform integers from 0 to `limit` - 1, int64 of `shape`; `limit` is at most 2**32."""
