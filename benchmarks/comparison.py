@@ -296,7 +296,7 @@ def decode_rates(model: ModelConfig, contexts: Sequence[int], device: str) -> It
             _, cache = decoder(piece, cache, logits_to_keep=1)
         first = context
         # What the rows hold makes no difference to the time, so one prompt stands for all.
-        rows = tree_map(lambda state: state.repeat_interleave(DECODE_BATCH, 0), cache)
+        rows = tree_map(lambda state: state if state is None else state.repeat_interleave(DECODE_BATCH, 0), cache)
 
         def call() -> None:
             nonlocal rows
