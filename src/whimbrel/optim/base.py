@@ -183,7 +183,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._in_backward: bool = getattr(self, "_in_backward", False)
         self._plans: dict[tuple[int, ...], list[Plan]] = {}
         self._rates: dict[int, Tensor] = {}
-        self._drawn: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
+        self._drawn: dict[tuple[int, int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
 
@@ -608,7 +608,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
 
         lr, device = group["lr"], plan.fused[0][0].matrices[0].weight.device
-        if not launch.GRAPHS or plan.replay is None or torch.cuda.is_current_stream_capturing():
+        if plan.replay is None or torch.cuda.is_current_stream_capturing():
             step(lr)
             return
         if not isinstance(lr, Tensor) or not lr.is_cuda:
@@ -749,10 +749,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
             )
             for matrix in batch
         )
-        role = group["seed"], batch[0].offset
-        if role not in self._drawn or self._drawn[role][0] != found:
-            self._drawn[role] = found, to_device(torch.tensor(found), batch[0].weight.device)
-        return self._drawn[role][1]
+        role = group["seed"], batch[0].offset, len(batch)
+        held = self._drawn.get(role)
+        if held is None or held[0] != found:
+            words = to_device(torch.tensor(found), batch[0].weight.device)
+            # in their place, where replayed launches read them
+            self._drawn[role] = held = found, words if held is None else held[1].copy_(words)
+        return held[1]
 
     def _phase(self, group: dict[str, Any], offset: int) -> int:
         """Steps before this one, shifted so that refreshes fall on multiples of `refresh_steps`."""

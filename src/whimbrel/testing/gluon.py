@@ -51,6 +51,9 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
+
     def load(self, layout: Any = None) -> Tensor:
         return _value(self.data.clone())
 
@@ -68,37 +71,39 @@ class Barrier:
     def __init__(self) -> None:
         self.phases = 0
         self.count = self.arrivals = 1
-        self.pending: int | None = None
+        self.pending = 0
         self.changed = threading.Condition()
 
     def expect(self, count: int) -> None:
         with self.changed:
-            assert self.pending is None, "a phase began before the last one ended"
-            self.pending = count
+            self.pending += count
+            self._arrive()
 
     def take(self, count: int) -> None:
         with self.changed:
-            left = (self.pending or 0) - count
-            assert left >= 0, "more bytes came than the barrier expects"
-            self.pending = left or None
-            if not left:
-                self._next()
+            self.pending -= count
+            assert self.pending >= 0, "more bytes came than the barrier expects"
+            self._end()
 
     def arrive(self) -> None:
         with self.changed:
-            self.arrivals -= 1
-            if not self.arrivals:
-                self.arrivals = self.count
-                self._next()
+            self._arrive()
+
+    def _arrive(self) -> None:
+        assert self.arrivals, "a phase began before the last one ended"
+        self.arrivals -= 1
+        self._end()
+
+    def _end(self) -> None:
+        if not self.arrivals and not self.pending:
+            self.arrivals = self.count
+            self.phases += 1
+            self.changed.notify_all()
 
     def wait(self, phase: int) -> None:
         with self.changed:
             if not self.changed.wait_for(lambda: self.phases & 1 != phase, _PATIENCE):
                 raise RuntimeError(f"phase {phase} of a barrier never ended")
-
-    def _next(self) -> None:
-        self.phases += 1
-        self.changed.notify_all()
 
 
 def _set_count(barrier: Barrier, count: int) -> None:

@@ -70,11 +70,50 @@ def bring_gradients(
 
 
 @gluon.jit
+def load_gradients(
+    memory, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R: gl.constexpr,
+    BR: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What copies cannot bring: rows that begin anywhere, by way of registers, each tile asked for one turn early."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    COLUMNS: gl.constexpr = (R + BR - 1) // BR
+    row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
+    turn = 0
+    for job in range(pid, jobs, programs):
+        i, _, band, column = place_of(job, bands, COLUMNS, 1)
+        at = band * 128 + gl.arange(0, 128, gl.SliceLayout(0, FLAT))
+        held = (at < n)[None, :]
+        start = memory + gl.load(g_at + i).to(gl.int64) * unit
+        basis = gl.load(p_at + i)
+        spot = row[:, None] * n + at[None, :]
+        following = gl.load(start + spot, mask=(row < m)[:, None] & held, other=0.0)
+        squares = gl.zeros([128], gl.float32, gl.SliceLayout(0, FLAT))
+        for step in range(steps):
+            x = following
+            later = row + (step + 1) * 64
+            following = gl.load(start + (later[:, None] * n + at[None, :]), mask=(later < m)[:, None] & held, other=0.0)
+            stage = turn % STAGES
+            mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * 64 * BR)
+            copy(p, [basis, step * 64, column * BR], full.index(stage), p_s.index(stage), 64, BR)
+            g_s.index(stage).store(x)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(full.index(stage))
+            if column == 0:
+                wide = x.to(gl.float32)
+                squares += gl.sum(wide * wide, 0)
+            turn += 1
+        if column == 0:
+            gl.store(sums + (i * n + at), squares, mask=at < n)
+
+
+@gluon.jit
 def multiply_gradients(
     low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R: gl.constexpr, BR: gl.constexpr,
-    LEFT: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+    LEFT: gl.constexpr, FOLD: gl.constexpr, LOADED: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """low and sums of 64 slices of each job."""
+    """low and sums of 64 slices of each job; the latter are left to `load_gradients` where it is at work."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BR, 16])
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     ALONG: gl.constexpr = 0 if LEFT else 1
@@ -83,22 +122,27 @@ def multiply_gradients(
     for job in range(pid, jobs, programs):
         i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
         acc = gl.zeros([64, BR], gl.float32, ACC)
-        squares = gl.zeros([64, 64], gl.float32, FLAT)
+        if not LOADED:
+            squares = gl.zeros([64, 64], gl.float32, FLAT)
         for step in range(steps):
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            tile = g_s.index(stage * 2 + HALF)
+            if LOADED:
+                tile = g_s.index(stage).slice(HALF * 64, 64, 1)
+            else:
+                tile = g_s.index(stage * 2 + HALF)
             if LEFT:
                 acc = warpgroup_mma(tile.permute((1, 0)), p_s.index(stage), acc, is_async=True)
             else:
                 acc = warpgroup_mma(tile, p_s.index(stage), acc, is_async=True)
-            if column == 0:
-                x = tile.load(FLAT).to(gl.float32)
-                if FOLD > 1:
-                    # around a row lie others
-                    k = step * 64 - q * n % 8 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
-                    x = gl.where(((k >= 0) & (k < n))[None, :], x, 0.0)
-                squares += x * x
+            if not LOADED:
+                if column == 0:
+                    x = tile.load(FLAT).to(gl.float32)
+                    if FOLD > 1:
+                        # around a row lie others
+                        k = step * 64 - q * n % 8 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
+                        x = gl.where(((k >= 0) & (k < n))[None, :], x, 0.0)
+                    squares += x * x
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if step > 0:
                 # what threads have read comes before what the copy engine writes
@@ -124,8 +168,9 @@ def multiply_gradients(
         if R % BR:
             held = held & (j < R)[None, :]
         gl.store(low + spot, acc.to(gl.bfloat16), mask=held)
-        if column == 0:
-            gl.store(sums + (i * count + flat), gl.sum(squares, ALONG), mask=flat < count)
+        if not LOADED:
+            if column == 0:
+                gl.store(sums + (i * count + flat), gl.sum(squares, ALONG), mask=flat < count)
 
 
 @gluon.jit(do_not_specialize=["jobs", "programs", "bands", "steps", "m", "n"])
@@ -153,14 +198,14 @@ def project(
             (
                 multiply_gradients,
                 (
-                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, LEFT, FOLD,
+                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, LEFT, FOLD, False,
                     STAGES, gl.constexpr(0),
                 ),
             ),
             (
                 multiply_gradients,
                 (
-                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, LEFT, FOLD,
+                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, LEFT, FOLD, False,
                     STAGES, gl.constexpr(1),
                 ),
             ),
@@ -177,12 +222,74 @@ def project(
     )  # fmt: skip
 
 
+@gluon.jit(do_not_specialize=["unit", "jobs", "programs", "bands", "steps", "m", "n"])
+def project_unaligned(
+    memory, unit, p, g_at, p_at, low, sums, jobs, programs, bands, steps, m, n, R: gl.constexpr, BR: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `project` where columns are slices, and rows begin anywhere.
+
+    memory: where the gradients begin; unit: elements that g_at counts.
+    """
+    g_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 128], gl.NVMMASharedLayout(128, 16, 2))
+    p_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BR], gl.NVMMASharedLayout(128, 16, 2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(free.index(i), count=2)
+    barrier()
+    pid = gl.program_id(0)
+    gl.warp_specialize(
+        [
+            (
+                multiply_gradients,
+                (
+                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, True, 1, True,
+                    STAGES, gl.constexpr(0),
+                ),
+            ),
+            (
+                multiply_gradients,
+                (
+                    low, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R, BR, True, 1, True,
+                    STAGES, gl.constexpr(1),
+                ),
+            ),
+            (
+                load_gradients,
+                (
+                    memory, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n,
+                    R, BR, STAGES,
+                ),
+            ),
+        ],
+        [4, 4],
+        [168, 176],
+    )  # fmt: skip
+
+
+@gluon.jit
+def bring_rows(
+    a, rows, band, q, a_s, full, free, turn, FIRST: gl.constexpr, COUNT: gl.constexpr, R: gl.constexpr,
+    PLACES: gl.constexpr,
+):  # fmt: skip
+    """COUNT chunks of 128 rows of the factor that stays."""
+    mbarrier.wait(free.index(0), (turn & 1) ^ 1)
+    mbarrier.expect(full.index(0), 2 * 128 * 64 * COUNT)
+    for half in gl.static_range(2):
+        for c in gl.static_range(COUNT):
+            spot = [rows, band * 128 + half * 64, q * R + (FIRST + c) * 64]
+            copy(a, spot, full.index(0), a_s.index(half * PLACES + c), 64, 64)
+
+
 @gluon.jit
 def bring_factors(
     a, b, a_at, b_at, actives, a_s, b_s, a_full, a_free, b_full, b_free, jobs, programs, pid, bands, tiles, n,
-    R: gl.constexpr, SEGMENTS: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, SEGMENTS: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     CHUNKS: gl.constexpr = (R + 63) // 64
+    PLACES: gl.constexpr = CHUNKS - HELD
     turn = 0
     step = 0
     for job in range(pid, jobs, programs):
@@ -190,12 +297,10 @@ def bring_factors(
         if gl.load(actives + i) != 0:
             rows = gl.load(a_at + i)
             columns = gl.load(b_at + i)
-            mbarrier.wait(a_free.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(a_full.index(0), 2 * 128 * 64 * CHUNKS)
-            for half in gl.static_range(2):
-                for c in gl.static_range(CHUNKS):
-                    spot = [rows, band * 128 + half * 64, q * R + c * 64]
-                    copy(a, spot, a_full.index(0), a_s.index(half * CHUNKS + c), 64, 64)
+            if HELD:
+                bring_rows(a, rows, band, q, a_s, a_full, a_free, turn, 0, HELD, R, PLACES)
+                turn += 1
+            bring_rows(a, rows, band, q, a_s, a_full, a_free, turn, HELD, PLACES, R, PLACES)
             turn += 1
             skew = q * n % 8
             each = (tiles + SEGMENTS - 1) // SEGMENTS
@@ -252,11 +357,12 @@ def write_rows(
     w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full, a_free, b_full,
     b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R: gl.constexpr,
     SEGMENTS: gl.constexpr, LEFT: gl.constexpr, FOLD: gl.constexpr, HAS_GRAD: gl.constexpr,
-    STOCHASTIC: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HALF: gl.constexpr,
+    STOCHASTIC: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HELD: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each job."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     CHUNKS: gl.constexpr = (R + 63) // 64
+    PLACES: gl.constexpr = CHUNKS - HELD
     TILES: gl.constexpr = 4 if HAS_GRAD else 2
     a_turn = 0
     turn = 0
@@ -272,16 +378,23 @@ def write_rows(
             if HAS_GRAD and not LEFT:
                 factor = gl.load(on_grad + i * m + at, mask=at < m, other=0.0)[:, None]
             each = (tiles + SEGMENTS - 1) // SEGMENTS
+            kept = ()
+            if HELD:
+                mbarrier.wait(a_full.index(0), a_turn & 1)
+                for c in gl.static_range(HELD):
+                    kept = kept + (a_s.index(HALF * PLACES + c).load(gl.DotOperandLayout(0, ACC, 2)),)
+                fence_async_shared()
+                barrier()
+                mbarrier.arrive(a_free.index(0))
+                a_turn += 1
             mbarrier.wait(a_full.index(0), a_turn & 1)
             for tile in range(segment * each, gl.minimum(tiles, segment * each + each)):
                 acc = gl.zeros([64, 128], gl.float32, ACC)
                 for c in gl.static_range(CHUNKS):
                     stage = (step + c) % STAGES
                     mbarrier.wait(b_full.index(stage), ((step + c) // STAGES) & 1)
-                    acc = warpgroup_mma(
-                        a_s.index(HALF * CHUNKS + c), b_s.index(stage).permute((1, 0)), acc, use_acc=c > 0,
-                        is_async=True,
-                    )  # fmt: skip
+                    part = kept[c] if c < HELD else a_s.index(HALF * PLACES + c - HELD)
+                    acc = warpgroup_mma(part, b_s.index(stage).permute((1, 0)), acc, use_acc=c > 0, is_async=True)
                     if c > 0:
                         acc = warpgroup_mma_wait(1, deps=(acc,))
                         barrier()
@@ -337,6 +450,7 @@ def write(
     w, g, a, b, memory, unit, w_at, g_at, a_at, b_at, actives, on_grad, shares, row_words, column_words, jobs,
     programs, bands, tiles, m, n, first_column, R: gl.constexpr, SEGMENTS: gl.constexpr, LEFT: gl.constexpr,
     FOLD: gl.constexpr, HAS_GRAD: gl.constexpr, STOCHASTIC: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    HELD: gl.constexpr,
 ):  # fmt: skip
     """W - a b^T - on_grad G, then less its share of decay, of matrices that are active.
 
@@ -347,7 +461,7 @@ def write(
     """
     CHUNKS: gl.constexpr = (R + 63) // 64
     FLAT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    a_s = gl.allocate_shared_memory(gl.bfloat16, [2 * CHUNKS, 64, 64], FLAT)
+    a_s = gl.allocate_shared_memory(gl.bfloat16, [2 * (CHUNKS - HELD), 64, 64], FLAT)
     b_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 128, 64], FLAT)
     x_s = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, 128], FLAT)
     a_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -373,7 +487,7 @@ def write(
                 (
                     w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full,
                     a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
-                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, gl.constexpr(0),
+                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(0),
                 ),
             ),
             (
@@ -381,14 +495,14 @@ def write(
                 (
                     w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full,
                     a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
-                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, gl.constexpr(1),
+                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(1),
                 ),
             ),
             (
                 bring_factors,
                 (
                     a, b, a_at, b_at, actives, a_s, b_s, a_full, a_free, b_full, b_free, jobs, programs, pid, bands,
-                    tiles, n, R, SEGMENTS, FOLD, STAGES,
+                    tiles, n, R, SEGMENTS, FOLD, STAGES, HELD,
                 ),
             ),
             (

@@ -31,9 +31,6 @@ TILE_ELEMENTS = 1 << 11
 HOPPER_RANK = 512
 """Largest rank of the kernels for Hopper: 128 rows of a factor stay in shared memory."""
 
-GRAPHS = False
-"""Whether equal steps are replayed as CUDA graphs."""
-
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 
@@ -107,6 +104,10 @@ class Batch:
             self._moves += 1
         return held[1]
 
+    def lowest(self, role: str) -> Tensor:
+        """The tensor among gradients ("grad") or weights ("weight") that lies first in memory."""
+        return min((getattr(matrix, role) for matrix in self.matrices), key=Tensor.data_ptr)
+
     def moves(self) -> int:
         """How often a tensor of these matrices has been seen at another address."""
         self.table("grad", [matrix.grad for matrix in self.matrices])
@@ -121,32 +122,43 @@ class Batch:
 
 
 class Replay:
-    """The launches of a step, replayed as a CUDA graph where the step before was the same.
+    """The launches of a step, replayed as a CUDA graph where steps before were the same.
 
-    What a step reads is at the same addresses then. Its scratch, a tenth of the state at most, stays allocated.
+    What a step reads is at the same addresses then. Its scratch, a tenth of the state at most, stays allocated. The
+    n-th recording, which takes as long as some steps, waits for 2^(n - 1) equal steps.
     """
 
     def __init__(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._known: object = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._equal = 0
+        self._patience = 1
 
     def run(self, known: object, device: torch.device, step: Callable[[], None]) -> None:
         """Take a step, of which `known` says all that its launches depend on."""
         if known != self._known:
-            self._known, self._graph = known, None
+            self._known, self._equal, self.graph = known, 0, None
+        if self.graph is None and self._equal < self._patience:
+            self._equal += 1
             step()
             return
-        if self._graph is None:
-            self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self._graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    step()
-                finally:
-                    self._graph.capture_end()
-            torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph.replay()
+        if self.graph is None:
+            self._patience *= 2
+            self.graph = _record(device, step)
+        self.graph.replay()
+
+
+def _record(device: torch.device, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph
 
 
 def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
@@ -237,7 +249,7 @@ def fused_step(
     column_words = words.view(torch.int32)
     # where a process holds no slice there is nothing to launch, but sums to join
     held = number if s else 0
-    if hopper and (not left or batch.fold == 1):
+    if hopper:
         _project_hopper(batch, grads_at, bases_at, low, sums, d)
     elif held:
         tile = _project_tile(dot, r)
@@ -441,7 +453,7 @@ def _bases(
         launch(passes.unpack, grid, bases, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
     else:
         launch(passes.narrow, grid, bases, batch.state("basis").places, d * r, BLOCK=TILE_ELEMENTS)
-    return bases, batch.adjoining(bases, places=not hopper or (batch.left and batch.fold > 1))
+    return bases, batch.adjoining(bases, places=not hopper)
 
 
 def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums: Tensor, d: int) -> None:
@@ -449,31 +461,19 @@ def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums:
 
     (m, n), (number, _, r) = batch.matrices[0].weight.shape, low.shape
     columns = min(256, max(64, _power(r)))
-    bands = _cdiv(n, 128) if batch.left else _cdiv(m // batch.fold, 128)
-    jobs = number * batch.fold * bands * _cdiv(r, columns)
+    fold = 1 if batch.left else batch.fold
+    bands = _cdiv(n, 128) if batch.left else _cdiv(m // fold, 128)
+    jobs = number * fold * bands * _cdiv(r, columns)
     programs = min(jobs, _multiprocessors(low.device))
-    launch(
-        hopper.project,
-        programs,
-        grads.blocks(m, n, batch.fold, (64, 64)),
-        bases.blocks(d, r, 1, (64, columns)),
-        grads.units,
-        bases.units,
-        low,
-        sums,
-        jobs,
-        programs,
-        bands,
-        _cdiv(d + (7 if batch.fold > 1 else 0), 64),
-        m,
-        n,
-        R=r,
-        BR=columns,
-        LEFT=batch.left,
-        FOLD=batch.fold,
-        STAGES=4 if columns == 256 else 6,
-        num_warps=4,
-    )
+    steps = _cdiv(d + (7 if fold > 1 else 0), 64)
+    factors = bases.blocks(d, r, 1, (64, columns))
+    after = grads.units, bases.units, low, sums, jobs, programs, bands, steps, m, n
+    constants = {"R": r, "BR": columns, "STAGES": 4 if columns == 256 else 6, "num_warps": 4}
+    if batch.left and batch.fold > 1:
+        launch(hopper.project_unaligned, programs, batch.lowest("grad"), grads.unit // 2, factors, *after, **constants)
+    else:
+        blocks = grads.blocks(m, n, fold, (64, 64))
+        launch(hopper.project, programs, blocks, factors, *after, LEFT=batch.left, FOLD=fold, **constants)
 
 
 def _write_hopper(
@@ -496,7 +496,7 @@ def _write_hopper(
     from whimbrel.optim.kernels import hopper
 
     (m, n), (number, _, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
-    stages, slots = _write_stages(r)
+    stages, slots, held = _write_stages(r)
     bands, tiles = _cdiv(m // fold, 128), _cdiv(n + (7 if fold > 1 else 0), 128)
     most = _multiprocessors(inside.device)
     segments = min((1, 2, 4, 8), key=lambda x: _cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
@@ -511,7 +511,7 @@ def _write_hopper(
         grads.blocks(m, n, fold, (64, 128)),
         rows.blocks(m, r, fold, (64, 64)),
         columns.blocks(n, r, 1, (128, 64)),
-        min((matrix.weight for matrix in batch.matrices), key=Tensor.data_ptr),
+        batch.lowest("weight"),
         weights.unit // 2,
         weights.units,
         grads.units,
@@ -537,16 +537,20 @@ def _write_hopper(
         STOCHASTIC=stochastic,
         STAGES=stages,
         SLOTS=slots,
+        HELD=held,
         num_warps=4,
     )
 
 
-def _write_stages(rank: int) -> tuple[int, int]:
-    """Blocks of the streamed factor, and of weights and gradients, of 16 KB each beside the factor that stays."""
+def _write_stages(rank: int) -> tuple[int, int, int]:
+    """Places of 16 KB for the streamed factor, for weights and gradients, and chunks of the other one in registers.
+
+    Of the factor that stays at most 64 KB lie in shared memory, as with few places the streamed one comes too late.
+    """
     chunks = _cdiv(rank, 64)
-    # a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is, as copies may
-    # overtake each other by more than one phase of its barrier
-    return (4, 8) if chunks <= 2 else (4, 4) if chunks <= 6 else (2, 4)
+    # the second is a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is, as
+    # copies may overtake each other by more than one phase of its barrier
+    return (4, 8, 0) if chunks <= 2 else (6, 4, max(0, chunks - 4))
 
 
 def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:

@@ -66,13 +66,6 @@ def _bits(row, start, column):
 
 
 @triton.jit
-def _tile(grad, at, first, s, d, grad_s, grad_d, BD: tl.constexpr):
-    inside = first + tl.arange(0, BD)
-    mask = (at[:, None] < s) & (inside[None, :] < d)
-    return tl.load(grad + at[:, None] * grad_s + inside[None, :] * grad_d, mask=mask, other=0.0)
-
-
-@triton.jit
 def project(
     grads,
     bases,
@@ -91,12 +84,8 @@ def project(
     BS: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
-    AHEAD: tl.constexpr = False,
 ):
-    """low = grad basis, and sums [B, s] of squares of each slice of the gradient.
-
-    AHEAD: a tile of the gradient is asked for one turn early, for loads too narrow to be copied in the background.
-    """
+    """low = grad basis, and sums [B, s] of squares of each slice of the gradient."""
     at = tl.program_id(0) * BS + tl.arange(0, BS)
     column = tl.program_id(1) * BR + tl.arange(0, BR)
     matrix = tl.program_id(2).to(tl.int64)
@@ -104,14 +93,13 @@ def project(
     basis = tl.multiple_of(tl.load(bases + matrix).to(tl.pointer_type(BASIS)), ALIGN)
     acc = tl.zeros([BS, BR], tl.float32)
     squares = tl.zeros([BS, BD], tl.float32)
-    following = _tile(grad, at, 0, s, d, grad_s, grad_d, BD)
     for first in range(0, d, BD):
         inside = first + tl.arange(0, BD)
-        if AHEAD:
-            g = following
-            following = _tile(grad, at, first + BD, s, d, grad_s, grad_d, BD)
-        else:
-            g = _tile(grad, at, first, s, d, grad_s, grad_d, BD)
+        g = tl.load(
+            grad + at[:, None] * grad_s + inside[None, :] * grad_d,
+            mask=(at[:, None] < s) & (inside[None, :] < d),
+            other=0.0,
+        )
         p = tl.load(
             basis + inside[:, None] * r + column[None, :],
             mask=(inside[:, None] < d) & (column[None, :] < r),
