@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
+REFRESH_SHARE = 64
+"""Bases fitted in one step are at most this part of all, as far as that allows one: equal ones together take little more
+time than one, and what their fits need beside the state stays below a twentieth of it."""
 PIECE_ELEMENTS = 1 << 24
 """Most elements of a parameter in few bits, outside of low-rank groups, that are stepped at once: beside its state a
 step takes some 40 bytes for each, which for all of an embedding would be more than the state of all matrices."""
@@ -60,7 +63,7 @@ ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach"
 class Projected(NamedTuple):
     """B gradients of one shape on their way through a step.
 
-    grad [B, m, n], float32, zero where not active (where only a refresh follows: as it is); slice_norm [B, n] or
+    grad [B, m, n], float32, zero where not active; slice_norm [B, n] or
     [B, m], the norm of each slice; active [B], false where the gradient is zero or not finite; basis [B, d, r]. Under a
     spread they are the parts that this process holds, slice_norm that of the slices which it owns.
     """
@@ -184,7 +187,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, ...], list[Plan]] = {}
         self._rates: dict[int, Tensor] = {}
         self._drawn: dict[tuple[int, int, int], tuple[tuple[int, ...], Tensor]] = {}
-        self._num_matrices = 0
+        self._turns: dict[int, int] = {}
+        self._num_turns = self._num_rows = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -309,10 +313,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
         low_rank = [param for group in self.param_groups if group["low_rank"] for param in group["params"]]
         others = [param for group in self.param_groups if not group["low_rank"] for param in group["params"]]
         counts = [count_matrices(param) for param in low_rank]
-        self._num_matrices = sum(counts)
+        self._num_rows = sum(max(param.shape[-2:]) * count for param, count in zip(low_rank, counts, strict=True))
         starts = itertools.accumulate([0, *counts, *[1] * len(others)])
         self._offsets = dict(zip([*low_rank, *others], starts, strict=False))
         self._home = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
+        alike: dict[object, list[int]] = {}
+        for param, count in zip(low_rank, counts, strict=True):
+            offsets = range(self._offsets[param], self._offsets[param] + count)
+            alike.setdefault((self._home[param], tuple(param.shape[-2:])), []).extend(offsets)
+        turns = []
+        for (_, shape), offsets in alike.items():
+            size = self._together(shape)
+            turns += [offsets[i : i + size] for i in range(0, len(offsets), size)]
+        self._turns = {offset: turn for turn, offsets in enumerate(turns) for offset in offsets}
+        self._num_turns = len(turns)
+
+    def _together(self, shape: Sequence[int]) -> int:
+        """How many matrices of one shape get new bases in the same step."""
+        return max(1, self._num_rows // REFRESH_SHARE // max(shape))
 
     def _matrices(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Matrix]:
         found: list[Matrix] = []
@@ -543,8 +561,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if fresh or due:
             refreshed = [matrix for matrix in plan.found if matrix.key in due or matrix.key in fresh]
         apart = self._fit_apart(group, refreshed, fresh)
-        for batch in batches([matrix for matrix in refreshed if matrix.key in plan.taken]):
-            self._refresh_some(group, batch, self._for_refresh(group, batch), due, fresh, apart)
+        for keys, most in (fresh, None), (due, self._together):
+            for batch in batches([x for x in refreshed if x.key in plan.taken and x.key in keys], most):
+                self._refresh_alone(group, batch, fresh, apart)
         if plan.fused:
             self._step_fused(group, plan)
         for batch in batches(plan.others):
@@ -659,17 +678,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         chosen: Sequence[Matrix],
-        grad: Tensor,
+        grad: Tensor | list[Tensor],
         side: str,
         fresh: set[Key],
         old: Tensor | None = None,
         spread: Spread = WHOLE,
     ) -> Tensor:
-        """Bases [B, d, r] of gradients [B, m, n], or their parts under a spread; all first ones, or all later ones."""
-        rank = group["rank"]
+        """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones."""
+        rank, first = group["rank"], chosen[0].key in fresh
+        if not isinstance(grad, Tensor) and (first or group["refresh"] == "exact"):
+            grad = storage.stack(grad)
         if group["refresh"] == "exact":
             return lowrank.fit_exact(self._whole(chosen, grad, side, spread).float(), side, rank)
-        if chosen[0].key in fresh:
+        if first:
             noise = spread.depth.cut(self._noise(group, chosen, grad.device, side), -2)
             return spread.depth.join(lowrank.fit_first(grad.float(), noise, side, rank, spread=spread), -2)
         old = self._basis(group, chosen) if old is None else old
@@ -693,10 +714,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
         fresh: set[Key],
         apart: dict[Key, Tensor],
     ) -> None:
+        """Fit bases anew, in the states and in `projected`."""
         for keys in (fresh, due):
-            chosen = [i for i, matrix in enumerate(batch) if matrix.key in keys]
-            if chosen:
-                self._refresh(group, batch, projected, chosen, fresh, apart)
+            indices = [i for i, matrix in enumerate(batch) if matrix.key in keys]
+            if not indices:
+                continue
+            grad, active = projected.grad, projected.active
+            if len(indices) < len(batch):
+                grad, active = (torch.stack([t[i] for i in indices]) for t in (grad, active))
+            chosen = [batch[i] for i in indices]
+            self._refresh(group, chosen, grad, active, fresh, apart)
+            stored = projected.spread.depth.cut(self._basis(group, chosen), -2)
+            for i, basis in zip(indices, stored.unbind(), strict=True):
+                projected.basis[i].copy_(basis)
+
+    def _refresh_alone(
+        self, group: dict[str, Any], batch: list[Matrix], fresh: set[Key], apart: dict[Key, Tensor]
+    ) -> None:
+        """Fit bases anew where the kernels do the step: from gradients in their own dtype and at their own scale."""
+        grads = [matrix.grad for matrix in batch]
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        active = self._active(batch[0].spread.everywhere(norms.square()))
+        self._refresh(group, batch, grads, active, fresh, apart)
 
     def _gap(self, group: dict[str, Any], matrix: Matrix) -> int:
         """Candidates from one refresh of the matrix to the next: 1, or more where refreshes are lazy."""
@@ -762,7 +801,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return group["step"] - 1 + self._shift(group, offset)
 
     def _shift(self, group: dict[str, Any], offset: int) -> int:
-        return offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
+        return self._turns[offset] * group["refresh_steps"] // self._num_turns if group["stagger"] else 0
 
     def _project(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
         side, spread = resolve_side(group["side"], batch[0].shape), batch[0].spread
@@ -781,14 +820,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             spread,
         )
 
-    def _for_refresh(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
-        """What a refresh reads, where the kernels do the step: gradients in their own dtype and at their own scale."""
-        grad, spread = storage.stack([matrix.grad for matrix in batch]), batch[0].spread
-        norm = torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float32)
-        active = self._active(spread.everywhere(norm.square()))
-        side = resolve_side(group["side"], batch[0].shape)
-        return Projected(grad, norm[:, None], active, spread.depth.cut(self._basis(group, batch), -2), side, spread)
-
     def _active(self, total: Tensor) -> Tensor:
         """Which matrices [B] are stepped, by the squares of their norms."""
         active, usable = total.isfinite() & (total > 0), self._usable()
@@ -804,18 +835,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _refresh(
         self,
         group: dict[str, Any],
-        batch: list[Matrix],
-        projected: Projected,
-        indices: list[int],
+        chosen: Sequence[Matrix],
+        grad: Tensor | list[Tensor],
+        active: Tensor,
         fresh: set[Key],
         apart: dict[Key, Tensor],
     ) -> None:
-        """Fit the bases of the chosen matrices anew, in the state and in `projected`."""
-        chosen, spread, side = [batch[i] for i in indices], projected.spread, projected.side
-        whole = len(chosen) == len(batch)
-        grad, active = (
-            t if whole else torch.stack([t[i] for i in indices]) for t in (projected.grad, projected.active)
-        )
+        """Fit the bases of B matrices anew where they are active [B]."""
+        spread, side = chosen[0].spread, resolve_side(group["side"], chosen[0].shape)
         old = self._basis(group, chosen)
         if all(matrix.key in apart for matrix in chosen):
             new = torch.stack([apart[matrix.key] for matrix in chosen])
@@ -843,9 +870,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             storage.store(states, "refresh_gap", gaps)
             self._gaps |= {matrix.key: HostCopy(gap) for matrix, gap in zip(chosen, gaps.unbind(), strict=True)}
         storage.write_basis(states, new)
-        stored = spread.depth.cut(storage.read_basis(states, new.shape[-2]), -2)
-        for i, basis in zip(indices, stored.unbind(), strict=True):
-            projected.basis[i].copy_(basis)
 
     def _moments(self, batch: Sequence[Matrix], side: str) -> lowrank.Moments:
         """Step [B], and both moments in float32 and the shape of the projected gradient."""

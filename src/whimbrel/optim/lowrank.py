@@ -99,8 +99,15 @@ def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
     return counter.lattice(key, rows, columns).sub_(1 << 15).short()
 
 
+def times(matrices: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
+    """Products [B, m, k] of matrices [B, m, n], or of B matrices that lie anywhere, with x [B, n, k]."""
+    if isinstance(matrices, Tensor):
+        return matrices @ x
+    return torch.stack([matrix @ columns for matrix, columns in zip(matrices, x.unbind(), strict=True)])
+
+
 def iterate(
-    grad: Tensor,
+    grad: Tensor | Sequence[Tensor],
     start: Tensor,
     side: str,
     iterations: int,
@@ -114,11 +121,17 @@ def iterate(
     below about 3e-4 of the largest are lost in float32. All but the last only keep the columns apart.
     products: dtype of the factors; in that of a gradient in bfloat16 they run on its matrix units.
     """
-    g = (grad if side == "left" else grad.mT).to(products)
+    g: Tensor | list[Tensor]
+    if isinstance(grad, Tensor):
+        g = (grad if side == "left" else grad.mT).to(products)
+        transposed = g.mT
+    else:
+        g = [(x if side == "left" else x.mT).to(products) for x in grad]
+        transposed = [x.mT for x in g]
     for done in range(1, iterations + 1):
-        middle = spread.depth.sum((g.mT @ start.to(products)).to(start.dtype))
+        middle = spread.depth.sum(times(transposed, start.to(products)).to(start.dtype))
         middle = orthonormal(middle, rounds=1, split=spread.slices)
-        start = spread.slices.sum((g @ middle.to(products)).to(start.dtype))
+        start = spread.slices.sum(times(g, middle.to(products)).to(start.dtype))
         start = orthonormal(start, rounds=2 if done == iterations else 1, split=spread.depth)
     return start
 
@@ -134,9 +147,12 @@ def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int, *, spread: Spre
 
 
 def fit_warm(
-    grad: Tensor, basis: Tensor, side: str, *, products: torch.dtype = torch.float32, spread: Spread = WHOLE
+    grad: Tensor | Sequence[Tensor], basis: Tensor, side: str, *, products: torch.dtype = torch.float32, spread: Spread = WHOLE
 ) -> Tensor:
-    """Leading directions by power iteration from the basis before, whose order and signs it keeps."""
+    """Leading directions by power iteration from the basis before, whose order and signs it keeps.
+
+    grad: [B, m, n], or B matrices, which are then not stacked.
+    """
     return iterate(grad, basis, side, WARM_ITERATIONS, products=products, spread=spread)
 
 

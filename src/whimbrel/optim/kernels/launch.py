@@ -20,12 +20,12 @@ from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 from whimbrel.optim.matrix import Matrix
 from whimbrel.scan.kernels.quick import Address, Blocks, launch
 
-SCRATCH_ELEMENTS = 1 << 26
-"""Most elements of one low-rank tensor of a batch: 4 bytes each are held during its step (8 in float32)."""
-SCRATCH_SHARE = 9
-"""A batch holds at most this part of all low-rank elements, so that a step needs less than a tenth of the state."""
-FEW_ELEMENTS = 1 << 22
-"""A batch may always hold so many, since small batches leave a GPU waiting for launches."""
+SCRATCH = 1 << 28
+"""Most bytes that a batch holds during its step beside the state."""
+SCRATCH_SHARE = 24
+"""A batch holds at most this part of the bytes of the state, so that with a refresh a step needs less than a tenth."""
+FEW = 1 << 24
+"""A batch may always hold so many bytes, since small batches leave a GPU idle between them."""
 TILE_ELEMENTS = 1 << 11
 """Elements that a program of the low-rank kernels holds of each tensor."""
 HOPPER_RANK = 512
@@ -249,6 +249,8 @@ def fused_step(
     column_words = words.view(torch.int32)
     # where a process holds no slice there is nothing to launch, but sums to join
     held = number if s else 0
+    # a program for each matrix has little to do but to wait, so it asks for all at once
+    each = min(8192, max(256, _power(max(s, 1))))
     if hopper:
         _project_hopper(batch, grads_at, bases_at, low, sums, d)
     elif held:
@@ -297,7 +299,8 @@ def fused_step(
         HAS_FOUND=found_inf is not None,
         HAS_TOTAL=spread.split,
         HAS_WORDS=hopper,
-        BS=1024,
+        BS=each,
+        num_warps=8,
     )
     wide = max(16, _power(r))
     rows = max(1, TILE_ELEMENTS // wide)
@@ -378,7 +381,7 @@ def fused_step(
             HAS_GRAD=outside,
             EARLY=factors.early,
             MATRIX=factors.matrix,
-            BS=2048,
+            BS=each,
             num_warps=8,
         )
     if inside and held:
@@ -553,6 +556,14 @@ def _write_stages(rank: int) -> tuple[int, int, int]:
     return (4, 8, 0) if chunks <= 2 else (6, 4, max(0, chunks - 4))
 
 
+def _scratch(matrix: Matrix, rank: int) -> int:
+    """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis where it is formed."""
+    size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
+    basis = matrix.state.get("basis")
+    formed = basis is None or basis.element_size() != size
+    return size * rank * (2 * max(matrix.shape) + (min(matrix.shape) if formed else 0))
+
+
 def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
     """What one `fused_step` each takes, none above the limits unless it is a single matrix."""
     equal: dict[object, list[Matrix]] = {}
@@ -561,10 +572,10 @@ def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
         kind = (matrix.shape, weight.dtype, weight.device, weight.stride(), grad.dtype, grad.stride(), matrix.spread)
         equal.setdefault(kind, []).append(matrix)
     found = []
-    total = sum(max(matrix.shape) * rank for matrix in matrices)
-    most = min(SCRATCH_ELEMENTS, max(FEW_ELEMENTS, total // SCRATCH_SHARE))
+    state = sum(x.nbytes for matrix in matrices for x in matrix.state.values())
+    most = min(SCRATCH, max(FEW, state // SCRATCH_SHARE))
     for members in equal.values():
-        count = -(-len(members) // max(1, most // (max(members[0].shape) * rank)))
+        count = -(-len(members) // max(1, most // _scratch(members[0], rank)))
         # of equal size, as a small one does not fill a GPU
         size = -(-len(members) // count)
         chosen = resolve_side(side, members[0].shape)

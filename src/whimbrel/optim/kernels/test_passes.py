@@ -181,7 +181,7 @@ def test_batches_of_any_size_give_the_same_step(monkeypatch):
     from whimbrel.optim.kernels import launch
 
     whole = run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1]
-    monkeypatch.setattr(launch, "SCRATCH_ELEMENTS", 1)
+    monkeypatch.setattr(launch, "SCRATCH", 1)
     for a, b in zip(whole, run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1], strict=True):
         assert torch.equal(a, b)
 
@@ -214,9 +214,9 @@ for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl
         (passes.project, project, dict(BS=project.one, BD=project.other, BR=project.columns)),
         (passes.write, write, dict(BM=write.one, BN=write.other, BR=write.columns, LEFT=False)),
         (passes.write, write, dict(BM=write.one, BN=write.other, BR=write.columns, LEFT=True)),
-        (passes.adam, None, slices), (passes.blend, None, slices), (passes.settle, None, dict(BS=1024)),
+        (passes.adam, None, slices), (passes.blend, None, slices), (passes.settle, None, dict(BS=8192)),
         (passes.unpack, None, dict(BLOCK=2048)), (passes.draw, None, dict(BLOCK=2048)),
-        (passes.narrow, None, dict(BLOCK=2048)), (passes.coefficients, None, dict(BS=2048)),
+        (passes.narrow, None, dict(BLOCK=2048)), (passes.coefficients, None, dict(BS=8192)),
     ):
         given = shared | sizes
         constants = {n: v for n, v in given.items() if n in function.arg_names}
