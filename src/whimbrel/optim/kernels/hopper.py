@@ -71,8 +71,8 @@ def bring_gradients(
 
 @gluon.jit
 def load_gradients(
-    memory, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n, R: gl.constexpr,
-    BR: gl.constexpr, STAGES: gl.constexpr,
+    memory, shift, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n,
+    R: gl.constexpr, BR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What copies cannot bring: rows that begin anywhere, by way of registers, each tile asked for one turn early."""
     FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
@@ -83,7 +83,7 @@ def load_gradients(
         i, _, band, column = place_of(job, bands, COLUMNS, 1)
         at = band * 128 + gl.arange(0, 128, gl.SliceLayout(0, FLAT))
         held = (at < n)[None, :]
-        start = memory + gl.load(g_at + i).to(gl.int64) * unit
+        start = memory + (gl.load(g_at + i).to(gl.int64) * unit + shift)
         basis = gl.load(p_at + i)
         spot = row[:, None] * n + at[None, :]
         following = gl.load(start + spot, mask=(row < m)[:, None] & held, other=0.0)
@@ -222,14 +222,14 @@ def project(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["unit", "jobs", "programs", "bands", "steps", "m", "n"])
+@gluon.jit(do_not_specialize=["shift", "unit", "jobs", "programs", "bands", "steps", "m", "n"])
 def project_unaligned(
-    memory, unit, p, g_at, p_at, low, sums, jobs, programs, bands, steps, m, n, R: gl.constexpr, BR: gl.constexpr,
-    STAGES: gl.constexpr,
+    memory, shift, unit, p, g_at, p_at, low, sums, jobs, programs, bands, steps, m, n, R: gl.constexpr,
+    BR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `project` where columns are slices, and rows begin anywhere.
 
-    memory: where the gradients begin; unit: elements that g_at counts.
+    g_at counts units of `unit` elements from `shift` elements behind memory on.
     """
     g_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 128], gl.NVMMASharedLayout(128, 16, 2))
     p_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BR], gl.NVMMASharedLayout(128, 16, 2))
@@ -259,8 +259,8 @@ def project_unaligned(
             (
                 load_gradients,
                 (
-                    memory, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n,
-                    R, BR, STAGES,
+                    memory, shift, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps,
+                    m, n, R, BR, STAGES,
                 ),
             ),
         ],
@@ -354,8 +354,8 @@ def send(w, matrix, row, column, value, tile):
 
 @gluon.jit
 def write_rows(
-    w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full, a_free, b_full,
-    b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R: gl.constexpr,
+    w, memory, shift, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full, a_free,
+    b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R: gl.constexpr,
     SEGMENTS: gl.constexpr, LEFT: gl.constexpr, FOLD: gl.constexpr, HAS_GRAD: gl.constexpr,
     STOCHASTIC: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HELD: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -433,7 +433,7 @@ def write_rows(
                     send(w, weights, row, q * n + first, value, x_s.index(slot))
                 else:
                     # around a row lie others
-                    there = memory + weights.to(gl.int64) * unit
+                    there = memory + (weights.to(gl.int64) * unit + shift)
                     held = (at < m)[:, None] & ((column >= 0) & (column < n))[None, :]
                     gl.store(there + at[:, None] * n + column[None, :], value.to(gl.bfloat16), mask=held)
                     fence_async_shared()
@@ -445,9 +445,9 @@ def write_rows(
             mbarrier.arrive(a_free.index(0))
 
 
-@gluon.jit(do_not_specialize=["unit", "jobs", "programs", "bands", "tiles", "m", "n", "first_column"])
+@gluon.jit(do_not_specialize=["shift", "unit", "jobs", "programs", "bands", "tiles", "m", "n", "first_column"])
 def write(
-    w, g, a, b, memory, unit, w_at, g_at, a_at, b_at, actives, on_grad, shares, row_words, column_words, jobs,
+    w, g, a, b, memory, shift, unit, w_at, g_at, a_at, b_at, actives, on_grad, shares, row_words, column_words, jobs,
     programs, bands, tiles, m, n, first_column, R: gl.constexpr, SEGMENTS: gl.constexpr, LEFT: gl.constexpr,
     FOLD: gl.constexpr, HAS_GRAD: gl.constexpr, STOCHASTIC: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     HELD: gl.constexpr,
@@ -455,9 +455,10 @@ def write(
     """W - a b^T - on_grad G, then less its share of decay, of matrices that are active.
 
     w, g: descriptors of blocks [1, 64, 128]; a, b: of the two factors, [m, R] and [n, R], blocks [1, 64, 64] and
-    [1, 128, 64]; x_at int32 [B]. memory: where w begins; unit: elements of its first dimension. on_grad [B, s];
-    actives, shares, column_words [B]; row_words [B, m], int32. A job is 128 rows of a matrix and the tiles of one of
-    SEGMENTS along them; bands: such rows of a row class; tiles: of 128 columns.
+    [1, 128, 64]; x_at int32 [B], of which w_at counts units of `unit` elements from `shift` elements behind memory on.
+    on_grad [B, s]; actives, shares, column_words [B]; row_words [B, m], int32. A job is 128 rows of a matrix and the
+    tiles of one of SEGMENTS along them; bands: such rows of a row class; tiles: of 128 columns. HELD chunks of 64
+    columns of a stay in registers, the others in shared memory.
     """
     CHUNKS: gl.constexpr = (R + 63) // 64
     FLAT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -485,16 +486,16 @@ def write(
             (
                 write_rows,
                 (
-                    w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full,
-                    a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
+                    w, memory, shift, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s,
+                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
                     SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(0),
                 ),
             ),
             (
                 write_rows,
                 (
-                    w, memory, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s, a_full,
-                    a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
+                    w, memory, shift, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s,
+                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
                     SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(1),
                 ),
             ),

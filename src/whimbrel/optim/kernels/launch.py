@@ -31,6 +31,11 @@ TILE_ELEMENTS = 1 << 11
 HOPPER_RANK = 512
 """Largest rank of the kernels for Hopper: 128 rows of a factor stay in shared memory."""
 
+ALLOCATED = 1 << 9
+"""Bytes of which addresses of tensors are multiples, but for views."""
+LAST = (1 << 31) - 2
+"""Units that a table may count: 1 TiB where they are multiples of ALLOCATED, so that tensors may move."""
+
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 
@@ -49,7 +54,7 @@ class Table(NamedTuple):
     """Where B tensors of one shape begin; it holds none of them.
 
     places [B], int64, on the device: addresses, each a multiple of `alignment` bytes, 16 or 1. units [B], int32, on the
-    device: the same in units of `unit` bytes from `lowest` on, the last of which is `last`.
+    device: the same in units of `unit` bytes from `lowest` on, the last of which may be `last`.
     """
 
     places: Tensor
@@ -63,6 +68,16 @@ class Table(NamedTuple):
         """All tensors [rows, columns], `fold` rows side by side, as one of which kernels copy blocks."""
         shape, step = (self.last + 1, rows // fold, columns * fold), self.unit // self.lowest.dtype.itemsize
         return Blocks(self.lowest, shape, (step, columns * fold, 1), (1, *block))
+
+    def refill(self, found: list[int]) -> bool:
+        """Write other addresses in place of these, for kernels that were launched with this table; whether they fit."""
+        apart = [divmod(place - self.lowest.place, self.unit) for place in found]
+        if self.alignment < 16 or any(rest or not 0 <= units <= self.last for units, rest in apart):
+            return False
+        both = torch.tensor([*found, *(units for units, _ in apart)], dtype=torch.int64)
+        for there, value in zip((self.places, self.units), to_device(both, self.places.device).chunk(2), strict=True):
+            there.copy_(value)
+        return True
 
 
 class Batch:
@@ -100,16 +115,26 @@ class Batch:
         found = [tensor.data_ptr() for tensor in tensors]
         held = self._tables.get(role)
         if held is None or held[0] != found:
-            held = self._tables[role] = found, _tabulate(found, tensors)
-            self._moves += 1
+            if held is not None and held[1].refill(found):
+                table = held[1]
+            else:
+                table = _tabulate(found, tensors)
+                self._moves += 1
+            held = self._tables[role] = found, table
         return held[1]
 
-    def lowest(self, role: str) -> Tensor:
-        """The tensor among gradients ("grad") or weights ("weight") that lies first in memory."""
-        return min((getattr(matrix, role) for matrix in self.matrices), key=Tensor.data_ptr)
+    def memory(self, role: str) -> tuple[Tensor, int, int]:
+        """For kernels that read or write elements of gradients ("grad") or weights ("weight") by their units.
+
+        A tensor, elements from where it begins to where the table does, and elements of a unit.
+        """
+        first = min((getattr(matrix, role) for matrix in self.matrices), key=Tensor.data_ptr)
+        table = self._tables[role][1]
+        size = first.element_size()
+        return first, (table.lowest.place - first.data_ptr()) // size, table.unit // size
 
     def moves(self) -> int:
-        """How often a tensor of these matrices has been seen at another address."""
+        """How often these matrices or their states have been found where their tables do not reach."""
         self.table("grad", [matrix.grad for matrix in self.matrices])
         self.table("weight", [matrix.weight for matrix in self.matrices])
         for name in self.matrices[0].state:
@@ -124,8 +149,8 @@ class Batch:
 class Replay:
     """The launches of a step, replayed as a CUDA graph where steps before were the same.
 
-    What a step reads is at the same addresses then. Its scratch, a tenth of the state at most, stays allocated. The
-    n-th recording, which takes as long as some steps, waits for 2^(n - 1) equal steps.
+    Where what a step reads has moved, tables say. Its scratch stays allocated. The n-th recording, which takes as long
+    as some steps, waits for 2^(n - 1) equal steps.
     """
 
     def __init__(self) -> None:
@@ -164,16 +189,15 @@ def _record(device: torch.device, step: Callable[[], None]) -> torch.cuda.CUDAGr
 def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
     lowest = min(found)
     apart = [place - lowest for place in found]
-    bits = functools.reduce(int.__or__, apart, 1 << 20)
+    bits = functools.reduce(int.__or__, apart, ALLOCATED)
     unit = bits & -bits
     units = [x // unit for x in apart]
-    fits = unit >= 16 and max(units) < 1 << 31
+    fits = unit >= 16 and max(units) <= LAST
     both = torch.tensor([*found, *(units if fits else apart)], dtype=torch.int64)
     places, where = to_device(both, tensors[0].device).chunk(2)
     # what is not aligned is read element by element
     alignment = 16 if fits and lowest % 16 == 0 else 1
-    address = Address(lowest, tensors[0].dtype, tensors[0].device)
-    return Table(places, alignment, where.int(), unit, address, max(units))
+    return Table(places, alignment, where.int(), unit, Address(lowest, tensors[0].dtype, tensors[0].device), LAST)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -473,7 +497,7 @@ def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums:
     after = grads.units, bases.units, low, sums, jobs, programs, bands, steps, m, n
     constants = {"R": r, "BR": columns, "STAGES": 4 if columns == 256 else 6, "num_warps": 4}
     if batch.left and batch.fold > 1:
-        launch(hopper.project_unaligned, programs, batch.lowest("grad"), grads.unit // 2, factors, *after, **constants)
+        launch(hopper.project_unaligned, programs, *batch.memory("grad"), factors, *after, **constants)
     else:
         blocks = grads.blocks(m, n, fold, (64, 64))
         launch(hopper.project, programs, blocks, factors, *after, LEFT=batch.left, FOLD=fold, **constants)
@@ -514,8 +538,7 @@ def _write_hopper(
         grads.blocks(m, n, fold, (64, 128)),
         rows.blocks(m, r, fold, (64, 64)),
         columns.blocks(n, r, 1, (128, 64)),
-        batch.lowest("weight"),
-        weights.unit // 2,
+        *batch.memory("weight"),
         weights.units,
         grads.units,
         rows.units,
@@ -551,13 +574,13 @@ def _write_stages(rank: int) -> tuple[int, int, int]:
     Of the factor that stays at most 64 KB lie in shared memory, as with few places the streamed one comes too late.
     """
     chunks = _cdiv(rank, 64)
-    # the second is a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is, as
-    # copies may overtake each other by more than one phase of its barrier
+    # the second is a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is,
+    # as copies may overtake each other by more than one phase of its barrier
     return (4, 8, 0) if chunks <= 2 else (6, 4, max(0, chunks - 4))
 
 
 def _scratch(matrix: Matrix, rank: int) -> int:
-    """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis where it is formed."""
+    """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis if it is formed."""
     size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
     basis = matrix.state.get("basis")
     formed = basis is None or basis.element_size() != size

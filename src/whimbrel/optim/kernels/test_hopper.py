@@ -64,7 +64,7 @@ def test_both_passes_in_emulation(m, n, rank):
         after = bases.blocks(1, (64, columns)), at, at, low, sums, jobs, 3, bands, -(-(d + 7) // 64), m, n
         sizes = {"R": rank, "BR": columns, "STAGES": 3, "num_warps": 4}
         if left and fold > 1:
-            hopper.project_unaligned[(3,)](grads.flat, grads.size + ROOM, *after, **sizes)
+            hopper.project_unaligned[(3,)](grads.flat, 0, grads.size + ROOM, *after, **sizes)
         else:
             hopper.project[(3,)](grads.blocks(fold, (64, 64)), *after, LEFT=left, FOLD=fold, **sizes)
         assert rms_ratio(g @ bases.values(), low) < 1e-6
@@ -82,7 +82,7 @@ def test_both_passes_in_emulation(m, n, rank):
             bands, segments = -(-m // fold // 128), 2
             hopper.write[(3,)](
                 weights.blocks(fold, (64, 128)), grads.blocks(fold, (64, 128)), a.blocks(fold, (64, 64)),
-                b.blocks(1, (128, 64)), weights.flat, weights.size + ROOM, at, at, at, at,
+                b.blocks(1, (128, 64)), weights.flat, 0, weights.size + ROOM, at, at, at, at,
                 torch.tensor([True, False]), on_grad, torch.full((number,), 0.1), rows, starts,
                 number * fold * bands * segments, 3, bands, -(-(n + 7) // 128), m, n, 0, R=rank, SEGMENTS=segments,
                 LEFT=left, FOLD=fold, HAS_GRAD=True, STOCHASTIC=stochastic, STAGES=3, SLOTS=4,
