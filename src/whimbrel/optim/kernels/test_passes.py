@@ -186,6 +186,23 @@ def test_batches_of_any_size_give_the_same_step(monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_tables_reach_tensors_that_move_upwards():
+    """Kernels that were launched with a table then find them in it."""
+    from whimbrel.optim.kernels import launch
+
+    flat = torch.zeros(4096)
+    tensors = [flat[1024:1034], flat[512:522]]
+    table = launch._tabulate([x.data_ptr() for x in tensors], tensors)
+    lowest = tensors[1].data_ptr()
+    assert (table.unit, table.units.tolist(), table.lowest.place) == (512, [4, 0], lowest)
+    assert table.refill([lowest + 512, lowest + 5 * 512])
+    assert table.units.tolist() == [1, 5]
+    assert table.places.tolist() == [lowest + 512, lowest + 5 * 512]
+    for place in (lowest - 512, lowest + 16, lowest + 512 * (launch.LAST + 1)):
+        assert not table.refill([lowest, place])
+    assert table.units.tolist() == [1, 5]
+
+
 COMPILE = """
 import os
 os.environ.pop("TRITON_INTERPRET", None)
