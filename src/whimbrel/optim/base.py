@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
 REFRESH_SHARE = 64
-"""Bases fitted in one step are at most this part of all, as far as that allows one: equal ones together take little more
-time than one, and what their fits need beside the state stays below a twentieth of it."""
+"""Bases fitted in one step are at most this part of all, as far as that allows one: equal ones together take little
+more time than one, and what their fits need beside the state stays below a twentieth of it."""
 PIECE_ELEMENTS = 1 << 24
 """Most elements of a parameter in few bits, outside of low-rank groups, that are stepped at once: beside its state a
 step takes some 40 bytes for each, which for all of an embedding would be more than the state of all matrices."""

@@ -147,7 +147,12 @@ def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int, *, spread: Spre
 
 
 def fit_warm(
-    grad: Tensor | Sequence[Tensor], basis: Tensor, side: str, *, products: torch.dtype = torch.float32, spread: Spread = WHOLE
+    grad: Tensor | Sequence[Tensor],
+    basis: Tensor,
+    side: str,
+    *,
+    products: torch.dtype = torch.float32,
+    spread: Spread = WHOLE,
 ) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps.
 

@@ -83,7 +83,7 @@ def place_of(param: Tensor, left: bool) -> tuple[Spread, tuple[int, int]]:
 
 
 def batches(found: Sequence[Matrix], most: Callable[[tuple[int, int]], int] | None = None) -> list[list[Matrix]]:
-    """Lists of matrices of one shape that lie alike, `most(shape)` in each, by default as stacks of gradients are good for.
+    """Lists of matrices of one shape that lie alike, each of up to most(shape), by default of what a stack is good for.
 
     The same on every process, as matrices are told apart by the whole.
     """

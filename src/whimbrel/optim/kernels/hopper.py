@@ -11,6 +11,7 @@ rows are. A tile then takes rows FOLD apart: row a of tile (q, first) is row FOL
 copies begin at multiples of 16 bytes, columns of such a tile begin up to 7 earlier, at which the row before ends.
 """
 
+# ruff: noqa: RUF005 - Triton does not know starred expressions.
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -135,25 +136,20 @@ def multiply_gradients(
                 acc = warpgroup_mma(tile.permute((1, 0)), p_s.index(stage), acc, is_async=True)
             else:
                 acc = warpgroup_mma(tile, p_s.index(stage), acc, is_async=True)
-            if not LOADED:
-                if column == 0:
-                    x = tile.load(FLAT).to(gl.float32)
-                    if FOLD > 1:
-                        # around a row lie others
-                        k = step * 64 - q * n % 8 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
-                        x = gl.where(((k >= 0) & (k < n))[None, :], x, 0.0)
-                    squares += x * x
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            if step > 0:
-                # what threads have read comes before what the copy engine writes
-                fence_async_shared()
-                barrier()
-                mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES))
+            if not LOADED and column == 0:
+                x = tile.load(FLAT).to(gl.float32)
+                if FOLD > 1:
+                    # around a row lie others
+                    k = step * 64 - q * n % 8 + gl.arange(0, 64, gl.SliceLayout(0, FLAT))
+                    x = gl.where(((k >= 0) & (k < n))[None, :], x, 0.0)
+                squares += x * x
+            # a product that outlived this turn of the loop would be waited for in each of its parts
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            # what threads have read comes before what the copy engine writes
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(free.index(stage))
             turn += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES))
         at = band * 128 + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
         flat = band * 128 + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(ALONG, FLAT))
         if LEFT:
@@ -168,9 +164,8 @@ def multiply_gradients(
         if R % BR:
             held = held & (j < R)[None, :]
         gl.store(low + spot, acc.to(gl.bfloat16), mask=held)
-        if not LOADED:
-            if column == 0:
-                gl.store(sums + (i * count + flat), gl.sum(squares, ALONG), mask=flat < count)
+        if not LOADED and column == 0:
+            gl.store(sums + (i * count + flat), gl.sum(squares, ALONG), mask=flat < count)
 
 
 @gluon.jit(do_not_specialize=["jobs", "programs", "bands", "steps", "m", "n"])
@@ -487,16 +482,16 @@ def write(
                 write_rows,
                 (
                     w, memory, shift, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s,
-                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
-                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(0),
+                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column,
+                    R, SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(0),
                 ),
             ),
             (
                 write_rows,
                 (
                     w, memory, shift, unit, w_at, actives, on_grad, shares, row_words, column_words, a_s, b_s, x_s,
-                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column, R,
-                    SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(1),
+                    a_full, a_free, b_full, b_free, full, free, jobs, programs, pid, bands, tiles, m, n, first_column,
+                    R, SEGMENTS, LEFT, FOLD, HAS_GRAD, STOCHASTIC, STAGES, SLOTS, HELD, gl.constexpr(1),
                 ),
             ),
             (
