@@ -317,7 +317,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         starts = itertools.accumulate([0, *counts, *[1] * len(others)])
         self._offsets = dict(zip([*low_rank, *others], starts, strict=False))
         self._home = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
-        alike: dict[object, list[int]] = {}
+        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for param, count in zip(low_rank, counts, strict=True):
             offsets = range(self._offsets[param], self._offsets[param] + count)
             alike.setdefault((self._home[param], tuple(param.shape[-2:])), []).extend(offsets)
@@ -685,14 +685,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         spread: Spread = WHOLE,
     ) -> Tensor:
         """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones."""
-        rank, first = group["rank"], chosen[0].key in fresh
-        if not isinstance(grad, Tensor) and (first or group["refresh"] == "exact"):
-            grad = storage.stack(grad)
-        if group["refresh"] == "exact":
-            return lowrank.fit_exact(self._whole(chosen, grad, side, spread).float(), side, rank)
-        if first:
-            noise = spread.depth.cut(self._noise(group, chosen, grad.device, side), -2)
-            return spread.depth.join(lowrank.fit_first(grad.float(), noise, side, rank, spread=spread), -2)
+        rank = group["rank"]
+        if group["refresh"] == "exact" or chosen[0].key in fresh:
+            stack = grad if isinstance(grad, Tensor) else storage.stack(grad)
+            if group["refresh"] == "exact":
+                return lowrank.fit_exact(self._whole(chosen, stack, side, spread).float(), side, rank)
+            noise = spread.depth.cut(self._noise(group, chosen, stack.device, side), -2)
+            return spread.depth.join(lowrank.fit_first(stack.float(), noise, side, rank, spread=spread), -2)
         old = self._basis(group, chosen) if old is None else old
         half = chosen[0].grad.dtype == torch.bfloat16
         start = spread.depth.cut(old, -2)

@@ -123,8 +123,7 @@ def multiply_gradients(
     for job in range(pid, jobs, programs):
         i, q, band, column = place_of(job, bands, COLUMNS, FOLD)
         acc = gl.zeros([64, BR], gl.float32, ACC)
-        if not LOADED:
-            squares = gl.zeros([64, 64], gl.float32, FLAT)
+        squares = gl.zeros([64, 64], gl.float32, FLAT)
         for step in range(steps):
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
