@@ -11,6 +11,7 @@ from whimbrel.errors import UnsupportedError
 from whimbrel.infer import generate
 from whimbrel.integrations.hf import WhimbrelCache
 from whimbrel.integrations.hf.fixtures.models import MODELS, left_padded, pair, tokens
+from whimbrel.integrations.hf.model import CACHE_NAME
 
 NEW = 12
 
@@ -134,3 +135,40 @@ def test_padding_on_the_right_is_refused():
     _, model = pair()
     with pytest.raises(UnsupportedError, match="pad on the left"):
         run(model, tokens(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_either_name(name):
+    """transformers calls it `cache` since 5.24; both are ours at any version."""
+    _, model = pair()
+    ids = tokens(1, 9)
+    cache = WhimbrelCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :5], **{name: cache})
+        out = model(ids[:, 5:], **{name: cache})
+        torch.testing.assert_close(out.logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-5)
+    assert out[CACHE_NAME] is cache
+    with pytest.raises(UnsupportedError, match="two names of one argument"):
+        model(ids, cache=cache, past_key_values=cache)
+
+
+def test_generation_raises_no_warning_of_names_that_go(caplog, capfd):
+    """A model with the cache under another name than the library's was warned about at each token."""
+    _, model = pair()
+    first = run(model, tokens(1, 9), return_dict_in_generate=True)
+    model.train()(tokens(1, 9), labels=tokens(1, 9)).loss.backward()
+    run(model.eval(), tokens(2, 5), num_beams=2)
+    assert first[CACHE_NAME].get_seq_length() == 9 + NEW - 1
+    said = caplog.text + "".join(capfd.readouterr())
+    assert "past_key_values" not in said
+
+
+def test_blocks_that_run_twice_write_to_no_cache():
+    _, model = pair()
+    ids = tokens(1, 9)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    cache = WhimbrelCache(model.config)
+    out = model(ids, labels=ids, use_cache=True, **{CACHE_NAME: cache})
+    out.loss.backward()
+    assert cache.get_seq_length() == 0
+    assert out.get(CACHE_NAME) is None

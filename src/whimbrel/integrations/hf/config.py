@@ -35,7 +35,7 @@ class WhimbrelConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "whimbrel"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = _DEFAULT.vocab_size
     hidden_size: int = _DEFAULT.hidden_size

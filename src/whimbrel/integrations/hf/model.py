@@ -5,6 +5,7 @@ Names of weights are those of `whimbrel.model.Decoder`, so one model.safetensors
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,9 @@ from whimbrel.mixers.softmax.config import SoftmaxConfig
 from whimbrel.mixers.softmax.layer import SoftmaxAttention
 from whimbrel.model.decoder import Block
 
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What the transformers at hand calls a model's cache: `cache` since 5.24."""
+
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -49,13 +53,13 @@ class WhimbrelAttention(SoftmaxAttention):
         *,
         attention_mask: Any,
         position_ids: Tensor,
-        past_key_values: WhimbrelCache | None,
+        cache: WhimbrelCache | None,
         **kwargs: Any,
     ) -> Tensor:
         """x [B, T, hidden_size] at position_ids [1 or B, T] -> the same shape; the cache takes the new keys."""
         q, k, v = (x.transpose(1, 2) for x in self.heads(x, position_ids))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         if self.window:
             kwargs["sliding_window"] = self.window
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -114,7 +118,7 @@ class WhimbrelBlock(GradientCheckpointingLayer, Block):
         position_ids: Tensor,
         real: Tensor | None,
         cu_seqlens: Tensor | None,
-        past_key_values: WhimbrelCache | None = None,
+        cache: WhimbrelCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """x [B, T, hidden_size] -> the same shape.
@@ -128,23 +132,21 @@ class WhimbrelBlock(GradientCheckpointingLayer, Block):
                 normed,
                 attention_mask=masks[self.layer_type],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         else:
-            mixed = self._recur(normed, real, cu_seqlens, past_key_values)
+            mixed = self._recur(normed, real, cu_seqlens, cache)
         x = x + mixed
         return x + self.mlp(self.norm_mlp(x))
 
-    def _recur(
-        self, x: Tensor, real: Tensor | None, cu_seqlens: Tensor | None, past_key_values: WhimbrelCache | None
-    ) -> Tensor:
+    def _recur(self, x: Tensor, real: Tensor | None, cu_seqlens: Tensor | None, cache: WhimbrelCache | None) -> Tensor:
         if cu_seqlens is not None:
             return self.mixer(x.flatten(0, 1)[None], cu_seqlens=cu_seqlens).y.view_as(x)
         if real is not None:
             # A linear mixer has no biases, so a zero writes nothing: after padding the state is that of the start.
             x = x * real
-        past: Any = None if past_key_values is None else past_key_values.layers[self.index]
+        past: Any = None if cache is None else cache.layers[self.index]
         y, state = self.mixer(x, None if past is None else past.state)
         if past is not None:
             past.store(state, x.shape[1])
@@ -159,7 +161,7 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["WhimbrelBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -208,31 +210,36 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: WhimbrelCache | None,
+        cache: WhimbrelCache | None,
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         output_hidden_states: bool | None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """The pass through all blocks; arguments as in transformers' decoders."""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The pass through all blocks; arguments as in transformers' decoders.
+
+        Returns hidden states after the final norm and what every kind of output holds beside its own.
+        """
         if kwargs.pop("output_attentions", None):
             raise UnsupportedError("output_attentions is not available: linear blocks have no attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise UnsupportedError("give exactly one of input_ids and inputs_embeds")
+        if self.training and torch.is_grad_enabled() and any(block.gradient_checkpointing for block in self.blocks):
+            cache, use_cache = None, False  # blocks that run twice would write to it twice
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = None
-        if past_key_values is None and attention_mask is None:
+        if cache is None and attention_mask is None:
             cu_seqlens = _packed(x, position_ids, kwargs.get("cu_seq_lens_q"))
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
-        if use_cache and past_key_values is None:
+        if use_cache and cache is None:
             if cu_seqlens is not None:
                 raise UnsupportedError("several sequences packed in a row leave no cache; pass use_cache=False")
-            past_key_values = WhimbrelCache(self.config)
-        seen = 0 if past_key_values is None else _tokens_in(past_key_values)
+            cache = WhimbrelCache(self.config)
+        seen = 0 if cache is None else _tokens_in(cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        real = self._real(attention_mask, x.shape[1], past_key_values)
+        real = self._real(attention_mask, x.shape[1], cache)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         masks = {
@@ -240,8 +247,8 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
             for kind in set(self.config.layer_types) - {"linear_attention"}
         }
@@ -253,18 +260,15 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
                 position_ids=position_ids,
                 real=real,
                 cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
         states[-1] = x
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )
+        hidden_states = tuple(states) if output_hidden_states else None
+        return x, {CACHE_NAME: cache if use_cache else None, "hidden_states": hidden_states}
 
     def _real(self, attention_mask: Tensor | None, time: int, past: WhimbrelCache | None) -> Tensor | None:
         """attention_mask for linear blocks: [B, time, 1] bool, False at padding; None where all is real."""
@@ -284,10 +288,16 @@ class WhimbrelPreTrainedModel(PreTrainedModel):
         return mask[:, -time:, None]
 
 
+def _one_of(cache: WhimbrelCache | None, past_key_values: WhimbrelCache | None) -> WhimbrelCache | None:
+    if cache is not None and past_key_values is not None:
+        raise UnsupportedError("cache and past_key_values are two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
+
+
 def _tokens_in(cache: WhimbrelCache) -> int:
     if not isinstance(cache, WhimbrelCache):
         raise UnsupportedError(
-            f"past_key_values is a {type(cache).__name__}, which cannot hold recurrent states; "
+            f"{CACHE_NAME} is a {type(cache).__name__}, which cannot hold recurrent states; "
             "pass WhimbrelCache(model.config), or None"
         )
     if cache.unusable:
@@ -329,19 +339,24 @@ class WhimbrelModel(WhimbrelPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: WhimbrelCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T] or inputs_embeds [B, T, hidden_size] -> hidden states [B, T, hidden_size] and the cache."""
-        return self._hidden(
+        """input_ids [B, T] or inputs_embeds [B, T, hidden_size] -> hidden states [B, T, hidden_size] and the cache.
+
+        `cache` and `past_key_values` are two names of one argument, the newer and the older.
+        """
+        x, others = self._hidden(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            _one_of(cache, past_key_values),
             inputs_embeds,
             use_cache,
             output_hidden_states,
             **kwargs,
         )
+        return BaseModelOutputWithPast(last_hidden_state=x, **others)
 
 
 class WhimbrelForCausalLM(WhimbrelPreTrainedModel, GenerationMixin):
@@ -374,31 +389,31 @@ class WhimbrelForCausalLM(WhimbrelPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: WhimbrelCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, hidden_size] -> logits [B, T or logits_to_keep, vocab_size].
 
         labels [B, T], -100 where nothing is asked, are shifted by one here, as everywhere in transformers.
-        `num_items_in_batch` and other arguments of the loss go through.
+        `num_items_in_batch` and other arguments of the loss go through. `cache` and `past_key_values` are two names of
+        one argument, the newer and the older.
         """
-        out = self._hidden(
+        x, others = self._hidden(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            _one_of(cache, past_key_values),
             inputs_embeds,
             use_cache,
             output_hidden_states,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(out.last_hidden_state[:, kept])
+        logits = self.head(x[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -413,7 +428,7 @@ class WhimbrelForCausalLM(WhimbrelPreTrainedModel, GenerationMixin):
             raise UnsupportedError(
                 f"cache_implementation = '{kind}' is not available for the model type whimbrel; leave it out"
             )
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE_NAME) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = WhimbrelCache(self.config)
+            model_kwargs[CACHE_NAME] = WhimbrelCache(self.config)
