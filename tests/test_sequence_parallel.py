@@ -28,7 +28,7 @@ from whimbrel.mixers.rla.config import RLAConfig
 from whimbrel.mixers.sgla.config import SGLAConfig
 from whimbrel.scan import parallel as scans
 from whimbrel.scan.base import State
-from whimbrel.testing.budget import assert_close
+from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, make_inputs
 
 WORLD = 4
@@ -57,6 +57,8 @@ class Case(NamedTuple):
     end_of: tuple[int, ...] = ()
     """Processes whose states get cotangents beside the last one's."""
     checkpointed: bool = False
+    clear: bool = False
+    """Values are those of `clear_of_the_clip`."""
     device: str = "cpu"
 
     def check(self, name: str, want: Tensor, got: Tensor) -> None:
@@ -65,13 +67,13 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         parts = (self.op, self.schedule, self.lengths, *self.options.items(), self.dtype)
-        extra = (self.shape, self.strongest_decay, self.with_state, self.end_of, self.checkpointed)
+        extra = (self.shape, self.strongest_decay, self.with_state, self.end_of, self.checkpointed, self.clear)
         return " ".join(map(str, (*parts, *(x for x, usual in zip(extra, USUAL) if x != usual))))
 
 
 FP32 = {"": 1e-6, "dlog_decay": 3e-6}
 BF16 = {"": 0.005, "dq": 0.008, "dk": 0.008, "dv": 0.015, "dbeta": 0.01, "dgamma": 0.01, "dlog_decay": 0.02}
-USUAL = (Shape(), 0.3, True, (), False)
+USUAL = (Shape(), 0.3, True, (), False, False)
 OPTIONS = [
     {"combine": combine, "residual": residual, "clip": clip}
     for combine in ("gated", "sum")
@@ -92,6 +94,11 @@ CASES = [
         *(Case(op, schedule, (33, 42, 12, 8), dtype=torch.float32, budget=FP32) for op in PARALLEL),
         *(Case(op, schedule, (9, 12, 8), {"impl": "reference"}) for op in PARALLEL),
         *(Case(op, schedule, (9, 12, 8), {"impl": "chunked"}, checkpointed=True) for op in PARALLEL),
+        *(
+            Case(op, schedule, lengths, dtype=torch.bfloat16, budget=BF16, clear=True)
+            for op in TWO_STATES
+            for lengths in ((40, 25), (20, 9, 33), (20, 30, 8, 20))
+        ),
     )
 ]
 
@@ -128,9 +135,34 @@ def states_of(op: str, state: Any) -> list[Tensor]:
 
 def make_case(case: Case) -> Inputs:
     shape = case.shape._replace(time=sum(case.lengths))
-    return make_inputs(
+    inputs = make_inputs(
         RECURRENCES[case.op], shape, dtype=case.dtype, strongest_decay=case.strongest_decay, seed=len(case.lengths)
     )
+    return clear_of_the_clip(case.op, inputs) if case.clear else inputs
+
+
+CLIP, MARGIN = 1.0, 0.05
+"""The bound of residuals, and how far they stay from it: three times what bf16 kernels may put a prediction off by."""
+
+
+def clear_of_the_clip(op: str, inputs: Inputs) -> Inputs:
+    """Inputs of `rla` or `rdn` with some values moved, so that no residual lies within MARGIN of the bound.
+
+    There rounding decides whether a residual has a gradient. One that is decided otherwise changes dv by its whole
+    size: in a stretch of 65 tokens with 256 channels by 1 / sqrt(65 * 256), half of what a budget of 0.015 allows.
+    """
+    _, k, v, log_decay, beta, _ = (x.double() for x in inputs.tensors)
+    k, base = k.repeat_interleave(v.shape[2] // k.shape[2], 2)[..., None], inputs.states[0].double()
+    values = inputs.tensors[2].clone()
+    for t in range(v.shape[1]):
+        key, alpha, rate = k[:, t], log_decay[:, t, :, None, None].exp(), beta[:, t, :, None, None]
+        seen = key.mT @ base
+        left = v[:, t, :, None] - seen
+        moved = (seen + (CLIP + 2 * MARGIN) * left.sign())[:, :, 0].to(values)
+        values[:, t] = moved.where((left.abs() - CLIP).abs()[:, :, 0] < MARGIN, values[:, t])
+        error = values[:, t, :, None].double() - (alpha * seen if op == "rdn" else 0)
+        base = alpha * base + rate * key @ error
+    return inputs._replace(tensors=[*inputs.tensors[:2], values, *inputs.tensors[3:]])
 
 
 def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[Tensor]]]:
@@ -355,19 +387,40 @@ def test_transitions_are_products_over_tokens(op, device):
 
 
 def gpu_cases(world: int) -> list[Case]:
-    """In bf16, on as many devices as there are lengths.
-
-    Rounding decides whether a residual next to the clip has a gradient: too much for the budget in a stretch of 65.
-    """
+    """In bf16, on as many devices as there are lengths; the clip cuts about half of the residuals."""
     lengths = [(517, 513), (700, 65)] if world == 2 else [(300, 129, 66, 600)]
     shape = Shape(1, 0, 2, 4, 64, 64)
     return [
-        Case(op, schedule, length, options, shape=shape, dtype=torch.bfloat16, budget=BF16, device="cuda")
+        Case(
+            op,
+            schedule,
+            length,
+            shape=shape,
+            dtype=torch.bfloat16,
+            budget=BF16,
+            clear=op in TWO_STATES,
+            device="cuda",
+        )
         for op in PARALLEL
         for schedule in ("rounds", "chain")
         for length in lengths
-        for options in ({"clip": None} if op in TWO_STATES and min(length) < 100 else {},)
     ]
+
+
+@pytest.mark.parametrize("op", TWO_STATES)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_clip_is_at_work_and_no_residual_is_near_it(op, world):
+    """What the cases above suppose of their inputs, in fp64 and in bf16."""
+    (lengths,) = {case.lengths for case in CASES if case.clear and len(case.lengths) == world}
+    case = Case(op, "auto", lengths, clear=True)
+    for inputs in (make_case(case), make_case(case._replace(dtype=torch.bfloat16))):
+        again = clear_of_the_clip(op, inputs)
+        assert torch.equal(again.tensors[2], inputs.tensors[2])
+        y, _ = RECURRENCES[op](inputs.tensors, inputs.states)
+        free, _ = RECURRENCES[op](inputs.tensors, inputs.states, clip=None)
+        assert rms_ratio(free, y) > 0.1
+    unmoved = make_case(case._replace(clear=False))
+    assert not torch.equal(clear_of_the_clip(op, unmoved).tensors[2], unmoved.tensors[2])
 
 
 def work_on_gpu(rank: int, folder: str, world: int) -> None:
