@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from whimbrel.errors import ConfigError
 from whimbrel.scan import chunks
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import check_choice, check_inputs, compute_dtype, default_scale, needs_grad, spread_heads
+from whimbrel.scan.common import check_choice, check_inputs, checked_scale, compute_dtype, needs_grad, spread_heads
 from whimbrel.scan.one_state import step_in_kernel
 
 COMBINE = ("gated", "sum")
@@ -72,7 +72,7 @@ def checked_rule(
     check_inputs(op, q, k, v, gates, {**before, **after}, cu_seqlens)
     if after:
         _check_out(op, after, q, k, v, *gates.values(), *before.values())
-    return Rule(clip, default_scale(scale, q.shape[3]), combine == "gated", residual == "decayed")
+    return Rule(clip, checked_scale(op, scale, q.shape[3]), combine == "gated", residual == "decayed")
 
 
 def _parts(op: str, name: str, state: State | None) -> dict[str, Tensor]:

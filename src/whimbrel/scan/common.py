@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -100,6 +101,9 @@ def check_inputs(
     `log_decay` among them at most 0 (looked at on the CPU only, since it would make other devices wait);
     every state [N, HV, K, V]; cu_seqlens int [N + 1] from 0 to T, and then B = 1.
     """
+    for name, x in {"q": q, "k": k, "v": v, **gates, **states}.items():
+        if not isinstance(x, Tensor) and not (x is None and name in states):
+            raise ConfigError(f"{op}: {name} is of type {type(x).__name__}; give a tensor")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ConfigError(f"{op}: {name} has shape {list(x.shape)}; give [batch, time, heads, dim]")
@@ -147,6 +151,10 @@ def check_inputs(
 
 
 def _check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ConfigError(
+            f"{op}: cu_seqlens is of type {type(cu_seqlens).__name__}; give a tensor, int32 or int64 [sequences + 1]"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ConfigError(
             f"{op}: cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
@@ -176,9 +184,13 @@ def _edges_held(cu_seqlens: Tensor, time: int) -> bool:
     return seen is not None and (seen[0]() is cu_seqlens) and seen[1:] == (cu_seqlens._version, time)
 
 
-def default_scale(scale: float | None, key_dim: int) -> float:
-    """`scale`, or 1 / sqrt(key_dim) where it is None. It multiplies q only."""
-    return key_dim**-0.5 if scale is None else float(scale)
+def checked_scale(op: str, scale: float | None, key_dim: int) -> float:
+    """`scale`, or 1 / sqrt(key_dim) where it is None. It multiplies q only. Raises ConfigError for no finite number."""
+    if scale is None:
+        return key_dim**-0.5
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ConfigError(f"{op}: scale = {scale!r} is not allowed; give a finite number, or None for K ** -0.5")
+    return float(scale)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -60,6 +60,8 @@ def nothing(tensors, states):
             replace(LOG_DECAY, lambda x: torch.full_like(x, 0.5)),
         ),
         ("k is on meta, q is on cpu; move them to one device", replace(K, lambda x: x.to("meta"))),
+        ("q is of type list; give a tensor", replace(Q, lambda x: x.tolist())),
+        ("beta is of type float; give a tensor", replace(BETA, lambda _: 0.5)),
     ],
 )
 def test_bad_tensors_are_named(recurrence: Recurrence, message: str, change):
@@ -96,6 +98,19 @@ def test_a_state_of_another_shape_is_named(recurrence: Recurrence):
 )
 def test_bad_cu_seqlens_are_named(recurrence: Recurrence, edges, message):
     expect(recurrence, message, nothing, cu_seqlens=edges)
+
+
+@every
+def test_edges_in_a_list_are_named(recurrence: Recurrence):
+    message = "cu_seqlens is of type list; give a tensor, int32 or int64 [sequences + 1]"
+    expect(recurrence, message, nothing, cu_seqlens=[0, 5])
+
+
+@every
+@pytest.mark.parametrize("scale", ["1", float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_named(recurrence: Recurrence, scale):
+    message = f"scale = {scale!r} is not allowed; give a finite number, or None for K ** -0.5"
+    expect(recurrence, message, nothing, scale=scale)
 
 
 @every

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from whimbrel.scan import one_state
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import check_inputs, choose, default_scale, one_token
+from whimbrel.scan.common import check_inputs, checked_scale, choose, one_token
 from whimbrel.scan.delta.chunked import delta_chunked
 from whimbrel.scan.delta.reference import delta_reference
 
@@ -46,7 +46,7 @@ def delta_scan(
     """
     gates = {"log_decay": log_decay, "beta": beta}
     check_inputs("delta_scan", q, k, v, gates, {"state": state}, cu_seqlens)
-    scale = default_scale(scale, q.shape[3])
+    scale = checked_scale("delta_scan", scale, q.shape[3])
     tensors = (q, k, v, log_decay, beta)
     single = one_token(cu_seqlens, *tensors, state)
     code = choose("delta_scan", impl, q, v, log_decay, beta, state, one_step=single)

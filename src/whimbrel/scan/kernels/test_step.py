@@ -12,7 +12,7 @@ from torch import Tensor
 from whimbrel.mixers import two_state
 from whimbrel.scan import one_state
 from whimbrel.scan.base import State
-from whimbrel.scan.common import default_scale
+from whimbrel.scan.common import checked_scale
 from whimbrel.scan.kernels import step as kernels
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.gpu import need_memory
@@ -43,7 +43,7 @@ def step(
     residual: str = "undecayed",
 ) -> tuple[Tensor, ...]:
     """y and the states after one token."""
-    delta, scale = name in ("delta", "rdn"), default_scale(None, tensors[0].shape[3])
+    delta, scale = name in ("delta", "rdn"), checked_scale(name, None, tensors[0].shape[3])
     if name in TWO:
         rule = two_state.Rule(clip, scale, combine == "gated", residual == "decayed")
         state = None if states is None else State(*states)
