@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -61,6 +62,20 @@ def test_debug_shows_the_traceback() -> None:
 
     with pytest.raises(ConfigError):
         main(["train", "dmeo", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_sleep_where_they_wait_unless_told_otherwise(capsys, monkeypatch, given, spins) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run(capsys, "--version")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_help_and_version(capsys) -> None:

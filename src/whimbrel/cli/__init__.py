@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,11 +24,16 @@ VERBS = {
     "show": "settings, parameters and memory of a recipe; layers and code of a checkpoint; all kinds",
 }
 INTERRUPTED = 130
+SPINS = "1000"
+"""Turns that a thread of an operator waits busily for the others before it sleeps; GNU OpenMP's own number once it knows that
+threads are more than cores. Its usual 300,000 keep a core from whatever else runs there, the thread waited for included."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 success, 2 usage or configuration, 1 and above other errors."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported, which a verb does
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     if not debug:
