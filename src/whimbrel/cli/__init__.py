@@ -25,8 +25,8 @@ VERBS = {
 }
 INTERRUPTED = 130
 SPINS = "1000"
-"""Turns that a thread of an operator waits busily for the others before it sleeps; GNU OpenMP's own number once it knows that
-threads are more than cores. Its usual 300,000 keep a core from whatever else runs there, the thread waited for included."""
+"""Turns that a thread of an operator waits busily for the others before it sleeps: GNU OpenMP's own number once it sees
+more threads than cores. Its usual 300,000 keep a core from what else runs there, the thread waited for included."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
