@@ -2,11 +2,13 @@
 
     python benchmarks/pretrain.py data/shards --jobs 6 --device cuda
 
-Each optimizer's learning rate is tuned on seed 0 over one grid with --tune-tokens; the best one is then run with every
-seed and --tokens. Rank 128, sequences of 256 tokens, a refresh every 200 steps, warm-up of 10 %, cosine to 10 %, no
+Each optimizer's learning rate is tuned on seed 0 over one grid with --tune-tokens; where the best is the lowest or the
+highest, the grid goes on beyond it by factors of two, at most --extend times. The best one is then run with every seed
+and --tokens. Rank 128, sequences of 256 tokens, a refresh every 200 steps, warm-up of 10 %, cosine to 10 %, no
 decay and no clipping, as in the authors' scripts; the text, the vocabulary and the number of tokens are those of the
 shards and of the call. Weights are float32 and products bfloat16. A run goes on from its last checkpoint and keeps its
-result in --runs, so that a second call does no work twice; --seconds ends the call early with what there is.
+result in --runs, so that a second call does no work twice; lines in --known are taken as runs that have been done.
+--seconds ends the call early with what there is.
 
 Lines go to benchmarks/results/pretrain.jsonl. `perplexity` is exp of the mean loss of all batches of the validation
 text; `perplexity_as_published` divides the sum by one batch too many, as the loops of GaLore, Fira and APOLLO do.
@@ -21,7 +23,9 @@ import math
 import multiprocessing
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from whimbrel.config import Config, load_config
@@ -122,6 +126,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="fira-60m")
     parser.add_argument("--optimizers", nargs="+", choices=tuple(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--grid", type=float, nargs="+", default=[1.25e-3, 2.5e-3, 5e-3, 1e-2])
+    parser.add_argument("--extend", type=int, default=2, metavar="N", help="times that an optimizer's grid may grow")
+    parser.add_argument("--known", type=Path, metavar="JSONL", help="lines of earlier runs on the same text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tune-tokens", type=int, default=30_000_000)
     parser.add_argument("--tokens", type=int, default=200_000_000)
@@ -136,7 +142,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    plan = Plan(args)
+    plan = Plan(args, known_runs(args) if args.known else {})
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         running: dict[concurrent.futures.Future[dict[str, float]], Run] = {}
@@ -172,15 +178,40 @@ class Run(NamedTuple):
     tokens: int
 
 
+def known_runs(args: argparse.Namespace) -> dict[Run, float]:
+    """Losses of the runs whose lines are in --known, as far as recipe and batch are those of this call."""
+    from whimbrel.bench.results import read_lines
+
+    found = {}
+    for line in read_lines(args.known):
+        params = line["params"]
+        same = (params["recipe"], params["batch_tokens"]) == (args.recipe, args.batch_tokens)
+        if same and line["metric"] == "loss":
+            rate, seed, tokens = float(params["lr"]), int(params["seed"]), int(params["tokens"])
+            found[Run(line["impl"], rate, seed, tokens)] = line["value"]
+    return found
+
+
 class Plan:
     """Which run is next: first the grid of rates, then the first seed of every optimizer, then the others."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, known: Mapping[Run, float] = MappingProxyType({})) -> None:
         self.args, self.end = args, time.monotonic() + args.seconds
-        leaders = [name for name in args.optimizers if name not in TUNED_AS]
-        self.waiting = [(0, Run(name, lr, 0, args.tune_tokens)) for lr in args.grid for name in leaders]
-        self.tuned: dict[str, dict[float, float]] = {name: {} for name in leaders}
+        self.finished = dict(known)
         self.retried: set[Run] = set()
+        leaders = [name for name in args.optimizers if name not in TUNED_AS]
+        self.waiting: list[tuple[int, Run]] = []
+        self.grids = {name: Grid({}, set(), args.extend) for name in leaders}
+        for name, lr, seed, tokens in known:
+            if name in self.grids and (seed, tokens) == (0, args.tune_tokens):
+                self.grids[name].losses[lr] = known[Run(name, lr, seed, tokens)]
+        for lr in args.grid:
+            for name in leaders:
+                if lr not in self.grids[name].losses:
+                    self._tune(name, lr)
+        for name, grid in self.grids.items():
+            if not grid.open:
+                self._choose(name)
 
     def next(self) -> Run | None:
         """The next run; None where there is none yet, or no more time to begin one."""
@@ -195,21 +226,51 @@ class Plan:
         if run in self.retried:
             return False
         self.retried.add(run)
-        self.waiting.append((0 if run.tokens == self.args.tune_tokens else 1 + self.args.seeds.index(run.seed), run))
+        self.waiting.append((0 if self._tunes(run) else 1 + self.args.seeds.index(run.seed), run))
         return True
 
     def done(self, run: Run, loss: float) -> None:
-        """Note the loss of a run (inf where it failed); the last of a grid brings the winner's runs."""
-        grid, args = self.tuned.get(run.name), self.args
-        if grid is None or run.tokens != args.tune_tokens or len(grid) == len(args.grid):
+        """Note the loss of a run (inf where it failed); the last of a grid brings more rates or the winner's runs."""
+        self.finished[run] = loss
+        if self._tunes(run):
+            grid = self.grids[run.name]
+            grid.open.remove(run.lr)
+            grid.losses[run.lr] = loss
+            if not grid.open:
+                self._choose(run.name)
+
+    def _tunes(self, run: Run) -> bool:
+        grid = self.grids.get(run.name)
+        return grid is not None and run.lr in grid.open and (run.seed, run.tokens) == (0, self.args.tune_tokens)
+
+    def _tune(self, name: str, lr: float) -> None:
+        self.grids[name].open.add(lr)
+        self.waiting.append((0, Run(name, lr, 0, self.args.tune_tokens)))
+
+    def _choose(self, name: str) -> None:
+        """Go beyond an end of the grid where the best rate lies there, or line up the winner's runs."""
+        grid, args = self.grids[name], self.args
+        if min(grid.losses.values(), default=math.inf) == math.inf:
             return
-        grid[run.lr] = loss
-        if len(grid) < len(args.grid) or min(grid.values()) == math.inf:
+        best = min(grid.losses, key=grid.losses.__getitem__)
+        beyond = [rate for end, rate in ((min, best / 2), (max, best * 2)) if best == end(grid.losses)]
+        if beyond and grid.extensions:
+            self.grids[name] = grid._replace(extensions=grid.extensions - 1)
+            for rate in beyond:
+                self._tune(name, rate)
             return
-        best = min(grid, key=grid.__getitem__)
-        self.waiting += [(1 + i, Run(run.name, best, seed, args.tokens)) for i, seed in enumerate(args.seeds)]
-        followers = [name for name in args.optimizers if TUNED_AS.get(name) == run.name]
-        self.waiting += [(1, Run(name, best, args.seeds[0], args.tokens)) for name in followers]
+        wanted = [(1 + i, Run(name, best, seed, args.tokens)) for i, seed in enumerate(args.seeds)]
+        followers = [other for other in args.optimizers if TUNED_AS.get(other) == name]
+        wanted += [(1, Run(follower, best, args.seeds[0], args.tokens)) for follower in followers]
+        self.waiting += [(when, run) for when, run in wanted if run not in self.finished]
+
+
+class Grid(NamedTuple):
+    """Learning rates of one optimizer: losses of those that were tried, those under way, and how often more may come."""
+
+    losses: dict[float, float]
+    open: set[float]
+    extensions: int
 
 
 def write(args: argparse.Namespace, name: str, lr: float, seed: int, tokens: int, result: dict[str, float]) -> None:

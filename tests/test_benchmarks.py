@@ -170,6 +170,7 @@ def test_pretraining_takes_winners_seed_by_seed(monkeypatch):
         tune_tokens=10,
         tokens=10,  # as many as in tuning, which must not be taken for tuning
         seconds=100.0,
+        extend=0,
     )
     plan = pretrain.Plan(args)
     losses, order = {("adamw", 0.1): 2.0, ("adamw", 0.2): 1.0, ("fira", 0.1): 3.0, ("fira", 0.2): math.inf}, []
@@ -188,6 +189,37 @@ def test_pretraining_takes_winners_seed_by_seed(monkeypatch):
     assert not plan.again(first)
     late = pretrain.Plan(argparse.Namespace(**(vars(args) | {"seconds": -1.0})))
     assert late.next() is None
+
+
+def test_pretraining_goes_beyond_the_end_of_a_grid_and_repeats_nothing(tmp_path):
+    pretrain = script("pretrain")
+    args = argparse.Namespace(
+        optimizers=["adamw", "fira", "galore"],
+        grid=[0.25, 0.5],
+        seeds=[0, 1],
+        tune_tokens=10,
+        tokens=10,
+        seconds=100.0,
+        extend=2,
+        recipe="fira-60m",
+        batch_tokens=5,
+        known=tmp_path / "pretrain.jsonl",
+    )
+    for name, rate, tokens, batch in (("galore", 0.5, 10, 5), ("galore", 0.125, 10, 5), ("adamw", 0.25, 10, 6)):
+        params = {"recipe": "fira-60m", "lr": rate, "seed": 0, "tokens": tokens, "batch_tokens": batch}
+        record("pretrain", name, params, "loss", rate, "nats", out=tmp_path)
+    assert (known := pretrain.known_runs(args)) == {("galore", 0.5, 0, 10): 0.5, ("galore", 0.125, 0, 10): 0.125}
+    plan, order = pretrain.Plan(args, known), []
+    best = {"adamw": 0.125, "fira": 4.0, "galore": 0.25}
+    while (run := plan.next()) is not None:
+        order.append(run)
+        plan.done(run, abs(math.log2(run.lr / best[run.name])))
+    rates = {name: [run.lr for run in order if run.name == name and run.seed == 0] for name in best}
+    assert rates["adamw"] == [0.25, 0.5, 0.125, 0.0625]
+    assert rates["fira"] == [0.25, 0.5, 1.0, 2.0]  # the best lies at the end, and the grid may grow no more
+    assert rates["galore"] == [0.25]
+    assert {run[:2] for run in order if run.seed == 1} == {("adamw", 0.125), ("fira", 2.0), ("galore", 0.25)}
+    assert len(order) == len(set(order)) == 12
 
 
 def test_optimizers_against_rank_and_bytes(plots, tmp_path):
