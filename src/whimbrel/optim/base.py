@@ -81,6 +81,34 @@ class Projected(NamedTuple):
         return self.spread.own(low, -1 if self.side == "left" else -2)
 
 
+class Held(NamedTuple):
+    """A low-rank parameter as a plan was made for it: what it would have to be made anew for."""
+
+    param: Tensor
+    state: dict[str, Tensor]
+    entries: list[Tensor]
+    """Of the state."""
+    address: int
+    """Of the part that this process holds."""
+    layout: Any
+    members: list[Matrix]
+
+    def renew(self, states: Any) -> bool:
+        """Take the gradient of this step; whether the rest is as it was."""
+        param = self.param
+        if states.get(param) is not self.state or param.grad is None:
+            return False
+        if any(now is not then for now, then in zip(self.state.values(), self.entries, strict=False)):
+            return False
+        weight, grad = local(param), local_grad(param)
+        if weight.data_ptr() != self.address or layout_of(weight, grad) != self.layout:
+            return False
+        for matrix in self.members:
+            expert = matrix.key[1]
+            matrix.grad = grad if expert is None else grad[expert]
+        return True
+
+
 class Plan(NamedTuple):
     """What a group's step does to parameters that have all been stepped before, as long as nothing of it changes."""
 
@@ -89,14 +117,15 @@ class Plan(NamedTuple):
     options: list[Any]
     """Values of _PLANNED."""
     found: list[Matrix]
-    lasting: bool
-    """Whether the matrices are whole parameters, of which only the gradients are new in each step."""
+    held: list[Held]
+    """Their parameters, of which only the gradients are new in each step."""
     due: dict[int, list[Matrix]]
     """Matrices by the number of steps after which their bases are fitted, modulo refresh_steps."""
     fused: list[tuple[Batch, Tensor]]
     """Batches for the kernels, and the words of their matrices."""
     taken: set[Key]
-    others: list[Matrix]
+    others: list[list[Matrix]]
+    """Batches for PyTorch."""
     rest: list[Tensor]
     """Parameters that are not projected."""
     replay: Any
@@ -104,18 +133,11 @@ class Plan(NamedTuple):
 
     def renew(self, group: dict[str, Any], states: Any) -> bool:
         """Take the gradients of this step; whether the plan still stands."""
-        if not self.lasting or [group[name] for name in _PLANNED] != self.options:
-            return False
-        if not all(states.get(param) for param in self.rest):
-            return False
-        for matrix in self.found:
-            param, grad = matrix.weight, matrix.weight.grad
-            if states.get(param) is not matrix.state or grad is None:
-                return False
-            if layout_of(param, grad) != matrix.layout:
-                return False
-            matrix.grad = grad
-        return True
+        return (
+            [group[name] for name in _PLANNED] == self.options
+            and all(states.get(param) for param in self.rest)
+            and all(held.renew(states) for held in self.held)
+        )
 
     def release(self) -> None:
         """Hold no gradient until the next step."""
@@ -238,10 +260,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not self._offsets:
             self._number()
         ids = tuple(map(id, params))
-        plans = self._plans.get(ids)
+        plans = self._plans.pop(ids, None)
         if plans is not None and all(plan.renew(self.param_groups[plan.number], self.state) for plan in plans):
             for plan in plans:
                 self._run(plan, set())
+            self._plans[ids] = plans
             return
         self._allocate(params)
         chosen: dict[int, list[Tensor]] = {}
@@ -251,16 +274,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         found = {number: self._matrices(self.param_groups[number], chosen[number]) for number in low_rank}
         others = [param for number in chosen.keys() - low_rank for param in chosen[number]]
         fresh = self._start([matrix for number in sorted(low_rank) for matrix in found[number]], others)
-        plans = []
+        plans, whole = [], True
         for number in sorted(chosen):
             group = self.param_groups[number]
             started = [matrix for matrix in found.get(number, []) if matrix.key in self._started]
             rest = [] if number in low_rank else [param for param in chosen[number] if (param, None) in self._started]
+            whole &= len(started) + len(rest) == len(found[number] if number in low_rank else chosen[number])
             if started or rest:
                 plans.append(self._plan(group, number, started, rest))
                 self._run(plans[-1], fresh)
-        self._plans.pop(ids, None)
-        if all(plan.lasting for plan in plans) and sum(len(x.found) + len(x.rest) for x in plans) == len(params):
+        if whole:
             self._plans[ids] = plans
 
     def _run(self, plan: Plan, fresh: set[Key]) -> None:
@@ -279,27 +302,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
         due: dict[int, list[Matrix]] = {}
         for matrix in found if group["refresh"] != "random" else ():
             due.setdefault(-self._shift(group, matrix.offset) % group["refresh_steps"], []).append(matrix)
+        members: dict[Tensor, list[Matrix]] = {}
+        for matrix in found:
+            members.setdefault(matrix.key[0], []).append(matrix)
         kernels = [matrix for matrix in found if self._fuses(group, matrix)]
         taken = {matrix.key for matrix in kernels}
-        batches: list[Batch] = []
+        fused: list[Batch] = []
         replay = None
         if kernels:
             from whimbrel.optim.kernels import launch
 
-            batches = launch.batches(kernels, group["rank"], group["side"])
+            fused = launch.batches(kernels, group["rank"], group["side"])
             replay = launch.Replay() if self._replays(kernels) else None
         return Plan(
             number,
             [group[name] for name in _PLANNED],
             found,
-            all(matrix.weight is matrix.key[0] for matrix in found),
+            [self._hold(param, its) for param, its in members.items()],
             due,
-            [(batch, self._base_words(group, batch.matrices)) for batch in batches],
+            [(batch, self._base_words(group, batch.matrices)) for batch in fused],
             taken,
-            [matrix for matrix in found if matrix.key not in taken],
+            batches([matrix for matrix in found if matrix.key not in taken]),
             rest,
             replay,
         )
+
+    def _hold(self, param: Tensor, members: list[Matrix]) -> Held:
+        weight, state = local(param), self.state[param]
+        layout = layout_of(weight, local_grad(param))
+        return Held(param, state, list(state.values()), weight.data_ptr(), layout, members)
 
     def _replays(self, matrices: Sequence[Matrix]) -> bool:
         """Whether steps may be replayed: all at once, on one GPU, without words between processes."""
@@ -566,7 +597,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self._refresh_alone(group, batch, fresh, apart)
         if plan.fused:
             self._step_fused(group, plan)
-        for batch in batches(plan.others):
+        for batch in plan.others:
             projected = self._project(group, batch)
             self._refresh_some(group, batch, projected, due, fresh, apart)
             self._apply(group, batch, projected)

@@ -136,6 +136,7 @@ def check_all(rank, folder):
     found["bytes"] = state_bytes(mesh)
     found["bf16"] = bfloat16(mesh)
     found["ddp"] = data_parallel(rank)
+    found["plans"] = planned(mesh)
     found["resume"] = resume(mesh, folder)
     found["mesh"] = two_dimensions(rank)
     found["backward"] = in_backward(mesh, rank)
@@ -180,6 +181,24 @@ def data_parallel(rank):
 def counted(fit, fits, group, chosen, *rest):
     fits += [matrix.offset for matrix in chosen]
     return fit(group, chosen, *rest)
+
+
+def planned(mesh):
+    """Steps in which a plan was made: the first of six, and one after a part of a weight came to lie elsewhere."""
+    model = sharded(mesh)
+    optimizer, made = make("fira", model), []
+    plan = optimizer._plan
+    optimizer._plan = lambda *given: (made.append(step), plan(*given))[1]
+    for step in range(6):
+        for param in model.parameters():
+            whole = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+            param.grad = distribute_tensor(whole, mesh, param.placements)
+        if step == 4:
+            model.tall._local_tensor = model.tall._local_tensor.clone()
+        before = model.tall.to_local().clone()
+        optimizer.step()
+        assert not torch.equal(before, model.tall.to_local())
+    return made
 
 
 def resume(mesh, folder):
@@ -388,6 +407,22 @@ def test_each_expert_is_a_matrix_of_its_own():
         together.step()
         alone.step()
     assert rms_ratio(torch.stack([p.detach() for p in apart_]), model.experts.detach()) <= SAME
+
+
+def test_steps_of_parts_are_planned_once(found):
+    assert [each["plans"] for each in found[0]] == [[0, 0, 0, 4, 4, 4]] * WORLD
+
+
+def test_a_state_that_was_replaced_is_the_one_that_is_stepped():
+    param = nn.Parameter(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = Fira([{"params": [param], "rank": 3}], refresh_steps=100)
+    for step in range(4):
+        param.grad = torch.randn(12, 8, generator=torch.Generator().manual_seed(step))
+        if step == 2:
+            optimizer.state[param]["exp_avg"] = torch.zeros_like(optimizer.state[param]["exp_avg"])
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 4
+    assert optimizer.state[param]["exp_avg"].any()
 
 
 def test_flat_parameters_of_fsdp1_are_refused():
