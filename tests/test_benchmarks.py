@@ -208,7 +208,8 @@ def test_pretraining_goes_beyond_the_end_of_a_grid_and_repeats_nothing(tmp_path)
     for name, rate, tokens, batch in (("galore", 0.5, 10, 5), ("galore", 0.125, 10, 5), ("adamw", 0.25, 10, 6)):
         params = {"recipe": "fira-60m", "lr": rate, "seed": 0, "tokens": tokens, "batch_tokens": batch}
         record("pretrain", name, params, "loss", rate, "nats", out=tmp_path)
-    assert (known := pretrain.known_runs(args)) == {("galore", 0.5, 0, 10): 0.5, ("galore", 0.125, 0, 10): 0.125}
+    known = pretrain.known_runs(args)
+    assert known == {("galore", 0.5, 0, 10): 0.5, ("galore", 0.125, 0, 10): 0.125}
     plan, order = pretrain.Plan(args, known), []
     best = {"adamw": 0.125, "fira": 4.0, "galore": 0.25}
     while (run := plan.next()) is not None:
