@@ -266,7 +266,7 @@ class Plan:
 
 
 class Grid(NamedTuple):
-    """Learning rates of one optimizer: losses of those that were tried, those under way, and how often more may come."""
+    """Learning rates of one optimizer: losses of those tried, those under way, and how often more may come."""
 
     losses: dict[float, float]
     open: set[float]
