@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_TO_RUN := $(VENV)/.ready-to-run
 RUN ?= runs/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint clean
 
-demo: $(READY)
+demo: $(READY_TO_RUN)
 	$(BIN)/whimbrel demo --run-dir $(RUN)
 
 test: $(READY)
@@ -23,10 +24,15 @@ lint: $(READY)
 	tar -C src --exclude='test_*.py' -cf - whimbrel | tar -C build/imports -xf -
 	PYTHONPATH=build/imports $(BIN)/lint-imports --no-cache
 
-$(READY): pyproject.toml constraints.txt
+# What the demo needs is a fraction of what the tests need, most of it torch.
+$(READY_TO_RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"whimbrel needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(READY): $(READY_TO_RUN)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
