@@ -1,4 +1,4 @@
-"""Write the result tables of the README and of the pages of methods: python benchmarks/tables.py
+"""Write the result tables of the pages of methods: python benchmarks/tables.py
 
 Run it after benchmarks/plots.py: the page shows the figures that lie beside it.
 """
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PREFILL_PAGE = ROOT / "docs" / "methods" / "sparse-prefill.md"
 AVERAGING_PAGE = ROOT / "docs" / "methods" / "checkpoint-averaging.md"
+OPTIMIZERS_PAGE = ROOT / "docs" / "methods" / "low-rank-optimizers.md"
 METHOD = ROOT / "docs" / "methods" / "residual-linear-attention.md"
 
 
@@ -76,21 +77,14 @@ COVERAGE, THRESHOLD = 0.95, 0.18
 MODELS = ("rdn", "rdn hybrid", "gdn", "gdn, fla", "gdn, flash-qla", "softmax")
 
 
-def tables(results: Path = RESULTS) -> str:
-    """The Markdown between the two marks of the README."""
-    return "\n".join(
-        [
-            *_kernels(results, "fwd_bwd", "Forward and backward", FEW, ("time", "ms"), links="benchmarks/results"),
-            *prefill(results, links="benchmarks/results"),
-            *_quality("quality-optimizers", "Optimizers", "optimizer", results),
-            "",
-            *_pretrain(results),
-            *_quality("quality-mixers", "Mixers", "blocks", results),
-            "",
-            *_averaging(results),
-            *_replica_short(results),
-        ]
-    )
+def optimizers_page(results: Path = RESULTS) -> str:
+    """The Markdown between the two marks of the page of low-rank optimizers."""
+    to = "../../benchmarks/results"
+    found = [
+        *_pretrain(results, links=to),
+        *_quality("quality-optimizers", "Optimizers", "optimizer", results, links=to),
+    ]
+    return "\n".join(found).rstrip("\n")
 
 
 def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
@@ -107,6 +101,7 @@ def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
         *_layer(results, links=to),
         *_models(results, "train_tokens", "Training", links=to),
         *_models(results, "prefill_tokens", "Prefill", links=to),
+        *_quality("quality-mixers", "Quality", "blocks", results, links=to),
     ]
     return "\n".join(found or ["No GPU has been measured yet.", ""]).rstrip("\n")
 
@@ -274,14 +269,17 @@ def crossover(ratios: Sequence[tuple[int, float]]) -> list[str]:
     return [f"RDN : softmax is {said}; {verdict}.", ""]
 
 
-def _quality(case: str, title: str, first: str, results: Path) -> list[str]:
-    lines = read_lines(results / f"{case}.jsonl")
+def _quality(case: str, title: str, first: str, results: Path, *, links: str) -> list[str]:
+    path = results / f"{case}.jsonl"
+    lines = read_lines(path) if path.exists() else []
+    if not lines:
+        return []
     losses = [line for line in lines if line["metric"] == "validation loss"]
     names = list(dict.fromkeys(line["impl"] for line in losses))
     about = losses[0]
     rows = [
         f"**{title}**, the demo's model, {about['params']['tokens']:,} tokens each, {about['params']['setting']} "
-        f"({about['device']}, [lines](benchmarks/results/{case}.jsonl)):",
+        f"({about['device']}, [lines]({links}/{case}.jsonl)):",
         "",
         f"| {first} | bits per byte, mean (lowest to highest) | MQAR accuracy, by seed | rate | optimizer state |",
         "|---|---|---|---|---|",
@@ -295,10 +293,10 @@ def _quality(case: str, title: str, first: str, results: Path) -> list[str]:
             f"| {name} | {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) | "
             f"{', '.join(f'{value:.0%}' for value in recall)} | {own[0]['params']['lr']:g} | {state / 2**20:.1f} MiB |"
         )
-    return rows
+    return [*rows, ""]
 
 
-def _pretrain(results: Path) -> list[str]:
+def _pretrain(results: Path, *, links: str) -> list[str]:
     """The longest runs of each optimizer, best first, with the rates that were tried in shorter ones."""
     path = results / "pretrain.jsonl"
     lines = newest(read_lines(path)) if path.exists() else []
@@ -317,8 +315,7 @@ def _pretrain(results: Path) -> list[str]:
     rows = [
         f"**Optimizers at LLaMA-60M**, recipe {about['params']['recipe']} on documentation prose (not C4), {most:,} "
         f"tokens in batches of {about['params']['batch_tokens']:,}, {len(seeds)} seed{'s' * (len(seeds) > 1)}; a rate "
-        f"at an end of those tried need not be the best ({about['device']}, "
-        "[lines](benchmarks/results/pretrain.jsonl), [how far it carries](docs/methods/low-rank-optimizers.md)):",
+        f"at an end of those tried need not be the best ({about['device']}, [lines]({links}/pretrain.jsonl)):",
         "",
         "| optimizer | nats a token | perplexity | divided as published | rate, best of | optimizer state |",
         "|---|---|---|---|---|---|",
@@ -338,18 +335,21 @@ def _pretrain(results: Path) -> list[str]:
     return [*rows, ""]
 
 
-def _averaging(results: Path) -> list[str]:
-    lines = read_lines(results / "quality-averaging.jsonl")
+def _averaging(results: Path, *, links: str) -> list[str]:
+    path = results / "quality-averaging.jsonl"
+    lines = read_lines(path) if path.exists() else []
+    if not lines:
+        return []
     about = lines[0]["params"]
     rows = [
         f"**Averaging**, `make demo`: {about['checkpoints']} checkpoints {about['every_steps']} steps apart of a "
         f"constant-rate run against its last one, and against a branch annealed over {about['anneal_steps']} steps, at "
-        f"equal tokens ({lines[0]['device']}, [lines](benchmarks/results/quality-averaging.jsonl)):",
+        f"equal tokens ({lines[0]['device']}, [lines]({links}/quality-averaging.jsonl)):",
         "",
         "| | bits per byte | loss minus the last checkpoint's, nats a token (95 % interval) |",
         "|---|---|---|",
     ]
-    return rows + [_averaging_row(line) for line in lines]
+    return [*rows, *map(_averaging_row, lines), ""]
 
 
 def _averaging_row(line: Any) -> str:
@@ -533,6 +533,7 @@ def averaging_page(results: Path = RESULTS, page: Path = AVERAGING_PAGE) -> str:
     parts = (
         *_shown(page, "checkpoint-averaging-windows.svg", "Gain of an average against the length of its window"),
         *_replica(results, links=to),
+        *_averaging(results, links=to),
         *_shown(page, "checkpoint-averaging-collapse.svg", "Training loss of a run that collapses, by what is done"),
         *_collapses(results, links=to),
         *_online(results, links=to),
@@ -644,41 +645,6 @@ def _replica(results: Path, *, links: str) -> list[str]:
     return rows
 
 
-SHORT = (
-    ("annealed", 0, 0, "branch annealed over the last tenth, minus the last checkpoint"),
-    ("sma", 327_680, 6, "mean of 6 checkpoints, minus the last checkpoint"),
-    ("sma", 655_360, 15, "mean of 15 checkpoints at twice the interval, minus the last checkpoint"),
-    ("start-average", 327_680, 6, "the same annealing from the mean, minus from the checkpoint"),
-    ("tune-average", 0, 6, "fine-tuned on unseen manuals from the mean, minus from the checkpoint"),
-)
-"""Rows of the README: method, tokens of an interval, count, what it is."""
-
-
-def _replica_short(results: Path) -> list[str]:
-    lines = replica_lines(results)
-    most = max((int(x["params"]["tokens"]) for x in lines), default=0)
-    rows = []
-    for method, interval, count, text in SHORT:
-        own = [x["params"] for x in lines if x["params"]["method"] == method and x["params"]["tokens"] == most]
-        own = [p for p in own if (p.get("interval_tokens", 0), p.get("count", 0)) == (interval, count)]
-        if own:
-            values = [f"{float(p['difference']):+.3f}" for p in own]
-            rows.append(f"| {text} | {', '.join(values)} |")
-    if not rows:
-        return []
-    about = f"{lines[0]['params']['recipe']}, {most / 1e6:.1f} M tokens at a constant rate"
-    source = f"{lines[0]['device']}, [lines](benchmarks/results/merge_quality.jsonl)"
-    return [
-        "",
-        f"**Averaging at 60 M parameters**, {about} ({source}; all windows are on [the method's page]"
-        "(docs/methods/checkpoint-averaging.md)):",
-        "",
-        "| | nats a token, by seed |",
-        "|---|---|",
-        *rows,
-    ]
-
-
 def _replica_order(key: tuple[str, int, int]) -> tuple[int, str, int, int]:
     method, interval, count = key
     first = {"last": 0, "annealed": 1, "sma": 2, "wma": 3, "ema": 4, "minus-sqrt": 5}
@@ -783,8 +749,8 @@ def insert(page: str, text: str, name: str = "results") -> str:
 
 def main(arguments: Sequence[str] = ()) -> None:
     for page, text in (
-        (ROOT / "README.md", tables()),
         (METHOD, method_tables()),
+        (OPTIMIZERS_PAGE, optimizers_page()),
         (PREFILL_PAGE, prefill_page()),
         (AVERAGING_PAGE, averaging_page()),
     ):

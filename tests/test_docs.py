@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from whimbrel import cli, recipes
+from whimbrel.bench.results import record
 from whimbrel.config import Config, with_overrides
 from whimbrel.testing.tiny import tiny_overrides, write_corpus
 
@@ -115,10 +120,32 @@ def test_links_have_targets(page: Path) -> None:
             assert (page.parent / target).exists(), f"{name(page)} links to {target}, which is not there"
 
 
-def test_readme_figures_are_the_recorded_ones() -> None:
-    """If this fails after new measurements, run python benchmarks/tables.py."""
-    import runpy
+@pytest.fixture
+def benchmarks(monkeypatch) -> Callable[[str], ModuleType]:
+    """A script of benchmarks/ by its name; scripts import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
 
-    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+
+def test_readme_figures_are_the_recorded_ones(benchmarks) -> None:
+    """If this fails after new measurements, run python benchmarks/summary.py."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page == tables["insert"](page, tables["tables"]())
+    assert page == benchmarks("tables").insert(page, benchmarks("summary").summary())
+
+
+def test_the_page_of_optimizers_shows_the_recorded_lines(benchmarks) -> None:
+    """If this fails after new measurements, run python benchmarks/tables.py."""
+    tables = benchmarks("tables")
+    page = tables.OPTIMIZERS_PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.optimizers_page())
+
+
+def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> None:
+    assert list(benchmarks("summary").rows(tmp_path)) == []
+    record("one_card", "fira", {"model": "7b"}, "peak_bytes", 2.0**34, "bytes", out=tmp_path)
+    assert list(benchmarks("summary").rows(tmp_path)) == []  # of a processor
+    line = (tmp_path / "one_card.jsonl").read_text(encoding="utf-8")
+    device = json.loads(line)["device"]
+    (tmp_path / "one_card.jsonl").write_text(line.replace(device, "A GPU"), encoding="utf-8")
+    (row,) = benchmarks("summary").rows(tmp_path)
+    assert row.ours.replace("\u00a0", " ") == "Fira 16.0 GiB"

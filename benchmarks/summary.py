@@ -1,0 +1,206 @@
+"""Write the table of the README from the recorded lines: python benchmarks/summary.py"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tables import insert
+
+from whimbrel.bench.results import ResultLine, newest, read_lines
+from whimbrel.files import atomic_write_text
+from whimbrel.report.numbers import power_count, significant, size
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {
+    "mixers": "residual-linear-attention",
+    "optimizers": "low-rank-optimizers",
+    "averages": "checkpoint-averaging",
+    "prefill": "sparse-prefill",
+}
+"""Area -> its page in docs/methods, where all shapes, seeds and conditions are."""
+
+
+class Row(NamedTuple):
+    """A line of the table: what was measured, our value, and what stands beside it."""
+
+    area: str
+    what: str
+    ours: str
+    beside: str
+    device: str
+
+
+def rows(results: Path = RESULTS) -> Iterator[Row]:
+    """What of the rows has been recorded, in the order of the README."""
+    yield from _passes(results, "rdn", {"flash-qla": "FlashQLA", "fla-gdn": "fla"})
+    yield from _passes(results, "rla", {"fla-simple-gla": "fla simple GLA"})
+    yield from _mixers(results)
+    yield from _step(results)
+    yield from _pretraining(results)
+    yield from _seven_billion(results)
+    yield from _averages(results)
+    yield from _merging(results)
+    yield from _prefill(results)
+
+
+def summary(results: Path = RESULTS) -> str:
+    """The Markdown between the two marks of the README."""
+    found = [
+        "| page | measured | Whimbrel | beside it | on |",
+        "|---|---|---|---|---|",
+    ]
+    for x in rows(results):
+        page = f"[{x.area}](docs/methods/{PAGES[x.area]}.md)"
+        found.append(f"| {page} | {x.what} | {x.ours} | {x.beside} | {x.device.removeprefix('NVIDIA ')} |")
+    return "\n".join(found)
+
+
+def _lines(results: Path, case: str, metric: str) -> list[ResultLine]:
+    """The newest lines of a metric."""
+    path = results / f"{case}.jsonl"
+    return [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
+
+
+def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
+    """The same on the GPU that was measured last."""
+    lines = [x for x in _lines(results, case, metric) if "thread" not in x["device"]]
+    last = max(lines, key=lambda x: x["time"], default=None)
+    return [x for x in lines if last is not None and x["device"] == last["device"]]
+
+
+def _beside(found: Mapping[str, ResultLine], titles: Mapping[str, str]) -> str:
+    return ", ".join(f"{title} {significant(found[impl]['value'])}" for impl, title in titles.items() if impl in found)
+
+
+def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
+    """Forward and backward at the longest sequence in which a rival was timed."""
+    lines = [x for x in _on_gpu(results, f"{op}_fwd_bwd", "time") if "gates" not in x["params"]]
+    length = max((int(x["params"]["T"]) for x in lines if x["impl"] in rivals), default=0)
+    found = {x["impl"]: x for x in lines if x["params"]["T"] == length and x["params"]["B"] == 1}
+    if "triton" in found:
+        what = f"{op.upper()}, forward and backward, {power_count(length)} tokens, ms"
+        beside = f"one state in place of two, half the work: {_beside(found, rivals)}"
+        yield Row("mixers", what, significant(found["triton"]["value"]), beside, found["triton"]["device"])
+
+
+def _mixers(results: Path) -> Iterator[Row]:
+    lines = _lines(results, "quality-mixers", "validation loss")
+    if lines:
+        means = _means(lines)
+        ours = f"RDN hybrid {means.pop('RDN hybrid'):.3f}"
+        yield Row("mixers", f"bits per byte, 2.2 M parameters, {_seeds(lines)}", ours, _listed(means), _device(lines))
+
+
+def _step(results: Path) -> Iterator[Row]:
+    times, states = (_on_gpu(results, "optim_step", metric) for metric in ("time", "state_bytes"))
+    key = {"model": "1.2b", "rank": 128, "state": "bfloat16"}
+    found = [{x["impl"]: x for x in lines if key.items() <= x["params"].items()} for lines in (times, states)]
+    if all({"fira", "torch-adamw-fused"} <= own.keys() for own in found):
+        time, state = found
+
+        def text(impl: str) -> str:
+            return f"{significant(time[impl]['value'])}, {size(state[impl]['value'])}"
+
+        what = "optimizer step of 1.2 B weights at rank 128, ms, and its state"
+        beside = f"torch's fused AdamW {text('torch-adamw-fused')}"
+        yield Row("optimizers", what, f"Fira {text('fira')}", beside, time["fira"]["device"])
+
+
+def _pretraining(results: Path) -> Iterator[Row]:
+    lines = _on_gpu(results, "pretrain", "perplexity")
+    most = max((int(x["params"]["tokens"]) for x in lines), default=0)
+    lines = [x for x in lines if x["params"]["tokens"] == most]
+    names = {"fira-paper": "Fira", "fira": "Fira as released", "galore": "GaLore", "apollo": "APOLLO", "adamw": "AdamW"}
+    means = _means([x | {"impl": names[x["impl"]]} for x in lines if x["impl"] in names])
+    ours = {name: means.pop(name) for name in ("Fira", "Fira as released") if name in means}
+    if ours:
+        what = f"perplexity, LLaMA-60M after {most / 1e6:.1f} M tokens, {_seeds(lines)}, rates not all tuned"
+        yield Row("optimizers", what, _listed(ours, 1), _listed(means, 1), _device(lines))
+
+
+def _seven_billion(results: Path) -> Iterator[Row]:
+    for x in _on_gpu(results, "one_card", "peak_bytes"):
+        if x["params"]["model"] == "7b":
+            what = "peak memory of a training step of LLaMA-7B's shapes"
+            yield Row("optimizers", what, f"Fira {size(x['value'])}", "", x["device"])
+
+
+def _averages(results: Path) -> Iterator[Row]:
+    lines = [x for x in _on_gpu(results, "merge_quality", "loss") if "difference" in x["params"]]
+    most = max((int(x["params"]["tokens"]) for x in lines if x["params"]["method"] == "annealed"), default=0)
+    lines = [x for x in lines if x["params"]["tokens"] == most]
+
+    def gain(method: str, count: int, interval: int) -> str:
+        key = (method, count, interval)
+        own = [x["params"] for x in lines]
+        own = [p for p in own if (p["method"], p.get("count", 0), p.get("interval_tokens", 0)) == key]
+        return f"{statistics.mean(float(p['difference']) for p in own):+.3f}" if own else "not measured"
+
+    if lines:
+        what = f"loss minus the last checkpoint's, 60 M parameters, {_seeds(lines)}, nats a token"
+        ours = f"mean of 6 {gain('sma', 6, 327_680)}, a window too wide {gain('sma', 15, 655_360)}"
+        yield Row("averages", what, ours, f"annealed branch {gain('annealed', 0, 0)}", _device(lines))
+
+
+def _merging(results: Path) -> Iterator[Row]:
+    lines = [x for x in _lines(results, "merge", "rate") if x["params"].get("storage", "disk") == "disk"]
+    devices = sorted({x["device"] for x in lines}, key=lambda d: max(x["time"] for x in lines if x["device"] == d))
+    for device in devices[-1:]:
+        found = {x["impl"]: x for x in lines if x["device"] == device}
+        if {"whimbrel", "mergekit", "read"} <= found.keys():
+            beside = _beside(found, {"mergekit": "mergekit", "read": "a plain read"})
+            what = "mean of 10 checkpoints of 1 GiB on a disk, GB/s"
+            yield Row("averages", what, significant(found["whimbrel"]["value"]), beside, device)
+
+
+def _prefill(results: Path) -> Iterator[Row]:
+    lines = [x for x in _on_gpu(results, "prefill", "time") if _shown(x)]
+    rivals = {
+        "sdpa-cudnn": "dense, cuDNN",
+        "flexprefill-official": "FlexPrefill's own code",
+        "flashprefill-v1": "FlashPrefill V1, which keeps less",
+        "flashprefill-v1, equal error": "FlashPrefill V1 at our error",
+    }
+    lengths = sorted({int(x["params"]["N"]) for x in lines if x["impl"] == "row_local"})
+    for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
+        found = {x["impl"]: x for x in lines if x["params"]["N"] == length}
+        what = f"attention of a prompt of {power_count(length)} tokens, selection included, 95 % coverage, ms"
+        ours = f"row_local {significant(found['row_local']['value'])}"
+        yield Row("prefill", what, ours, _beside(found, rivals), found["row_local"]["device"])
+
+
+def _shown(line: ResultLine) -> bool:
+    """Whether a line of sparse prefill has the settings of the table."""
+    given: Mapping[str, object] = {"coverage": 0.95, "threshold": 0.18} | line["params"]
+    return (given["input"], given["coverage"], given["threshold"]) == ("mixed", 0.95, 0.18)
+
+
+def _means(lines: Sequence[ResultLine]) -> dict[str, float]:
+    names = dict.fromkeys(x["impl"] for x in lines)
+    return {name: statistics.mean(x["value"] for x in lines if x["impl"] == name) for name in names}
+
+
+def _listed(means: Mapping[str, float], digits: int = 3) -> str:
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in means.items())
+
+
+def _seeds(lines: Sequence[ResultLine]) -> str:
+    count = len({x["params"].get("seed") for x in lines})
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def _device(lines: Sequence[ResultLine]) -> str:
+    return max(lines, key=lambda x: x["time"])["device"]
+
+
+def main() -> None:
+    page = ROOT / "README.md"
+    atomic_write_text(page, insert(page.read_text(encoding="utf-8"), summary()))
+
+
+if __name__ == "__main__":
+    main()
