@@ -209,7 +209,9 @@ def _measure(
             values, unit = [case.tokens / s for s in seconds], "tokens/s"
         lines = [record(case.name, impl, case.params, case.metric, values, unit, device=device, out=out)]
         state = case.sizes[impl]() if impl in case.sizes else None
-        for metric, count in (("peak_bytes", memory.get(impl) or None), ("state", state)):
+        # A call and a part of it have the same params, so their peaks need names of their own, as their times have.
+        peak = "peak_bytes_select" if case.metric == "time_select" else "peak_bytes"
+        for metric, count in ((peak, memory.get(impl) or None), ("state", state)):
             if count is not None:
                 lines.append(record(case.name, impl, case.params, metric, count, "bytes", device=device, out=out))
         found.append(

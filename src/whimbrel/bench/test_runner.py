@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from whimbrel._lazy import load_object
-from whimbrel.bench import CASES
+from whimbrel.bench import CASES, runner
 from whimbrel.bench.case import Case, Rival
 from whimbrel.bench.first_call import first_calls
 from whimbrel.bench.results import ResultLine, commit, read_lines, record
@@ -284,3 +284,17 @@ def test_implementations_that_measure_themselves(tmp_path, capsys):
     assert "absent: left out, name its environment" in capsys.readouterr().err
     events.clear()
     assert [x["impl"] for x in quick("measuring_themselves", only=["read"], table=False)] == ["read", "read"]
+
+
+def test_peaks_of_a_call_and_of_a_part_of_it_have_names_of_their_own(monkeypatch):
+    monkeypatch.setattr(runner, "_cuda_seconds", lambda call: 1.0)
+    monkeypatch.setattr(runner, "_peak_bytes", lambda call: call())
+    monkeypatch.setattr(runner, "record", lambda *line, **_: {"metric": line[3], "value": line[4]})
+    found = {}
+    for metric, size in (("time", 8), ("time_select", 3)):
+        case = Case(
+            name="toy", params={}, impls={"a": lambda size=size: lambda: size}, check=lambda: None, metric=metric
+        )
+        [measured] = runner._measure(case, None, device="cuda", quick=True, out=None)
+        found |= {line["metric"]: line["value"] for line in measured.lines[1:]}
+    assert found == {"peak_bytes": 8, "peak_bytes_select": 3}
