@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,14 @@ def jobs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have run all jobs: they are slow to start, so all tests share them."""
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "run.toml").write_text(to_toml(config))
-    common = {**os.environ, "TITAN_TOML": str(folder / "run.toml"), "WORLD_SIZE": "2"}
+    start(folder, 2)
+    return folder
+
+
+def start(folder: Path, world: int) -> None:
+    common = {**os.environ, "TITAN_TOML": str(folder / "run.toml"), "WORLD_SIZE": str(world)}
     common |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"log{rank}").open("w+") for rank in range(2)]
+    logs = [(folder / f"log{rank}").open("w+") for rank in range(world)]
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.titan.worker", str(folder)],
@@ -63,14 +69,13 @@ def jobs(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     statuses = [child.wait(timeout=240) for child in children]
     for rank, (status, log) in enumerate(zip(statuses, logs, strict=True)):
         log.seek(0)
         assert status == 0, f"process {rank}: {log.read()[-4000:]}"
         log.close()
-    return folder
 
 
 def result(jobs: Path, name: str) -> Any:
@@ -92,6 +97,13 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(jobs: Path) -> None:
     assert result(jobs, "parts") == result(jobs, "whole")[2:]
     assert result(jobs, "parts_equal") is True
     assert result(jobs, "average_equal") is True
+
+
+def test_what_two_processes_saved_goes_on_in_one(jobs: Path, own: list[list[float]]) -> None:
+    step = Path("checkpoint") / "step-2"
+    shutil.copytree(jobs / "parts" / step, jobs / "alone" / step)
+    start(jobs, 1)
+    assert_close(result(jobs, "alone"), own[2:])
 
 
 def test_every_process_has_its_own_part_of_the_weights(jobs: Path) -> None:

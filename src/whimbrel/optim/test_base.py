@@ -390,3 +390,32 @@ def test_a_huge_gradient_does_not_become_nan(cls):
         assert torch.isfinite(param).all()
         assert bool((param != 0).any()) == moves, size
         assert math.isfinite(float(optimizer.state[param]["exp_avg_sq"].sum()))
+
+
+@pytest.mark.parametrize("cls", [Fira, GaLore, AdamW])
+def test_weights_may_be_exchanged_before_the_first_step(cls):
+    """accelerate shards a model after its optimizer was built and puts the new tensors into the groups."""
+    plain, swapped = TinyModel(), TinyModel()
+    build = {AdamW: lambda m: AdamW(param_groups(m, low_rank=()), lr=1e-2)}.get(cls, lambda m: make(cls, m))
+    train(plain, build(plain), 5)
+    optimizer = build(swapped)
+    new = {id(p): nn.Parameter(p.detach().clone()) for p in swapped.parameters()}
+    for module in swapped.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, new[id(p)])
+    for group in optimizer.param_groups:
+        group["params"] = [new[id(p)] for p in group["params"]]
+    train(swapped, optimizer, 5)
+    assert torch.equal(flat(swapped), flat(plain))
+
+
+@pytest.mark.parametrize("cls", [Fira, GaLore, AdamW])
+def test_keys_that_engines_add_to_groups_change_nothing(cls):
+    """torchtitan sets `fused` and `foreach`, torch's checkpoints `param_names`."""
+    plain, marked = TinyModel(), TinyModel()
+    build = {AdamW: lambda g: AdamW(g, lr=1e-2)}.get(cls, lambda g: cls(g, lr=1e-2, rank=4, refresh_steps=3))
+    options = {"low_rank": ()} if cls is AdamW else {"min_dim": 4}
+    train(plain, build(param_groups(plain, **options)), 4)
+    groups = [group | {"fused": False, "foreach": False} for group in param_groups(marked, **options)]
+    train(marked, build(groups), 4)
+    assert torch.equal(flat(marked), flat(plain))
