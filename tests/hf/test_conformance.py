@@ -156,3 +156,31 @@ def test_what_a_task_of_lm_eval_lacks_is_named_in_one_line(tmp_path, monkeypatch
     with pytest.raises(DataError, match=message) as raised:
         harness._evaluate(None, ["fda"], None, 0, None)
     assert "\n" not in str(raised.value)
+
+
+def test_rulers_generated_tasks_need_no_network(tmp_path, monkeypatch):
+    """With the settings that our bridge gives them; of the 500 documents of each length 3 are made here."""
+    pytest.importorskip("lm_eval")
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_args, **_kwargs: False)  # lm-eval tries as it is imported
+    import datasets
+    from lm_eval.tasks.ruler import fwe_utils, niah_utils
+
+    from tests.hf.test_lm_eval import _bytes_tokenizer
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for module, name in ((niah_utils, "generate_samples"), (fwe_utils, "sys_kwext")):
+        make = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, make=make, **given: make(*a, **given | {"num_samples": 3}))
+    tokenizer = _bytes_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"tokenizer": str(tmp_path), "max_seq_lengths": [4096]}
+    for make in (niah_utils.niah_single_1, niah_utils.niah_multikey_2, fwe_utils.fwe_download):
+        docs = make(**sizes)["test"]
+        assert len(docs) == 3
+        for doc in docs:
+            assert 2000 < len(tokenizer(doc["input"]).input_ids) <= 4096
+            assert all(str(answer) in doc["input"] for answer in doc["outputs"])
