@@ -97,10 +97,18 @@ def test_every_verb_has_help(capsys, verb: str) -> None:
 def test_show_prints_a_configuration_that_can_be_given_back(capsys) -> None:
     from whimbrel.config import load_config, parse_toml
 
-    status, out, _ = run(capsys, "show", "demo", "--optim.kind", "galore", "--optim.rank", "16")
+    status, out, _ = run(capsys, "show", "demo", "--optim.kind", "galore", "--optim.rank", "16", "--toml")
     assert status == 0
-    toml = out[: out.index("\nParameters")]
-    assert parse_toml(toml) == load_config("demo", {"optim.kind": "galore", "optim.rank": 16})
+    assert parse_toml(out) == load_config("demo", {"optim.kind": "galore", "optim.rank": 16})
+
+
+def test_show_begins_with_what_people_look_for(capsys) -> None:
+    out = run(capsys, "show", "tiny-rdn", "--optim.lr", "0.01")[1].splitlines()
+    assert out[0] == "tiny-rdn: 4 blocks of width 192, 3 rdn, 1 softmax; vocabulary of 2,048"
+    assert out[1].startswith("trains 480 steps of 2,048 tokens (983,040) in sequences of 256, fira at 0.01")
+    titles = [out.index(title) for title in ("Parameters", "Training memory, bytes", "State of one sequence, bytes")]
+    assert titles == sorted(titles)
+    assert len(out) < 30, "all of it on one screen"
 
 
 def test_show_json_and_kinds(capsys) -> None:

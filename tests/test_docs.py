@@ -149,3 +149,11 @@ def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> Non
     (tmp_path / "one_card.jsonl").write_text(line.replace(device, "A GPU"), encoding="utf-8")
     (row,) = benchmarks("summary").rows(tmp_path)
     assert row.ours.replace("\u00a0", " ") == "Fira 16.0 GiB"
+
+
+def test_the_page_of_conformance_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 60
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -138,8 +138,10 @@ def _bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!", pad_token="!")
 
 
-def test_any_model_of_transformers_gets_words(tmp_path) -> None:
-    """A tokenizer without reserved tokens: choices of several tokens, behind a space."""
+def test_any_model_of_transformers_gets_words(tmp_path, monkeypatch, capfd) -> None:
+    """A tokenizer without reserved tokens: choices of several tokens, behind a space; git is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     tokenizer = _bytes_tokenizer()
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 256}
@@ -148,6 +150,7 @@ def test_any_model_of_transformers_gets_words(tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     found = evaluate_folder(tmp_path, ["whimbrel_needle_single"], lengths=(16,), num_samples=2)
     assert 0 <= found["results"]["whimbrel_needle_single"]["accuracy,none"] <= 1
+    assert "git" not in capfd.readouterr().err
 
 
 def test_the_task_folder_holds_every_task() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from whimbrel.cli.args import parse_with_config, print_table
-from whimbrel.config import Config, kinds, to_toml
+from whimbrel.config import Config, kind_of, kinds, to_toml
 
 FAMILIES = ("whimbrel.mixers", "whimbrel.optim", "whimbrel.merge", "whimbrel.sparse")
 
@@ -24,6 +25,8 @@ class Args:
 
     json: bool = False
     """Print one JSON object instead of tables."""
+    toml: bool = False
+    """Print every setting as a TOML file instead, to begin one's own with."""
     config: Annotated[Config, tyro.conf.arg(name="")] = Config()
     """Settings"""
 
@@ -37,17 +40,34 @@ def main(argv: list[str]) -> int:
 
         return show_checkpoint(argv)
     args = parse_with_config(lambda _, config: Args(config=config), argv, verb="show")
+    if args.toml:
+        print(to_toml(args.config), end="")
+        return 0
     from whimbrel.model.memory import model_report
 
     report = model_report(args.config)
     if args.json:
         print(json.dumps(report))
         return 0
-    print(to_toml(args.config))
+    print(summary(args.config))
     print_table("Parameters", ("part", "parameters"), [(k, f"{v:,}") for k, v in report["parameters"].items()])
     print_table("Training memory, bytes", ("part", "bytes"), [(k, f"{v:,}") for k, v in report["training"].items()])
     print_states(report["inference"])
     return 0
+
+
+def summary(config: Config) -> str:
+    """The run in three lines: model, training, and where its settings are."""
+    model = config.model
+    blocks = Counter(kind_of(mixer) for mixer in model.layers())
+    tokens = config.steps * config.batch_tokens
+    return (
+        f"{config.name}: {model.num_layers} blocks of width {model.hidden_size}, "
+        f"{', '.join(f'{count} {kind}' for kind, count in blocks.items())}; vocabulary of {model.vocab_size:,}\n"
+        f"trains {config.steps:,} steps of {config.batch_tokens:,} tokens ({tokens:,}) in sequences of "
+        f"{config.data.seq_len:,}, {kind_of(config.optim)} at {config.optim.lr:g}, {config.schedule.kind} schedule\n"
+        "every setting: add --toml\n"
+    )
 
 
 def print_states(inference: list[dict[str, int]]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.evaluator
 import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -74,17 +76,18 @@ def _evaluate(
     model: HFLM, tasks: Sequence[str], manager: TaskManager, seed: int, limit: int | None
 ) -> Mapping[str, Any]:
     try:
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-        )
+        with _nothing_about_the_machine():
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+            )
     except (ConnectionError, OSError, LookupError) as error:
         raise DataError(
             f"lm-eval cannot load what one of the tasks {', '.join(tasks)} needs: {_first_line(error)}; leave that "
@@ -92,6 +95,17 @@ def _evaluate(
         ) from error
     assert found is not None
     return found
+
+
+@contextmanager
+def _nothing_about_the_machine() -> Iterator[None]:
+    """lm-eval asks git for a commit, which complains on the terminal outside of a checkout, and takes seconds to collect
+    what the machine is. Nobody reads either here."""
+    with (
+        patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        patch.object(lm_eval.evaluator, "add_env_info", lambda results: None),
+    ):
+        yield
 
 
 def _manager(tasks: Sequence[str], settings: Mapping[str, Any]) -> TaskManager:
