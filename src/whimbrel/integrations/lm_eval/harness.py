@@ -99,8 +99,8 @@ def _evaluate(
 
 @contextmanager
 def _nothing_about_the_machine() -> Iterator[None]:
-    """lm-eval asks git for a commit, which complains on the terminal outside of a checkout, and takes seconds to collect
-    what the machine is. Nobody reads either here."""
+    """lm-eval asks git for a commit, which complains on the terminal outside of a checkout, and takes seconds to
+    collect what the machine is. Nobody reads either here."""
     with (
         patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
         patch.object(lm_eval.evaluator, "add_env_info", lambda results: None),
