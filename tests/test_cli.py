@@ -103,9 +103,9 @@ def test_show_prints_a_configuration_that_can_be_given_back(capsys) -> None:
 
 
 def test_show_begins_with_what_people_look_for(capsys) -> None:
-    out = run(capsys, "show", "tiny-rdn", "--optim.lr", "0.01")[1].splitlines()
+    out = run(capsys, "show", "tiny-rdn", "--steps", "100")[1].splitlines()
     assert out[0] == "tiny-rdn: 4 blocks of width 192, 3 rdn, 1 softmax; vocabulary of 2,048"
-    assert out[1].startswith("trains 480 steps of 2,048 tokens (983,040) in sequences of 256, fira at 0.01")
+    assert out[1].startswith("trains 100 steps of 2,048 tokens (204,800) in sequences of 256, fira, wsd")
     titles = [out.index(title) for title in ("Parameters", "Training memory, bytes", "State of one sequence, bytes")]
     assert titles == sorted(titles)
     assert len(out) < 30, "all of it on one screen"

@@ -65,7 +65,7 @@ def summary(config: Config) -> str:
         f"{config.name}: {model.num_layers} blocks of width {model.hidden_size}, "
         f"{', '.join(f'{count} {kind}' for kind, count in blocks.items())}; vocabulary of {model.vocab_size:,}\n"
         f"trains {config.steps:,} steps of {config.batch_tokens:,} tokens ({tokens:,}) in sequences of "
-        f"{config.data.seq_len:,}, {kind_of(config.optim)} at {config.optim.lr:g}, {config.schedule.kind} schedule\n"
+        f"{config.data.seq_len:,}, {kind_of(config.optim)}, {config.schedule.kind} schedule\n"
         "every setting: add --toml\n"
     )
 

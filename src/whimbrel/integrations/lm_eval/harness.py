@@ -9,8 +9,8 @@ from typing import Any
 from unittest.mock import patch
 
 import lm_eval
-import lm_eval.evaluator
 import transformers
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -102,8 +102,8 @@ def _nothing_about_the_machine() -> Iterator[None]:
     """lm-eval asks git for a commit, which complains on the terminal outside of a checkout, and takes seconds to
     collect what the machine is. Nobody reads either here."""
     with (
-        patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
-        patch.object(lm_eval.evaluator, "add_env_info", lambda results: None),
+        patch.object(evaluator, "get_git_commit_hash", lambda: None),
+        patch.object(evaluator, "add_env_info", lambda results: None),
     ):
         yield
 
