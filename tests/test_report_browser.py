@@ -136,7 +136,7 @@ def test_every_width_and_section_is_drawn(measured):
             "Side by side",
             "Repeat it",
         ]
-        assert each["drawn"] == 15
+        assert each["drawn"] == 16
         assert each["tips"] > 200
 
 

@@ -45,7 +45,7 @@ def demo() -> Config:
         checkpoint=CheckpointConfig(every_steps=20),
         averaging=AveragingConfig(last=6, anneal_steps=100),
         prefill=RowLocalConfig(coverage=0.95, block_size=32),
-        eval=EvalConfig(validation_tokens=24_576, checkpoint_tokens=8_192),
+        eval=EvalConfig(validation_tokens=24_576, checkpoint_tokens=24_576),
     )
 
 

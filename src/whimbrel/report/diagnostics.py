@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from typing import NamedTuple
 
 from whimbrel.report.block import Block, Table
 from whimbrel.report.numbers import fixed, percent, significant
-from whimbrel.report.schema import Diagnostics, HeadRise, LayerDynamics
+from whimbrel.report.schema import Diagnostics, HeadRise, HeadSink, LayerDynamics
 from whimbrel.report.svg import Box, Scale, Svg, scale, text_width, x_axis
 
 _MOST = 12
@@ -35,10 +36,12 @@ def blocks(found: Diagnostics) -> list[Block]:
             Block(
                 title="Attention sinks",
                 finding=sinks_finding(found),
-                note="Share of a softmax head's attention on the first token, averaged over the second half of a text.",
+                note="Share of a softmax head's attention on the first token, averaged over the second half of a text; "
+                f"the {_MOST} highest.",
+                draw=lambda width: _draw_sinks(found["sinks"], width, sinks_finding(found)),
                 table=Table(
                     ["head", "attention on the first token"],
-                    [[f"block {s['block']}, head {s['head']}", percent(s["share"])] for s in found["sinks"]],
+                    [[_name(sink), percent(sink["share"])] for sink in found["sinks"]],
                 ),
             )
         )
@@ -75,7 +78,7 @@ def sinks_finding(found: Diagnostics) -> str:
     most = max(found["sinks"], key=lambda sink: sink["share"])
     return (
         f"{percent(found.get('sink_rate', 0.0), 0)} of the softmax heads spend over 30% of their attention on the "
-        f"first token; the most is {percent(most['share'], 0)}, by block {most['block']}, head {most['head']}."
+        f"first token; the most is {percent(most['share'], 0)}, by {_name(most)}."
     )
 
 
@@ -90,7 +93,7 @@ def layers_finding(layers: list[LayerDynamics]) -> str:
     return f"{text}; the clip cuts {percent(most['clip_rate'])} of the residual in block {most['block']}, the most."
 
 
-def _name(head: HeadRise) -> str:
+def _name(head: HeadRise | HeadSink) -> str:
     return f"block {head['block']}, head {head['head']}"
 
 
@@ -103,19 +106,37 @@ def _row(layer: LayerDynamics) -> list[str]:
 
 
 def _draw_heads(heads: list[HeadRise], width: float, label: str) -> Svg:
-    step, left = 24.0, max(text_width(_name(head)) for head in heads) + 12
-    room = max(text_width(fixed(head["rise"], 3)) for head in heads) + 12
-    svg = Svg(width, step * len(heads) + 4, label=label)
-    low = min(0.0, *(head["rise"] for head in heads))
-    high = max(0.0, *(head["rise"] for head in heads)) or 1.0
-    x = Scale(low, high, left, width - room)
-    for i, head in enumerate(heads):
-        y = step * i + 4
-        svg.text(0, y + 13, _name(head), "start ink")
-        start, end = sorted((x(0), x(head["rise"])))
-        tip = f"{_name(head)} ({head['kind']}): {fixed(head['rise'], 3)} nats"
-        svg.rect(start, y, max(end - start, 1), 16, "f0", tip=tip)
-        svg.text(end + 6, y + 13, fixed(head["rise"], 3), "start")
+    bars = [_Bar(_name(head), head["rise"], fixed(head["rise"], 3), head["kind"]) for head in heads]
+    return _draw_bars(bars, width, "rise of the loss at the answers, nats", label)
+
+
+def _draw_sinks(sinks: list[HeadSink], width: float, label: str) -> Svg:
+    most = sorted(sinks, key=lambda sink: -sink["share"])[:_MOST]
+    bars = [_Bar(_name(sink), sink["share"], percent(sink["share"]), "softmax") for sink in most]
+    return _draw_bars(bars, width, "attention on the first token", label)
+
+
+class _Bar(NamedTuple):
+    name: str
+    value: float
+    text: str
+    kind: str
+
+
+def _draw_bars(bars: list[_Bar], width: float, title: str, label: str) -> Svg:
+    """A bar for each head, from zero to either side, under what the bars measure."""
+    step, top, left = 24.0, 22.0, max(text_width(bar.name) for bar in bars) + 12
+    room = max(text_width(bar.text) for bar in bars) + 12
+    svg = Svg(width, top + step * len(bars) + 4, label=label)
+    svg.text(left, 12, title, "start")
+    values = [bar.value for bar in bars]
+    x = Scale(min(0.0, *values), max(0.0, *values) or 1.0, left, width - room)
+    for i, bar in enumerate(bars):
+        y = top + step * i
+        svg.text(0, y + 13, bar.name, "start ink")
+        start, end = sorted((x(0), x(bar.value)))
+        svg.rect(start, y, max(end - start, 1), 16, "f0", tip=f"{bar.name} ({bar.kind}): {bar.text}")
+        svg.text(end + 6, y + 13, bar.text, "start")
     return svg
 
 

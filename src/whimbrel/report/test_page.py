@@ -170,6 +170,16 @@ def test_empty_lists_make_no_section():
     assert titles == ["Averaging", "Repeat it"]
 
 
+def test_heads_are_drawn_with_what_their_bars_measure():
+    report: Any = sample_report()
+    report["comparisons"] = []
+    with_sinks = parsed(report)
+    assert "rise of the loss at the answers, nats" in " ".join(with_sinks.text)
+    report["diagnostics"]["sinks"] = []
+    without = parsed(report)
+    assert with_sinks.tags.count("svg") - without.tags.count("svg") == 2  # wide and narrow
+
+
 def test_numbers_in_the_page_are_those_of_the_data():
     report = sample_report()
     text = words(report)
