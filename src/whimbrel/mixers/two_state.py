@@ -6,7 +6,8 @@ chunkwise form with its backward, single step. Derivation: README.md beside `whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from whimbrel.scan import chunks
 from whimbrel.scan.base import Out, State
 from whimbrel.scan.common import check_choice, check_inputs, checked_scale, compute_dtype, needs_grad, spread_heads
 from whimbrel.scan.one_state import step_in_kernel
+from whimbrel.scan.opaque import opaque
 
 COMBINE = ("gated", "sum")
 RESIDUAL = ("undecayed", "decayed")
@@ -250,10 +252,15 @@ def chunked(
     chunk_size: int,
 ) -> Out:
     """The chunkwise parallel form; with `delta` both states obey the delta rule (RDN), else they add (RLA)."""
+    tensors, states = (q, k, v, log_decay, beta, gamma), state or (None, None)
+    if torch.compiler.is_compiling():
+        settings = [math.inf if rule.clip is None else rule.clip, rule.scale, rule.gated, rule.decayed, delta]
+        y, base, residual = _opaque(*tensors, *states, cu_seqlens, settings, chunk_size)
+        return Out(y, State(base, residual))
     y, base, residual = chunks.in_tiles(
         lambda layout, *tensors: _Chunked.apply(layout, rule, delta, *tensors),
-        (q, k, v, log_decay, beta, gamma),
-        state or (None, None),
+        tensors,
+        states,
         cu_seqlens,
         chunk_size,
     )
@@ -383,3 +390,12 @@ class _Chunked(torch.autograd.Function):
                     for d, t in zip((pull1.initial, pull2.initial), types)
                 ),
             )
+
+
+def _settings(numbers: Sequence[float]) -> tuple[Rule, bool]:
+    """What the operator's numbers say; no clip is an infinite one there."""
+    clip, scale, gated, decayed, delta = numbers
+    return Rule(None if math.isinf(clip) else clip, scale, bool(gated), bool(decayed)), bool(delta)
+
+
+_opaque = opaque("chunked_two_states", _Chunked, _settings)

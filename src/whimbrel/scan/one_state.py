@@ -15,6 +15,7 @@ from whimbrel.scan import chunks
 from whimbrel.scan.base import Out
 from whimbrel.scan.common import compute_dtype, needs_grad, spread_heads
 from whimbrel.scan.kernels import HAS_TRITON
+from whimbrel.scan.opaque import opaque
 
 
 def step_in_kernel(asked: bool | None, *tensors: Tensor | None) -> bool:
@@ -95,9 +96,13 @@ def chunked(
     chunk_size: int,
 ) -> Out:
     """The chunkwise parallel form; with `delta` the state obeys the delta rule, else it adds."""
+    tensors = (q, k, v, log_decay, beta)
+    if torch.compiler.is_compiling():
+        y, state, _ = _opaque(*tensors, None, state, None, cu_seqlens, [scale, delta], chunk_size)
+        return Out(y, state)
     y, state = chunks.in_tiles(
         lambda layout, *tensors: _Chunked.apply(layout, scale, delta, *tensors),
-        (q, k, v, log_decay, beta),
+        tensors,
         (state,),
         cu_seqlens,
         chunk_size,
@@ -173,3 +178,6 @@ class _Chunked(torch.autograd.Function):
                 *(layout.join(d, n, value_heads, t) for d, n, t in zip(results, counts, types)),
                 None if state_type is None else layout.leave(pull.initial, value_heads).to(state_type),
             )
+
+
+_opaque = opaque("chunked_one_state", _Chunked, lambda x: (x[0], bool(x[1])))

@@ -17,14 +17,17 @@ _functions: dict[Any, Callable[..., Any]] = {}
 """What each operator was made from."""
 
 
-def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], keys: tuple[str, ...] = ("CPU", "CUDA")
+) -> Any:
     """whimbrel::NAME from a function that returns new tensors, its schema read from the annotations.
 
     fake: the same from tensors without data to tensors without data, which is what torch.compile sees.
+    keys: the dispatcher's names of what the function runs on.
     """
     _library.define(name + library.infer_schema(function, mutates_args=()))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, function, device)
+    for key in keys:
+        _library.impl(name, function, key)
     library.register_fake(f"whimbrel::{name}", fake, lib=_library)
     op = getattr(torch.ops.whimbrel, name).default
     _functions[op] = function
