@@ -93,8 +93,8 @@ def opaque(
         tensors, states, edges, given, chunk = arguments(
             (q, k, v, log_decay, beta, gamma, base, residual, cu_seqlens, settings, chunk)
         )
-        dense = edges is None
-        layout = chunks.Layout.dense(*v.shape[:2], chunk) if dense else chunks.Layout.packed(edges, chunk)
+        batch, time = v.shape[:2]
+        layout = chunks.Layout.dense(batch, time, chunk) if edges is None else chunks.Layout.packed(edges, chunk)
         context = _Context(True, 1 + len(given) + len(tensors) + len(states))
         function.forward(context, layout, *given, *tensors, *states)
         found = function.backward(context, dy, dbase, *([dresidual] if len(states) == 2 else []))
