@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from torch import library
 from torch._dynamo.backends.common import aot_autograd
 
 from whimbrel._lazy import load_object
@@ -84,4 +85,4 @@ def test_operators_agree_with_what_the_compiler_is_told(recurrence: Recurrence):
     settings = [0.7, 0.3, 1.0, 0.0, 1.0] if two else [0.3, 1.0]
     name = "chunked_two_states" if two else "chunked_one_state"
     arguments = [None if x is None else x.clone().requires_grad_() for x in (*tensors, *states)]
-    torch.library.opcheck(getattr(torch.ops.whimbrel, name).default, (*arguments, None, settings, 32))
+    library.opcheck(getattr(torch.ops.whimbrel, name).default, (*arguments, None, settings, 32))
