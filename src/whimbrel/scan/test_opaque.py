@@ -79,6 +79,7 @@ def test_compiled_without_states_and_in_low_precision(recurrence: Recurrence):
 def test_operators_agree_with_what_the_compiler_is_told(recurrence: Recurrence):
     """PyTorch's own checks of an operator: schema, shapes without data, gradients, compilation."""
     inputs = make_inputs(recurrence, Shape(2, 40, 1, 2, 8, 6))
+    load_object(recurrence.target)
     two = recurrence.states == 2
     tensors = [*inputs.tensors, *([] if two else [None])]
     states = [*inputs.states, *([] if two else [None])]
