@@ -92,7 +92,7 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
     return y.to(x.dtype)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
     """Fixed noise, int16. Kept for the few shapes of a model: drawing it is most of what a refresh would launch."""
     key = torch.zeros((), dtype=torch.int64, device=device)
