@@ -582,9 +582,9 @@ def _write_stages(rank: int) -> tuple[int, int, int]:
 def _scratch(matrix: Matrix, rank: int) -> int:
     """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis if it is formed."""
     size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
-    basis = matrix.state.get("basis")
+    basis, low = matrix.state.get("basis"), matrix.state["exp_avg"].numel()
     formed = basis is None or basis.element_size() != size
-    return size * rank * (2 * max(matrix.shape) + (min(matrix.shape) if formed else 0))
+    return max(1, size * (2 * low + (min(matrix.shape) * rank if formed else 0)))
 
 
 def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
