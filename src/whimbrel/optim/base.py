@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -52,6 +53,9 @@ _IN_BACKWARD = (
     "{} does not go with updates in backward, where no two gradients exist at once; "
     "leave it out, or leave out fuse_into_backward"
 )
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a parameter may be in."""
 
 _PLANNED = ("impl", "rank", "refresh_steps", "seed", "side", "stagger")
 """Group keys from which a plan follows."""
@@ -236,6 +240,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 raise UnsupportedError(
                     f"{name} is a flat parameter of FSDP1 (FullyShardedDataParallel), in which matrices are lost; "
                     "use torch.distributed.fsdp.fully_shard"
+                )
+            if param.dtype not in DTYPES:
+                dtype = str(param.dtype).removeprefix("torch.")
+                raise UnsupportedError(
+                    f"{name} is {dtype}, but {type(self).__name__} computes in float32; "
+                    "use float32, bfloat16 or float16"
                 )
         if added["low_rank"]:
             for name, param in zip(_names(added, len(self.param_groups) - 1), added["params"], strict=True):
@@ -608,6 +618,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if group["impl"] == "auto":
             known = matrix.weight.is_cuda and small and not matrix.spread.depth.groups
             return known and _proven(matrix.weight.device)
+        if group["impl"] == "triton" and not (matrix.weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise UnsupportedError(
+                f"impl = 'triton' needs parameters on a CUDA device, these are on {matrix.weight.device.type}; "
+                "use impl = 'auto' or 'eager'"
+            )
         if group["impl"] == "triton" and not small:
             raise UnsupportedError(
                 f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(matrix.shape)}; use impl = 'auto'"

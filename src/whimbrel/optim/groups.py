@@ -116,9 +116,12 @@ def target_names(model: nn.Module, target: Target) -> list[str]:
         if param.requires_grad and (param.ndim == 3 or (isinstance(modules[name], nn.Linear) and key == "weight"))
     ]
     if not found:
+        part = isinstance(target, str) and any(target in name for name in modules)
+        hint = f"; for parts of names use a list, [{target!r}]" if part else ""
         raise ConfigError(
-            f"target = {target!r} chooses no nn.Linear and no experts; use 'all-linear', names of modules, a regular "
-            f"expression for whole names{nearest(str(target), _candidates(modules))}, or a function"
+            f"target = {target!r} chooses no nn.Linear and no experts; use 'all-linear', a list of names of modules, a "
+            f"regular expression for whole names, or a function"
+            f"{hint or nearest(str(target), ['all-linear', *_candidates(modules)])}"
         )
     known = {name for name, _ in model.named_parameters()}
     return [name for name in found if name in known]  # tied parameters have one name

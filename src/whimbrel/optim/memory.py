@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn, optim
 
+from whimbrel.errors import ConfigError
 from whimbrel.optim.adamw.config import AdamWConfig
 from whimbrel.optim.lowrank_config import LowRankConfig
 
@@ -29,7 +30,8 @@ def memory_report(
 ) -> MemoryReport:
     """What the state of `config`'s optimizer over `model` takes; beside it what `optimizer` holds, where given.
 
-    The model may lie on the meta device. Before an optimizer's first step it holds nothing.
+    The model may lie on the meta device. Before an optimizer's first step it holds nothing. Raises ConfigError where
+    `optimizer` is not over the groups that `config` makes.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     planned = config.bytes_by_group(shapes)
@@ -37,6 +39,11 @@ def memory_report(
         return MemoryReport(planned, None)
     measured = dict.fromkeys(planned, 0)
     for group in optimizer.param_groups:
+        if group.get("name") not in measured:
+            raise ConfigError(
+                f"optimizer has a group named {group.get('name')!r}, but this report is of {', '.join(planned)}; "
+                "build it by config.build(config.groups(model))"
+            )
         held = [value for param in group["params"] for value in optimizer.state.get(param, {}).values()]
         measured[group["name"]] += sum(value.nbytes for value in held if isinstance(value, Tensor))
     return MemoryReport(planned, measured)

@@ -27,6 +27,10 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _pair(value: Any) -> bool:
     return len(value) == 2 and all(0 <= beta < 1 for beta in value)
 
@@ -52,6 +56,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "basis_dtype": _one_of("float32", "bfloat16", "int4"),
     "other_dtype": _one_of("float32", "bfloat16", "int8"),
     "impl": _one_of("auto", "eager", "triton"),
+    "stagger": (_flag, "true or false"),
+    "stochastic_rounding": (_flag, "true or false"),
 }
 
 
@@ -66,7 +72,11 @@ def check_options(options: Mapping[str, Any], *, prefix: str = "", random: bool 
     for name, value in options.items():
         if name in rules:
             allows, allowed = rules[name]
-            require(bool(allows(value)), prefix + name, value, allowed)
+            try:
+                fits = bool(allows(value))
+            except TypeError:  # of another kind, as None where a number is wanted
+                fits = False
+            require(fits, prefix + name, value, allowed)
 
 
 def check_rank(rank: int, shape: tuple[int, ...], name: str) -> None:

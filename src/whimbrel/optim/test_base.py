@@ -343,6 +343,31 @@ def test_errors_when_built(cls, groups, options, message):
     assert str(error.value) == message.replace("{cls}", cls.__name__)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_what_float32_does_not_hold_is_refused(dtype):
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(UnsupportedError) as error:
+        Fira(
+            [
+                {"params": [("w", nn.Parameter(torch.ones(8, 8)))], "rank": 2},
+                {"params": [("b", torch.ones(8, dtype=dtype))]},
+            ]
+        )
+    assert str(error.value) == (f"b is {name}, but Fira computes in float32; use float32, bfloat16 or float16")
+
+
+def test_the_kernels_want_cuda(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    param = nn.Parameter(torch.ones(8, 8))
+    optimizer = Fira([{"params": [param], "rank": 2, "impl": "triton"}])
+    param.grad = torch.ones(8, 8)
+    with pytest.raises(UnsupportedError) as error:
+        optimizer.step()
+    assert str(error.value) == (
+        "impl = 'triton' needs parameters on a CUDA device, these are on cpu; use impl = 'auto' or 'eager'"
+    )
+
+
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = Fira([{"params": list(table.parameters()), "low_rank": False}])

@@ -130,7 +130,18 @@ def test_the_authors_keys_are_taken():
     )
 
 
-def test_a_target_that_chooses_nothing_is_named():
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        (["atn"], "a function"),
+        ("all_linear", "a function; did you mean 'all-linear'?"),
+        ("attn", "a function; for parts of names use a list, ['attn']"),
+    ],
+)
+def test_a_target_that_chooses_nothing_is_named(target, hint):
     with pytest.raises(ConfigError) as error:
-        param_groups(Llama(), target=["atn"])
-    assert str(error.value).startswith("target = ['atn'] chooses no nn.Linear and no experts; use 'all-linear', names")
+        param_groups(Llama(), target=target)
+    assert str(error.value) == (
+        f"target = {target!r} chooses no nn.Linear and no experts; use 'all-linear', a list of names of modules, a "
+        f"regular expression for whole names, or {hint}"
+    )

@@ -26,6 +26,10 @@ REFUSED = [
     ("on_refresh", "drop", "one of keep, rotate, reset"),
     ("residual_mode", "code", "one of official, paper"),
     ("scaling", "row", "one of column, matrix"),
+    ("gamma", None, "0 (no limiter) or a number of at least 1"),
+    ("betas", 0.9, "two numbers of at least 0 and below 1"),
+    ("stagger", "no", "true or false"),
+    ("stochastic_rounding", None, "true or false"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from whimbrel.errors import CheckpointError
+from whimbrel.errors import CheckpointError, ConfigError
 from whimbrel.optim import (
     AdamWConfig,
     Fira,
@@ -271,3 +271,14 @@ def test_memory_is_what_was_planned(config):
     assert report.measured == report.planned == planned
     total = sum(planned.values()) / 2**20
     assert str(report).splitlines()[-1].split() == ["all", f"{total:.2f}", "MiB", f"{total:.2f}", "MiB"]
+
+
+def test_memory_of_other_groups_is_refused_by_name():
+    model = nn.ModuleDict({"blocks": nn.Linear(300, 200)})
+    optimizer = Fira([{"params": [model["blocks"].weight], "rank": 16}])
+    with pytest.raises(ConfigError) as error:
+        memory_report(model, FiraConfig(rank=16), optimizer)
+    assert str(error.value) == (
+        "optimizer has a group named None, but this report is of low_rank, no_decay; "
+        "build it by config.build(config.groups(model))"
+    )
