@@ -35,6 +35,7 @@ from whimbrel.optim.sharding import (
     matrix_placements,
     part_of,
     place,
+    split_over,
     zeros,
 )
 
@@ -181,6 +182,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
     options: ClassVar[tuple[str, ...]] = ()
     """Group keys that `rule` takes besides lr, betas and eps."""
 
+    reports_grad_norm = False
+    """Whether `report_grad_norm` was called."""
+    grad_norm: Tensor | None = None
+    """Norm of all gradients of the last step, a scalar in float32 on the device; None before `report_grad_norm`."""
+
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]) -> None:
         check_options(defaults, random=self.random)
         self._forget()
@@ -216,6 +222,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._turns: dict[int, int] = {}
         self._num_turns = self._num_rows = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
+        self._squares: dict[tuple[ProcessGroup, ...], Tensor] | None = {} if self.reports_grad_norm else None
+        self._parted: dict[Tensor, tuple[ProcessGroup, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises ConfigError for an unknown key, a value or a rank that is not allowed."""
@@ -263,7 +271,57 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._advance([param for group in self.param_groups for param in group["params"] if param.grad is not None])
         self._counted.clear()
         self._updated.clear()
+        if self._squares is not None:
+            self.grad_norm = self._total_norm(self._squares)
         return loss
+
+    def report_grad_norm(self) -> None:
+        """From the next step on, leave the global norm of its gradients in `grad_norm`, without a look at them more.
+
+        The norm is that of `torch.nn.utils.clip_grad_norm_`, over all processes, of unscaled gradients, from the norms
+        that a step takes of its matrices; only parameters outside of low-rank groups are read for it. It is there
+        under `fuse_into_backward` too, where no other way leads to it. Parameters count from the step on in which
+        their state begins. Nothing is clipped.
+        """
+        self.reports_grad_norm = True
+        self._squares = {}
+        self._plans = {}
+
+    def _note(self, param: Tensor, square: Tensor) -> None:
+        """Add the squared norm of the gradient that is here, or of slices of it that are this process's to count."""
+        held = self._square(param)
+        if held is not None:
+            held += square
+
+    def _square(self, param: Tensor) -> Tensor | None:
+        """Where squared norms are added up that are summed over the same processes as this parameter's."""
+        if self._squares is None:
+            return None
+        groups = self._parts(param)
+        if groups not in self._squares:
+            self._squares[groups] = torch.zeros((), device=param.device)
+        return self._squares[groups]
+
+    def _parts(self, param: Tensor) -> tuple[ProcessGroup, ...]:
+        """Groups of processes over which the squared norm of a parameter's gradient is a sum of what each notes."""
+        if param not in self._parted:
+            low_rank = self.param_groups[self._home[param]]["low_rank"]
+            parts = self._place(param)[0].summands if low_rank else split_over(param, range(param.ndim))
+            self._parted[param] = parts
+        return self._parted[param]
+
+    def _total_norm(self, squares: dict[tuple[ProcessGroup, ...], Tensor]) -> Tensor:
+        """The norm of all that was noted, on every process; what was noted is zero again."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        total = torch.zeros((), device=params[0].device)
+        for groups in dict.fromkeys(map(self._parts, params)):
+            part = squares.get(groups, total.new_zeros(())).clone()
+            for processes in groups:
+                dist.all_reduce(part, group=processes)
+            total += part.to(total.device)
+        for held in squares.values():
+            held.zero_()
+        return total.sqrt()
 
     def _advance(self, params: Sequence[Tensor]) -> None:
         """Update these parameters, which have gradients; a group's first in a step counts the step."""
@@ -376,10 +434,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _matrices(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Matrix]:
         found: list[Matrix] = []
         for param in params:
-            if param not in self._places:
-                self._places[param] = place_of(param, resolve_side(group["side"], param.shape) == "left")
-            found += matrices(param, self.state[param], self._offsets[param], *self._places[param])
+            found += matrices(param, self.state[param], self._offsets[param], *self._place(param))
         return found
+
+    def _place(self, param: Tensor) -> tuple[Spread, tuple[int, int]]:
+        if param not in self._places:
+            side = self.param_groups[self._home[param]]["side"]
+            self._places[param] = place_of(param, resolve_side(side, param.shape) == "left")
+        return self._places[param]
 
     def fuse_into_backward(
         self,
@@ -559,6 +621,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return fresh
 
     def _step_others(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        for param in params if self._squares is not None else ():
+            norm = torch.linalg.vector_norm(local_grad(param), dtype=torch.float32)
+            self._note(param, self._unscaled(norm).square())
         plain = [p for p in params if p.dtype == self.state[p]["exp_avg"].dtype == torch.float32]
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} | {"active": self._usable()}
         if plain:
@@ -669,6 +734,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     lr=lr,
                     found_inf=scaling[0],
                     grad_scale=scaling[1],
+                    square=self._square(batch.matrices[0].key[0]),
                     **shared,
                 )
 
@@ -681,7 +747,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if plan.number not in self._rates:
                 self._rates[plan.number] = torch.zeros((), device=device)
             lr = self._rates[plan.number].fill_(float(lr))
-        held = [lr, *scaling, *drawn]
+        held = [lr, *scaling, *drawn, *(self._square(batch.matrices[0].key[0]) for batch, _ in plan.fused)]
         known = (
             [batch.moves() for batch, _ in plan.fused],
             [None if x is None else (x.data_ptr(), x.dtype) for x in held],
@@ -856,6 +922,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if spread.depth.groups:
             slice_norm = spread.own(slice_norm.square(), 1).sqrt()
         active = self._active(spread.total(slice_norm.square()))
+        if self._squares is not None:
+            self._note(batch[0].key[0], slice_norm.square().sum())
         return Projected(
             grad.masked_fill_(~active[:, None, None], 0.0),
             torch.where(active[:, None], slice_norm, 0.0),

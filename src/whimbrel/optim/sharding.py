@@ -8,7 +8,7 @@ that a step does to a slice is done where the slice is; what crosses processes i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +107,19 @@ class Spread:
     """How the slices of one matrix, and the elements of each slice (`depth`), lie over processes.
 
     Moments lie where their slices are. Where each slice is split over one group and the slices are not, every process
-    of the group takes an equal share of the slices, `owned`, as its own.
+    of the group takes an equal share of the slices, `owned`, as its own. `apart`: groups whose processes hold other
+    matrices of the same parameter [E, m, n].
     """
 
     slices: Split = Split()
     depth: Split = Split()
     owned: Part | None = None
+    apart: tuple[ProcessGroup, ...] = ()
+
+    @property
+    def summands(self) -> tuple[ProcessGroup, ...]:
+        """Groups over which sums over the slices owned here add up to those over the whole parameter."""
+        return (*self.slices.groups, *(self.depth.groups if self.shares_slices else ()), *self.apart)
 
     @property
     def split(self) -> bool:
@@ -162,16 +169,19 @@ WHOLE = Spread()
 
 def spread_of(param: Tensor, left: bool) -> Spread:
     """How the matrices of a parameter [..., m, n] lie; `left` says that columns are the slices."""
-    if not isinstance(param, DTensor) or not _splitting(param, (-2, -1)):
+    if not isinstance(param, DTensor):
         return WHOLE
+    apart = split_over(param, range(param.ndim - 2))
+    if not _splitting(param, (-2, -1)):
+        return Spread(apart=apart)
     of_slices, of_depth = (-1, -2) if left else (-2, -1)
     slices, depth = _split(param, of_slices), _split(param, of_depth)
     if len(depth.groups) != 1 or slices.groups:
-        return Spread(slices, depth, slices.part or Part(0, slices.count))
+        return Spread(slices, depth, slices.part or Part(0, slices.count), apart)
     (group,) = depth.groups
     share = _share(slices.count, group)
     start = min(slices.count, share * dist.get_rank(group))
-    return Spread(slices, depth, Part(start, min(share, slices.count - start)))
+    return Spread(slices, depth, Part(start, min(share, slices.count - start)), apart)
 
 
 def _split(param: DTensor, dim: int) -> Split:
@@ -246,6 +256,13 @@ def _moved(placement: Placement, dim: int) -> Placement:
     """The same way of splitting, along another dimension."""
     factor = getattr(placement, "split_factor", None)
     return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)  # pyrefly: ignore
+
+
+def split_over(param: Tensor, dims: Iterable[int]) -> tuple[ProcessGroup, ...]:
+    """Groups of processes, of more than one, over which these dimensions of a parameter are split."""
+    if not isinstance(param, DTensor):
+        return ()
+    return tuple(param.device_mesh.get_group(i) for i in _splitting(param, tuple(dims)))
 
 
 def _splitting(param: DTensor, dims: tuple[int, ...]) -> list[int]:

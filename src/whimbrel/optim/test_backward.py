@@ -47,6 +47,40 @@ def test_equals_the_ordinary_step(cls):
             assert_close(f"{name} {key}", value, in_backward.state[other][key], 1e-4, floor=1e-8)
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_norm_of_all_gradients_is_reported(in_backward):
+    model, seen = TinyModel(), []
+    optimizer = make(Fira, model)
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.double().norm()))
+    optimizer.report_grad_norm()
+    if in_backward:
+        optimizer.fuse_into_backward(model)
+    assert optimizer.grad_norm is None
+    for step in range(4):
+        seen.clear()
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert float(optimizer.grad_norm) == pytest.approx(float(torch.stack(seen).norm()), rel=1e-6)
+
+
+def test_the_norm_is_of_unscaled_gradients_and_not_finite_where_one_is_not():
+    model = TinyModel()
+    optimizer, scaler = make(Fira, model), torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer.report_grad_norm()
+    for step in range(3):
+        x = torch.randn(16, 13, generator=torch.Generator().manual_seed(step))
+        scaler.scale(model(x).square().mean()).backward()
+        want = torch.stack([param.grad.norm() / 256.0 for param in model.parameters()]).norm()
+        if step == 2:
+            next(param for param in model.parameters() if param.ndim == 2).grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert float(optimizer.grad_norm) == pytest.approx(float(want) if step < 2 else float("inf"), rel=1e-6)
+
+
 def test_holds_one_gradient_at_a_time():
     model, alive = TinyModel(), []
     optimizer = make(Fira, model)

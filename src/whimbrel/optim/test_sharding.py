@@ -137,6 +137,7 @@ def check_all(rank, folder):
     found["bf16"] = bfloat16(mesh)
     found["ddp"] = data_parallel(rank)
     found["plans"] = planned(mesh)
+    found["norms"] = norms(mesh)
     found["resume"] = resume(mesh, folder)
     found["mesh"] = two_dimensions(rank)
     found["backward"] = in_backward(mesh, rank)
@@ -199,6 +200,18 @@ def planned(mesh):
         optimizer.step()
         assert not torch.equal(before, model.tall.to_local())
     return made
+
+
+def norms(mesh):
+    """The norm of all gradients that each process reports, over that of the whole ones."""
+    found = {}
+    for how, place in (("fsdp", None), ("rows", 0), ("columns", 1)):
+        model = sharded(mesh, place)
+        optimizer = make("fira", model)
+        optimizer.report_grad_norm()
+        advance(model, optimizer, range(2))
+        found[how] = float(optimizer.grad_norm / torch.cat([grad.flatten() for grad in gradients(1)]).norm())
+    return found
 
 
 def resume(mesh, folder):
@@ -411,6 +424,11 @@ def test_each_expert_is_a_matrix_of_its_own():
 
 def test_steps_of_parts_are_planned_once(found):
     assert [each["plans"] for each in found[0]] == [[0, 0, 0, 4, 4, 4]] * WORLD
+
+
+def test_processes_report_the_norm_of_all_gradients(found):
+    for each in found[0]:
+        assert each["norms"] == pytest.approx(dict.fromkeys(("fsdp", "rows", "columns"), 1.0), rel=1e-6)
 
 
 def test_a_state_that_was_replaced_is_the_one_that_is_stepped():

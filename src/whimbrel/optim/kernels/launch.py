@@ -234,13 +234,15 @@ def fused_step(
     stochastic: bool,
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
+    square: Tensor | None = None,
 ) -> None:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
     The matrices are whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]: words
     from which the bases are drawn, None where the states hold them. factors: the method's numbers; coefficients: its
     factors from (slices, correction [B], active [B]) and its scalars [B] after the step, asked where slices are split
-    over processes, which then add up sums. found_inf, grad_scale: what a gradient scaler has left.
+    over processes, which then add up sums. found_inf, grad_scale: what a gradient scaler has left. square: a scalar to
+    which the squared norm of the gradients' slices here, unscaled, is added.
     """
     matrices, left = batch.matrices, batch.left
     states, spread, (first_row, first_column) = [x.state for x in matrices], matrices[0].spread, matrices[0].first
@@ -298,6 +300,9 @@ def fused_step(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+    if square is not None:
+        here = sums[: number * s].sum()
+        square += here if grad_scale is None else here / grad_scale.reshape(()).square()
     total = spread.total(sums[: number * s].view(number, s)) if spread.split else sums
     launch(
         passes.settle,

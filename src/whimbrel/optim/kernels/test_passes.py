@@ -145,6 +145,7 @@ def test_a_gradient_scaler_is_honoured():
     def scaled(factor, found):
         param = nn.Parameter(torch.zeros(20, 30))
         optimizer = Fira([{"params": [param], "rank": 4}], impl="triton")
+        optimizer.report_grad_norm()
         for seed in range(3):
             param.grad = factor * torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
             optimizer.grad_scale, optimizer.found_inf = (
@@ -154,11 +155,14 @@ def test_a_gradient_scaler_is_honoured():
             optimizer.step()
         return optimizer, param.detach()
 
-    _, plain = scaled(1.0, False)
-    _, large = scaled(512.0, False)
+    one, plain = scaled(1.0, False)
+    other, large = scaled(512.0, False)
     stopped, _ = scaled(512.0, True)
     assert rms_ratio(plain, large) < 1e-6
     assert states(stopped)[0]["step"].item() == 2
+    norm = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)).norm()
+    for optimizer in (one, other, stopped):
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-6)
 
 
 def test_layouts_of_weights_and_gradients():
