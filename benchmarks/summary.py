@@ -53,8 +53,10 @@ def summary(results: Path = RESULTS) -> str:
         "| page | measured | Whimbrel | beside it | on |",
         "|---|---|---|---|---|",
     ]
+    shown = set()
     for x in rows(results):
-        page = f"[{x.area}](docs/methods/{PAGES[x.area]}.md)"
+        page = "" if x.area in shown else f"[{x.area}](docs/methods/{PAGES[x.area]}.md)"
+        shown.add(x.area)
         found.append(f"| {page} | {x.what} | {x.ours} | {x.beside} | {x.device.removeprefix('NVIDIA ')} |")
     return "\n".join(found)
 
@@ -142,7 +144,7 @@ def _averages(results: Path) -> Iterator[Row]:
 
     if lines:
         what = f"loss minus the last checkpoint's, 60 M parameters, {_seeds(lines)}, nats a token"
-        ours = f"mean of 6 {gain('sma', 6, 327_680)}, a window too wide {gain('sma', 15, 655_360)}"
+        ours = f"mean of 6 {gain('sma', 6, 327_680)}, of 15 twice as far apart {gain('sma', 15, 655_360)}"
         yield Row("averages", what, ours, f"annealed branch {gain('annealed', 0, 0)}", _device(lines))
 
 
@@ -162,7 +164,7 @@ def _prefill(results: Path) -> Iterator[Row]:
     rivals = {
         "sdpa-cudnn": "dense, cuDNN",
         "flexprefill-official": "FlexPrefill's own code",
-        "flashprefill-v1": "FlashPrefill V1, which keeps less",
+        "flashprefill-v1": "FlashPrefill V1 (keeps less)",
         "flashprefill-v1, equal error": "FlashPrefill V1 at our error",
     }
     lengths = sorted({int(x["params"]["N"]) for x in lines if x["impl"] == "row_local"})
