@@ -19,7 +19,7 @@ CARDS = ROOT / "docs" / "howto" / "many-gpus.md"
 FIGURES = (
     ("needle", "length", "needle", "share of needles found", "tokens of context"),
     ("decode_rate", "context", "decoding", "tokens a second", "tokens before"),
-    ("curve", "tokens", "loss", "nats a token of held-out text", "tokens of training"),
+    ("curve", "tokens", "loss", "nats a token of the batches trained on", "tokens of training"),
 )
 """Metric, what it is drawn against, end of the file's name, titles of the axes."""
 SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
@@ -36,10 +36,16 @@ def gpu_lines(results: Path, case: str) -> list[ResultLine]:
 
 
 def quality_lines(results: Path) -> list[ResultLine]:
-    """Those of trained models, of the largest number of tokens."""
+    """Those of trained models, of the longest training, judged where most models were, and there the latest."""
     lines = [x for x in gpu_lines(results, "comparison") if "of_tokens" in x["params"]]
     most = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
-    return [x for x in lines if x["params"]["of_tokens"] == most]
+    lines = [x for x in lines if x["params"]["of_tokens"] == most]
+    judged: dict[int, set[str]] = {}
+    for x in lines:
+        if x["metric"] == "loss":
+            judged.setdefault(int(x["params"]["tokens"]), set()).add(x["impl"])
+    where = max(judged, key=lambda tokens: (len(judged[tokens]), tokens), default=0)
+    return [x for x in lines if x["metric"] == "curve" or x["params"]["tokens"] == where]
 
 
 def _named(lines: Sequence[ResultLine]) -> list[str]:
@@ -120,7 +126,8 @@ def _recall(results: Path) -> list[str]:
 
 
 def _speed(results: Path) -> list[str]:
-    lines = [x for x in gpu_lines(results, "comparison") if x["metric"] in ("train_rate", "decode_rate")]
+    measured = gpu_lines(results, "comparison")
+    lines = [x for x in measured if x["metric"] in ("train_rate", "decode_rate")]
     if not lines:
         return []
     about = lines[0]
@@ -128,6 +135,7 @@ def _speed(results: Path) -> list[str]:
     contexts = sorted({int(x["params"]["context"]) for x in lines if x["metric"] == "decode_rate"})
     batch = next((x["params"]["B"] for x in lines if x["metric"] == "decode_rate"), 0)
     heads = [f"training at {power_count(n)}" for n in lengths] + [f"decoding behind {power_count(n)}" for n in contexts]
+    heads += ["peak of training"]
     rows = [
         f"**Thousand tokens a second** of models of {int(about['params']['parameters']) / 1e6:.0f} M parameters, bf16, "
         f"{batch} sequences decoded together, without CUDA graphs ({about['device']}, "
@@ -142,6 +150,8 @@ def _speed(results: Path) -> list[str]:
         found |= {("context", x["params"]["context"]): x["value"] for x in own if x["metric"] == "decode_rate"}
         wanted = [("T", n) for n in lengths] + [("context", n) for n in contexts]
         cells = [significant(found[key] / 1e3) if key in found else "" for key in wanted]
+        peaks = [x["value"] for x in measured if x["impl"] == name and x["metric"] == "train_peak"]
+        cells.append(size(max(peaks)) if peaks else "")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return [*rows, ""]
 

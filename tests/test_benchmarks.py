@@ -457,6 +457,8 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
     monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
     trained = {"T": 1024, "lr": 0.002, "tokens": 4_000_000, "chance": 1 / 64}
     write("RDN", "loss", 1.0, of_tokens=2_000_000, seed=0, **trained)
+    # One model was judged at its end, all of them where the slowest was.
+    write("RDN", "loss", 2.0, seed=0, **trained | {"tokens": 5_000_000, "of_tokens": 4_000_000})
     for seed in (0, 1):
         for impl, loss in (("softmax", 3.5), ("RDN", 3.25)):
             given = trained | {"of_tokens": 4_000_000, "seed": seed}
@@ -467,6 +469,7 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
                 write(impl, "needle", 1.0, length=length, depth=0.9, **given)
     write("RDN", "train_rate", 50_000.0, T=1024)
     write("RDN", "decode_rate", 4000.0, context=1024, B=16)
+    write("RDN", "train_peak", 2**33, T=1024)
     write("RDN", "state_bytes", 2**21, context=1024, B=16)
     text = pages.comparison_page(tmp_path).replace("\u00a0", " ")
     first, second = (
@@ -475,7 +478,7 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
     assert first < second
     assert "| RDN | 62% |" in text
     assert "| RDN | 81% | 81% |" in text
-    assert "| RDN | 50 | 4 |" in text
+    assert "| RDN | 50 | 4 | 8.00 GiB |" in text
     assert "| RDN | 2.00 MiB |" in text
     assert "9.0000" not in text
     assert [path.name for path in pages.figures(tmp_path, tmp_path)] == ["comparison-needle.svg"]
