@@ -52,7 +52,7 @@ class Job:
         self.processes, self.vocabulary, self.length = processes, config.model.vocab_size, args.seq_len
         self.model = build_model(config.model, seed=0).to(processes.device)
         shard(self.model, processes)
-        low_rank = replace(config.optim, rank=rank, min_dim=rank, impl=args.impl)
+        low_rank = replace(config.optim, rank=rank, min_dim=rank, impl=args.impl, side=args.side)
         optim = low_rank if optimizer == "fira" else AdamWConfig(lr=1e-3)
         self.optimizer = optim.build(optim.groups(self.model))
         if optimizer != "fira":
@@ -131,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--impl", choices=("auto", "eager", "triton"), default="auto")
+    parser.add_argument(
+        "--side", choices=("std", "right"), default="std", help="right sends least, and is what kernels take"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -141,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     everyone = Processes(dist.get_rank(), dist.get_world_size(), device)
     alone = Processes(0, 1, device)
-    params = {"recipe": args.recipe, "rank": args.rank, "world": everyone.world}
+    params = {"recipe": args.recipe, "rank": args.rank, "world": everyone.world, "impl": args.impl, "side": args.side}
 
     def line(impl: str, metric: str, values: float | list[float], unit: str) -> None:
         if everyone.first:
