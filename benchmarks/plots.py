@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tables import winners
+
 from whimbrel.bench.results import ResultLine, newest, read_lines
 from whimbrel.errors import DataError, WhimbrelError
 from whimbrel.files import atomic_write_text
@@ -222,6 +224,8 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
         path = results / f"{case}.jsonl"
         found = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
+        if found and case == "pretrain":
+            found = [x for best in winners(found).values() for x in best.lines]
         if not found:
             continue
         most = max(int(x["params"]["tokens"]) for x in found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import insert
+from tables import insert, winners
 
 from whimbrel.bench.results import ResultLine, newest, read_lines
 from whimbrel.files import atomic_write_text
@@ -113,14 +113,17 @@ def _step(results: Path) -> Iterator[Row]:
 
 
 def _pretraining(results: Path) -> Iterator[Row]:
-    lines = _on_gpu(results, "pretrain", "perplexity")
+    lines = [x for metric in ("loss", "perplexity") for x in _on_gpu(results, "pretrain", metric)]
     most = max((int(x["params"]["tokens"]) for x in lines), default=0)
-    lines = [x for x in lines if x["params"]["tokens"] == most]
+    best = winners(lines) if lines else {}
+    tuned = all(x.tried[0] < x.rate < x.tried[-1] for x in best.values())
+    lines = [x for own in best.values() for x in own.lines if x["metric"] == "perplexity"]
     names = {"fira-paper": "Fira", "fira": "Fira as released", "galore": "GaLore", "apollo": "APOLLO", "adamw": "AdamW"}
     means = _means([x | {"impl": names[x["impl"]]} for x in lines if x["impl"] in names])
     ours = {name: means.pop(name) for name in ("Fira", "Fira as released") if name in means}
     if ours:
-        what = f"perplexity, LLaMA-60M after {most / 1e6:.1f} M tokens, {_seeds(lines)}, rates not all tuned"
+        rates = "" if tuned else ", rates not all tuned"
+        what = f"perplexity, LLaMA-60M after {most / 1e6:.1f} M tokens, {_seeds(lines)}{rates}"
         yield Row("optimizers", what, _listed(ours, 1), _listed(means, 1), _device(lines))
 
 

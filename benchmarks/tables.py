@@ -296,41 +296,66 @@ def _quality(case: str, title: str, first: str, results: Path, *, links: str) ->
     return [*rows, ""]
 
 
+class Winner(NamedTuple):
+    """The longest runs of one optimizer in `pretrain` at its best rate, and the rates that rate was chosen from."""
+
+    lines: list[ResultLine]
+    rate: float
+    tried: list[float]
+
+    def values(self, metric: str) -> list[float]:
+        """By seed."""
+        return [line["value"] for line in self.lines if line["metric"] == metric]
+
+
+def winners(lines: Sequence[ResultLine]) -> dict[str, Winner]:
+    """Of each optimizer, best first: the rate with the lowest loss on the first seed of the longest runs.
+
+    Where only one rate was run that long, the others are those of its shorter runs.
+    """
+    most = max(int(line["params"]["tokens"]) for line in lines)
+    found = {}
+    for name in dict.fromkeys(line["impl"] for line in lines):
+        own = [line for line in lines if line["impl"] == name]
+        longest = [line for line in own if int(line["params"]["tokens"]) == most]
+        losses = [line for line in longest if line["metric"] == "loss"]
+        if not losses:
+            continue
+        seed = min(int(line["params"]["seed"]) for line in losses)
+        first = {float(x["params"]["lr"]): x["value"] for x in losses if int(x["params"]["seed"]) == seed}
+        rate = min(first, key=first.__getitem__)
+        tried = sorted(first if len(first) > 1 else {float(line["params"]["lr"]) for line in own})
+        found[name] = Winner([line for line in longest if float(line["params"]["lr"]) == rate], rate, tried)
+    return dict(sorted(found.items(), key=lambda item: statistics.mean(item[1].values("loss"))))
+
+
 def _pretrain(results: Path, *, links: str) -> list[str]:
-    """The longest runs of each optimizer, best first, with the rates that were tried in shorter ones."""
+    """The longest runs of each optimizer, best first, with the rates that were tried."""
     path = results / "pretrain.jsonl"
     lines = newest(read_lines(path)) if path.exists() else []
     if not lines:
         return []
+    best, about = winners(lines), lines[-1]
     most = max(int(line["params"]["tokens"]) for line in lines)
-    tried: dict[str, set[float]] = {}
-    longest: dict[str, dict[str, list[ResultLine]]] = {}
-    for line in lines:
-        if int(line["params"]["tokens"]) == most:
-            longest.setdefault(line["impl"], {}).setdefault(line["metric"], []).append(line)
-        else:
-            tried.setdefault(line["impl"], set()).add(float(line["params"]["lr"]))
-    about = lines[-1]
-    seeds = {line["params"]["seed"] for found in longest.values() for line in found["loss"]}
     rows = [
         f"**Optimizers at LLaMA-60M**, recipe {about['params']['recipe']} on documentation prose (not C4), {most:,} "
-        f"tokens in batches of {about['params']['batch_tokens']:,}, {len(seeds)} seed{'s' * (len(seeds) > 1)}; a rate "
-        f"at an end of those tried need not be the best ({about['device']}, [lines]({links}/pretrain.jsonl)):",
+        f"tokens in batches of {about['params']['batch_tokens']:,}; means over seeds, their lowest and highest in "
+        f"brackets; the rate is chosen on the first seed, and one at an end of those tried need not be the best "
+        f"({about['device']}, [lines]({links}/pretrain.jsonl)):",
         "",
-        "| optimizer | nats a token | perplexity | divided as published | rate, best of | optimizer state |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | seeds | nats a token | perplexity | divided as published | rate, of those tried | state |",
+        "|---|---|---|---|---|---|---|",
     ]
-
-    def mean(found: list[ResultLine]) -> float:
-        return statistics.mean(line["value"] for line in found)
-
-    for name, found in sorted(longest.items(), key=lambda item: mean(item[1]["loss"])):
-        params = found["loss"][0]["params"]
-        rates = ", ".join(f"{rate:g}" for rate in sorted(tried.get(name, ())))
+    for name, found in best.items():
+        losses = found.values("loss")
+        spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+        ends = {found.tried[0]: ", the lowest,", found.tried[-1]: ", the highest,"} if len(found.tried) > 1 else {}
+        others = f"{ends.get(found.rate, '')} of {', '.join(f'{rate:g}' for rate in found.tried)}" if ends else ""
         rows.append(
-            f"| {name} | {mean(found['loss']):.3f} | {mean(found['perplexity']):.1f} | "
-            f"{mean(found['perplexity_as_published']):.1f} | {params['lr']:g}{f' of {rates}' if rates else ''} | "
-            f"{int(params['state_bytes']) / 2**20:.0f} MiB |"
+            f"| {name} | {len(losses)} | {statistics.mean(losses):.3f}{spread} | "
+            f"{statistics.mean(found.values('perplexity')):.1f} | "
+            f"{statistics.mean(found.values('perplexity_as_published')):.1f} | {found.rate:g}{others} | "
+            f"{int(found.lines[0]['params']['state_bytes']) / 2**20:.0f} MiB |"
         )
     return [*rows, ""]
 

@@ -38,7 +38,9 @@ def script(name):
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # scripts import each other
+        spec.loader.exec_module(module)
     return module
 
 
@@ -221,6 +223,27 @@ def test_pretraining_goes_beyond_the_end_of_a_grid_and_repeats_nothing(tmp_path)
     assert rates["galore"] == [0.25]
     assert {run[:2] for run in order if run.seed == 1} == {("adamw", 0.125), ("fira", 2.0), ("galore", 0.25)}
     assert len(order) == len(set(order)) == 12
+
+
+def test_winners_are_chosen_on_the_first_seed_of_the_longest_runs(tables, tmp_path):
+    for name, rate, seed, tokens, loss in (
+        ("fira", 0.1, 0, 20, 3.0),
+        ("fira", 0.2, 0, 20, 2.0),
+        ("fira", 0.4, 0, 20, 2.5),
+        ("fira", 0.2, 1, 20, 4.0),
+        ("fira", 0.8, 0, 10, 1.0),  # too short to count
+        ("adamw", 0.1, 0, 20, 2.5),
+        ("adamw", 0.2, 0, 10, 9.0),
+        ("short", 0.1, 0, 10, 0.5),
+    ):
+        params = {"recipe": "r", "lr": rate, "seed": seed, "tokens": tokens, "batch_tokens": 5, "state_bytes": 2**20}
+        for metric, value in (("loss", loss), ("perplexity", 10 * loss), ("perplexity_as_published", 5.0)):
+            record("pretrain", name, params, metric, value, "nats", out=tmp_path)
+    rows = tables.optimizers_page(tmp_path).splitlines()[-2:]
+    assert rows == [
+        "| adamw | 1 | 2.500 | 25.0 | 5.0 | 0.1, the lowest, of 0.1, 0.2 | 1 MiB |",
+        "| fira | 2 | 3.000 (2.000 to 4.000) | 30.0 | 5.0 | 0.2 of 0.1, 0.2, 0.4 | 1 MiB |",
+    ]
 
 
 def test_optimizers_against_rank_and_bytes(plots, tmp_path):
