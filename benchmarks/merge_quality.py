@@ -48,6 +48,8 @@ METHOD_STRIDE = 2
 """The interval at which methods other than the plain mean are compared."""
 MOMENTS = {"average": "average", "newest": "newest", "reset": "reset", "half-rate": "average"}
 """Ways to go back from a collapse: what becomes of the moments. `half-rate` also halves the rate each time."""
+WAYS = ("undisturbed", "skip", "none", *MOMENTS)
+"""What is compared after a collapse; the first two, without the burst and leaving updates out, only for a burst."""
 KEPT = 12
 """Checkpoints that a run which may collapse keeps: it goes back to the three before the collapse."""
 REWARM_STEPS = 50
@@ -383,29 +385,28 @@ def _collapses(job: Job, seed: int, rate: float) -> bool:
     course = Course(job.take(0, moments=False), rate)
     if burst is not None:
         course = _advance(job, loader, course, end=burst)
-        _finish_run(job, loader, course, "undisturbed", seed)
-        if job.has_time(f"seed {seed}, skip"):
+        if "undisturbed" in args.ways:
+            _finish_run(job, loader, course, "undisturbed", seed)
+        if "skip" in args.ways and job.has_time(f"seed {seed}, skip"):
             _finish_run(job, loader, course, "collapse-skip", seed, way="skip", burst=burst)
     fork = _advance(job, loader, course, end=args.steps, until_restart=True, burst=burst)
-    none = _finish_run(job, loader, fork, "collapse-none", seed)
     if fork.onset < 0:
-        shown = " ".join(f"{np.mean(none[i : i + 25]):.2f}" for i in range(0, len(none), 25))
+        _record_run(job, "collapse-none", seed, fork)
+        shown = " ".join(f"{np.mean(fork.curve[i : i + 25]):.2f}" for i in range(0, len(fork.curve), 25))
         print(f"seed {seed}: no collapse at rate {rate:g}: {shown}", flush=True)
         return False
     print(f"seed {seed}: left its range at step {fork.onset}, would go back at step {fork.now.step}", flush=True)
-    for way in args.ways:
-        if job.has_time(f"seed {seed}, {way}"):
+    for way in ("none", *MOMENTS):
+        if way in args.ways and job.has_time(f"seed {seed}, {way}"):
             _finish_run(job, loader, fork, f"collapse-{way}", seed, way=way)
     return True
 
 
 def _finish_run(
     job: Job, loader: Loader, course: Course, method: str, seed: int, *, way: str = "none", burst: int | None = None
-) -> list[float]:
-    """Go on to the end and record it; returns the curve alone, so that the run's checkpoints do not stay in memory."""
-    done = _advance(job, loader, course, end=job.args.steps, way=way, burst=burst)
-    _record_run(job, method, seed, done)
-    return done.curve
+) -> None:
+    """Go on to the end and record it; the run's checkpoints do not stay in memory."""
+    _record_run(job, method, seed, _advance(job, loader, course, end=job.args.steps, way=way, burst=burst))
 
 
 def _advance(
@@ -541,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--burst-steps", type=int, default=3)
     parser.add_argument("--burst-factor", type=float, default=100.0, help="collapse: the rate's factor in the burst")
     parser.add_argument(
-        "--ways", nargs="+", choices=tuple(MOMENTS), default=tuple(MOMENTS), help="collapse: ways to go back"
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="collapse: what is done about it, one run for each"
     )
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--beta2", type=float, help="of AdamW; default: the recipe's")

@@ -81,6 +81,16 @@ def test_no_collapse_at_a_rate_that_is_fine(study, capsys) -> None:
     assert "no collapse at rate 0.001" in capsys.readouterr().out
 
 
+def test_one_way_at_a_time(study) -> None:
+    run, _ = study
+    given = ("collapse", "--steps", "32", *SPIKES, "--burst-factor", "300")
+    run(*given, "--ways", "none")
+    lines = [x for x in run(*given, "--ways", "average") if x["metric"] == "loss"]
+    assert [(x["params"]["method"], x["params"]["restarts"]) for x in lines] == [
+        ("collapse-none", 0), ("collapse-average", 1)
+    ]  # fmt: skip
+
+
 def test_overhead(tmp_path: Path) -> None:
     sizes = ["--batch", "1", "--seq-len", "32", "--every", "2", "--rounds", "2", "--device", "cpu"]
     script("online_overhead").main(["--recipe", "tiny-softmax", *sizes, "--out", str(tmp_path)])
