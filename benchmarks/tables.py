@@ -87,6 +87,65 @@ def optimizers_page(results: Path = RESULTS) -> str:
     return "\n".join(found).rstrip("\n")
 
 
+def optimizer_steps(results: Path = RESULTS) -> str:
+    """Steps of every optimizer over the matrices of 1.2 B weights, and their ratio to torch's fused AdamW."""
+    lines = [
+        x
+        for metric in ("time", "time_amortised", "time_max", "state_bytes", "peak_bytes")
+        for x in _on_gpu(results, "optim_step", metric)
+        if x["params"]["model"] == "1.2b"
+    ]
+    if not lines:
+        return "No GPU has been measured yet."
+    found: dict[tuple[int, str], dict[str, dict[str, ResultLine]]] = {}
+    for x in lines:
+        own = found.setdefault((int(x["params"]["rank"]), str(x["params"]["state"])), {})
+        own.setdefault(x["impl"], {})[x["metric"]] = x
+    rows = [
+        "| rank, state | optimizer | ms a step without a refresh (quartiles) | of AdamW's | with refreshes | longest | "
+        "state | peak above weights and gradients, of the state |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (rank, state), impls in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        adamw = impls.get("torch-adamw-fused", {}).get("time")
+        for impl, own in sorted(impls.items(), key=lambda item: item[1]["time"]["value"]):
+            time = own["time"]
+            quartiles = f" ({significant(time['q25'])} to {significant(time['q75'])})" if time["n"] > 1 else ""
+            held = own["state_bytes"]["value"]
+            peak = f"{own['peak_bytes']['value'] / held:.2f}" if "peak_bytes" in own else ""
+            ratio = f"{time['value'] / adamw['value']:.2f}" if adamw else ""
+            rows.append(
+                f"| {rank}, {state} | {impl} | {significant(time['value'])}{quartiles} | {ratio} | "
+                f"{significant(own['time_amortised']['value'])} | {significant(own['time_max']['value'])} | "
+                f"{size(held)} | {peak} |"
+            )
+    return "\n".join([f"{lines[0]['device']}, [lines](../../benchmarks/results/optim_step.jsonl):", "", *rows])
+
+
+def seven_billion(results: Path = RESULTS) -> str:
+    """Steps of LLaMA-7B's shapes on one card: time and memory, or that they did not fit."""
+    metrics = ("time", "weight_bytes", "state_bytes", "peak_bytes", "reserved_bytes", "out_of_memory")
+    lines = [x for m in metrics for x in _on_gpu(results, "one_card", m) if x["params"]["model"] == "7b"]
+    if not lines:
+        return "No GPU has been measured yet."
+    found: dict[tuple[str, str, float], dict[str, float]] = {}
+    for x in lines:
+        key = x["impl"], str(x["params"]["state"]), float(x["params"]["limit_gib"])
+        found.setdefault(key, {})[x["metric"]] = x["value"]
+    rows = [
+        "| optimizer, its state | allocator held to | ms a step | weights | state | peak of tensors | allocated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (impl, state, limit), own in sorted(found.items(), key=lambda item: item[1].get("peak_bytes", math.inf)):
+        name = f"{'AdamW' if impl.startswith('adamw') else impl}, {state}"
+        if "out_of_memory" in own:
+            rows.append(f"| {name} | {limit:g} GiB | does not fit | | | | |")
+            continue
+        cells = [size(own[m]) for m in metrics[1:5]]
+        rows.append(f"| {name} | {limit:g} GiB | {significant(own['time'])} | {' | '.join(cells)} |")
+    return "\n".join([f"{lines[0]['device']}, [lines](../../benchmarks/results/one_card.jsonl):", "", *rows])
+
+
 def method_tables(results: Path = RESULTS, page: Path = METHOD) -> str:
     """The Markdown between the two marks of the page of residual linear attention."""
     to = "../../benchmarks/results"
@@ -780,6 +839,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         (AVERAGING_PAGE, averaging_page()),
     ):
         page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    for name, text in (("steps", optimizer_steps()), ("card", seven_billion())):
+        OPTIMIZERS_PAGE.write_text(insert(OPTIMIZERS_PAGE.read_text(encoding="utf-8"), text, name), encoding="utf-8")
     text = insert(PREFILL_PAGE.read_text(encoding="utf-8"), smollm2_part(), "smollm2")
     PREFILL_PAGE.write_text(text, encoding="utf-8")
 

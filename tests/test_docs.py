@@ -138,6 +138,8 @@ def test_the_page_of_optimizers_shows_the_recorded_lines(benchmarks) -> None:
     tables = benchmarks("tables")
     page = tables.OPTIMIZERS_PAGE.read_text(encoding="utf-8")
     assert page == tables.insert(page, tables.optimizers_page())
+    assert page == tables.insert(page, tables.optimizer_steps(), "steps")
+    assert page == tables.insert(page, tables.seven_billion(), "card")
 
 
 def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> None:
