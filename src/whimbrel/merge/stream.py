@@ -1,8 +1,9 @@
 """The streaming average: read N checkpoints once, in file order and in bounded memory, write one or several.
 
-The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source, sums them in the order
-of the sources, rounds, and writes; meanwhile the kernel is told which bytes come next. Pieces do not depend on each
-other, so the bytes written are the same for any number of threads, any size of piece, and after an interruption.
+The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source past the page cache,
+sums them in the order of the sources, rounds, and writes, while other threads wait for the disk. Pieces do not depend
+on each other, so the bytes written are the same for any number of threads, any size of piece, and after an
+interruption.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import glob
 import hashlib
 import json
+import mmap
 import os
 import threading
 import time
@@ -49,6 +51,12 @@ _COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
 _SYNC_SECONDS = 2.0
 _SAMPLE_BYTES = 64 * 2**20
+# Reads past the page cache cost a third of the processor time; what is smaller is left to the kernel's reading ahead.
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_SMALLEST_DIRECT = 64 * 2**10
+# Such reads wait for the disk, so there are more threads than cores, while their pieces stay this large.
+_MOST_WORKERS = 8
+_WORKERS_PIECE = 512 * 2**10
 _DEFAULT = Rules()
 
 
@@ -176,7 +184,8 @@ def merge_checkpoints(
     or "dcp". accumulate: type of the sums; "float64" is exact for 16-bit sources.
 
     memory_limit: bytes of all buffers, whatever the size of the model and the number of sources. workers: threads, 2
-    to 4 by default; the result does not depend on it. progress: called with the bytes read so far and in all.
+    to 8 by default, as many as the buffers allow; the result does not depend on it. progress: called with the bytes
+    read so far and in all.
 
     A merge that was killed is taken up where it was when it is called again with the same arguments. The files beside
     the weights (config.json, tokenizer.json, ...) come from the newest source; `merge.json` records sources, exact
@@ -280,10 +289,13 @@ def _prepare(
     _check_tied(sources, tied)
     layout = make_layout(items, training, sources[-1], rules.format)
     extents = make_extents(layout.slots)
-    workers = max(2, min(4, os.cpu_count() or 1)) if workers is None else workers
-    require(workers >= 1, "merge.workers", workers, "at least one thread")
     wider = max([ITEM_BYTES[item.out_dtype] // ITEM_BYTES[item.dtype] for item in items], default=1)
-    piece, buffers = _piece_bytes(memory_limit, workers, len(sources), len(targets) * max(wider, 1))
+    num_outputs = len(targets) * max(wider, 1)
+    if workers is None:
+        most = memory_limit // ((len(sources) + num_outputs + 1) * _WORKERS_PIECE)
+        workers = max(2, min(_MOST_WORKERS, most))
+    require(workers >= 1, "merge.workers", workers, "at least one thread")
+    piece, buffers = _piece_bytes(memory_limit, workers, len(sources), num_outputs)
     return _Job(sources, results, rules, layout, extents, piece, workers, buffers)
 
 
@@ -314,7 +326,7 @@ def _check_order(opened: list[Source], weights: Weights) -> None:
 
 def _piece_bytes(memory_limit: int, workers: int, num_sources: int, num_outputs: int) -> tuple[int, int]:
     """Bytes to read from each source at a time, so that all buffers fit the limit, and what these take."""
-    # One share more holds bytes that are to be spread over a piece.
+    # One share more holds bytes that are to be spread over a piece; a few pages around each are not counted.
     shares = workers * (num_sources + num_outputs + 1)
     scratch = workers * 64 * BLOCK
     least = shares * _SMALLEST_PIECE + scratch
@@ -374,24 +386,43 @@ class _Handles:
 
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._room = max((limit if limit != resource.RLIM_INFINITY else 4096) // 2 - 64, 0)
-        self._open: dict[Path, int] = {}
+        self._open: dict[tuple[Path, int], int] = {}
+        self._buffered: set[Path] = set()
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, path: Path) -> Iterator[int]:
+    def use(self, path: Path, flags: int = 0) -> Iterator[int]:
         """A handle for reading `path`."""
         with self._lock:
-            handle = self._open.get(path)
+            handle = self._open.get((path, flags))
             if handle is None and len(self._open) < self._room:
-                handle = self._open[path] = os.open(path, os.O_RDONLY)
+                handle = self._open[path, flags] = os.open(path, os.O_RDONLY | flags)
         if handle is not None:
             yield handle
             return
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | flags)
         try:
             yield handle
         finally:
             os.close(handle)
+
+    def is_direct(self, read: Read) -> bool:
+        """Whether a read goes past the page cache."""
+        return _DIRECT != 0 and read.size >= _SMALLEST_DIRECT and read.path not in self._buffered
+
+    def read_direct(self, path: Path, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` (whole pages, as is `offset`) past the page cache; returns the bytes read.
+
+        They are fewer at the end of a file, and none where the file system has no such reads.
+        """
+        try:
+            with self.use(path, _DIRECT) as handle:
+                return os.preadv(handle, [buffer], offset)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._buffered.add(path)
+            return 0
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -407,8 +438,10 @@ class _Buffers:
     """The memory of one thread."""
 
     def __init__(self, num_sources: int, piece: int, wider: int, averagers: list[Averager]) -> None:
-        self._inputs = [bytearray(piece) for _ in range(num_sources)]
-        self._spread = bytearray(piece)
+        # Anonymous maps begin at a page, as reads past the page cache want it; those reach over both ends of a piece.
+        room = _whole_pages(piece) + 2 * mmap.PAGESIZE
+        self._inputs = [memoryview(mmap.mmap(-1, room)) for _ in range(num_sources)]
+        self._spread = memoryview(mmap.mmap(-1, room))
         self.output = bytearray(piece * wider)
         self.averagers = averagers
 
@@ -416,22 +449,45 @@ class _Buffers:
         self, piece: Piece, source: int, handles: _Handles, parts: list[tuple[Read, int]] | None = None
     ) -> memoryview:
         """The piece's bytes of a source; CRC-32 of what was read of boxes that have one go to `parts`."""
-        size = piece.stop - piece.start
-        whole = memoryview(self._inputs[source])[:size]
-        boxes = piece.extent.item.stored[source].boxes
-        for read in reads(piece, source):
-            buffer = memoryview(self._spread) if read.into is not None else whole[read.offset :]
-            buffer = buffer[: read.size]
-            with handles.use(read.path) as handle:
-                read_exactly(handle, buffer, read.start, read.path)
-                os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_DONTNEED)
-            if parts is not None and boxes[read.box].crc is not None:
-                parts.append((read, zlib.crc32(buffer)))
-            if read.into is not None:
-                item = f"V{ITEM_BYTES[piece.extent.item.dtype]}"
+        size, width = piece.stop - piece.start, ITEM_BYTES[piece.extent.item.dtype]
+        whole = self._inputs[source][:size]
+        stored = piece.extent.item.stored[source].boxes
+        found = reads(piece, source)
+        for read in found:
+            in_place = read.into is None and read.size == size and read.start % width == 0
+            space = self._inputs[source] if in_place else self._spread
+            data = _read(read, space, handles)
+            if parts is not None and stored[read.box].crc is not None:
+                parts.append((read, zlib.crc32(data)))
+            if in_place:
+                whole = data
+            elif read.into is None:
+                whole[read.offset : read.offset + read.size] = data
+            else:
+                item = f"V{width}"
                 target = np.frombuffer(whole, item).reshape(piece.sizes)
-                target[read.into] = np.frombuffer(buffer, item).reshape(read.sizes)
+                target[read.into] = np.frombuffer(data, item).reshape(read.sizes)
         return whole
+
+
+def _read(read: Read, space: memoryview, handles: _Handles) -> memoryview:
+    """The bytes of `read`, somewhere in `space`, which has room for two pages more."""
+    first = read.start // mmap.PAGESIZE * mmap.PAGESIZE
+    skip = read.start - first
+    data = space[skip : skip + read.size]
+    count = 0
+    if handles.is_direct(read):
+        count = handles.read_direct(read.path, space[: _whole_pages(skip + read.size)], first)
+    missing = data[max(count - skip, 0) :]
+    if missing:
+        with handles.use(read.path) as handle:
+            read_exactly(handle, missing, read.start + read.size - len(missing), read.path)
+            os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_DONTNEED)
+    return data
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class _Pass:
@@ -492,8 +548,9 @@ class _Pass:
         """Tell the kernel which bytes come next, so that it reads them while others are summed."""
         for source in self._job.needed(piece.extent.item):
             for read in reads(piece, source):
-                with self._handles.use(read.path) as handle:
-                    os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_WILLNEED)
+                if not self._handles.is_direct(read):
+                    with self._handles.use(read.path) as handle:
+                        os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_WILLNEED)
 
     def _merge(self, piece: Piece) -> Done:
         """Merge one piece for every result."""

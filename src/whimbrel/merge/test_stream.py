@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -17,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from whimbrel.checkpoint.steps import Meta, write_meta
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError
 from whimbrel.files import sha256_file
-from whimbrel.merge import merge_checkpoints
+from whimbrel.merge import merge_checkpoints, stream
 from whimbrel.merge.blocks import Averager
 from whimbrel.merge.config import DecayConfig, ExplicitConfig
 from whimbrel.merge.pma import sma
@@ -102,6 +104,49 @@ def test_same_bytes_for_any_piece_and_any_number_of_threads(run: list[Path], tmp
         merge_checkpoints(run, out, method="wma", workers=workers, memory_limit=limit)
         hashes.add(sha256_file(out / "model.safetensors"))
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "dcp"])
+def test_reads_past_the_page_cache_give_the_same_bytes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that begin at no page and no multiple of their type, up to the last byte of a file."""
+    paths = [tmp_path / f"source-{i}" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.mkdir()
+        tensors = {"a": normal(i, 200_001), "b": normal(3 + i, 3, 50_021).bfloat16(), "c": normal(6 + i, 70_000)}
+        if kind == "safetensors":
+            save_file(tensors, path / "model.safetensors")
+        elif kind == "bin":
+            torch.save(tensors, path / "pytorch_model.bin")
+        else:
+            dcp.save(tensors, checkpoint_id=path, no_dist=True)
+    real, used = stream._Handles.read_direct, []
+
+    def spy(self: stream._Handles, path: Path, buffer: memoryview, offset: int) -> int:
+        used.append(real(self, path, buffer, offset))
+        return used[-1]
+
+    def refuse(handle: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no such reads")
+        return read(handle, buffers, offset)
+
+    read = os.preadv
+    monkeypatch.setattr(stream._Handles, "read_direct", spy)
+    merge_checkpoints(paths, tmp_path / "direct")
+    assert used
+    monkeypatch.setattr(stream, "_DIRECT", 0)
+    used.clear()
+    merge_checkpoints(paths, tmp_path / "buffered", workers=3)
+    assert not used
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "preadv", refuse)
+    merge_checkpoints(paths, tmp_path / "refused")
+    assert len({sha256_file(tmp_path / name / "model.safetensors") for name in ("direct", "buffered", "refused")}) == 1
+    found, loaded = load_file(tmp_path / "direct" / "model.safetensors"), normal(0, 200_001)
+    mean = (loaded.double() + normal(1, 200_001).double() + normal(2, 200_001).double()) / 3
+    assert torch.equal(found["a"], mean.float())
 
 
 def test_pieces_and_blocks_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +650,7 @@ def test_two_merges_into_one_folder(run: list[Path], tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from whimbrel.merge import merge_checkpoints
+from whimbrel.merge import merge_checkpoints, stream
 merge_checkpoints(sys.argv[4:], sys.argv[1], method=sys.argv[2], memory_limit=int(sys.argv[3]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print("torch" in sys.modules)
