@@ -8,9 +8,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from whimbrel.attend.dense import dense_attention
 from whimbrel.attend.op import attend
 from whimbrel.attend.plan import Grid, Plan
-from whimbrel.attend.rivals import DENSE, dense_attention
+from whimbrel.attend.rivals import DENSE
 from whimbrel.bench.case import Case, Rival
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.heads import Heads, gaussian

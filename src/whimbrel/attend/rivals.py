@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's causal attention of [B, T, H, D] tensors with grouped key heads."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2)
+from whimbrel.attend.dense import dense_attention
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by cuDNN."""
+    """`dense_attention` by cuDNN."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return dense_attention(q, k, v)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from whimbrel.attend.dense import fastest_dense
 from whimbrel.attend.op import attend, merge_parts
 from whimbrel.attend.plan import Plan
 from whimbrel.attend.shapes import check_qkv
@@ -73,8 +74,9 @@ def apply_selector(
     Args:
         scale, impl: as for `attend`.
         dense_below: calls with fewer keys attend to all blocks, and nothing is selected;
-            `whimbrel.attend.choice.sparse_from` has the measured length. A prompt in chunks is then dense in its first
-            ones, so leave 0 where chunks are to equal the whole.
+            `whimbrel.attend.choice.sparse_from` has the measured length. Whole prompts go to torch's attention then if
+            `impl` is "auto" and nothing is audited. A prompt in chunks is dense in its first ones, so leave 0 where
+            chunks are to equal the whole.
         audit_rows: queries, evenly spaced over the call, whose coverage `Out.audit` holds: exact, and as proved.
         repair: query blocks whose audited queries miss this target attend to more blocks in a second pass, merged by
             log-sum-exp. Waits for the device, once for every query block, and computes `Target.audit_rows` dense rows
@@ -85,6 +87,8 @@ def apply_selector(
     shape = check_qkv(q, k, v)
     if shape.k_len < dense_below:
         plan = _dense_plan(shape.batch, shape.heads, shape.q_len, shape.k_len, q.device)
+        if impl == "auto" and not audit_rows and shape.q_len == shape.k_len and q.shape[-1] == v.shape[-1]:
+            return Out(fastest_dense(q, k, v, scale=scale), plan)
     else:
         plan = selector(q, k, scale=scale)
     found, repaired = attend(q, k, v, plan, scale=scale, impl=impl), 0.0

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from whimbrel._lazy import load_object
 from whimbrel.attend.bench import DIM, HEADS, KEY_HEADS
+from whimbrel.attend.dense import dense_attention
 from whimbrel.attend.op import attend
-from whimbrel.attend.rivals import dense_attention
 from whimbrel.bench.case import Case
 from whimbrel.sparse import KINDS
 from whimbrel.sparse.apply import Selector, apply_selector

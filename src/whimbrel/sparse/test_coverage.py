@@ -77,13 +77,26 @@ def test_apply_selector():
         apply_selector(q, k, v[:, 1:], WindowConfig().build())
 
 
-def test_short_calls_can_stay_dense():
-    q, k, v = gaussian(8, tokens=300, q_len=200, heads=2, dim=16)
+@pytest.mark.parametrize("q_len", [300, 200])
+@pytest.mark.parametrize("options", [{}, {"impl": "blocks"}, {"audit_rows": 8}])
+def test_short_calls_can_stay_dense(q_len, options):
+    q, k, v = gaussian(8, tokens=300, q_len=q_len, batch=2, heads=4, kv_heads=2, dim=16)
     selector = WindowConfig(window_tokens=16, block_size=16).build()
-    whole = apply_selector(q, k, v, selector, dense_below=301)
-    assert_close("y", causal_attention(q, k, v), whole.y, 1e-6)
+    whole = apply_selector(q, k, v, selector, dense_below=301, scale=0.3, **options)
+    assert_close("y", causal_attention(q * 0.3 * 4, k, v), whole.y, 1e-6)
     assert (whole.density == 1).all()
+    if "audit_rows" in options:
+        assert whole.audit.achieved.min() > 1 - 1e-5
     assert apply_selector(q, k, v, selector, dense_below=300).density.max() < 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_short_calls_on_a_gpu_equal_dense_attention(dtype):
+    q, k, v = (x.cuda() for x in gaussian(9, tokens=1001, heads=4, kv_heads=2, dim=128, dtype=dtype))
+    out = apply_selector(q, k, v, WindowConfig(window_tokens=128).build(), dense_below=2000)
+    want = causal_attention(*(x.double() for x in (q, k, v)))
+    assert_close("y", want, out.y, 6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("q_len", [203, 70])

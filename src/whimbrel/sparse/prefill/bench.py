@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from whimbrel.attend.choice import SPARSE_FROM, sparse_from
+from whimbrel.attend.dense import dense_attention
 from whimbrel.attend.op import attend
 from whimbrel.attend.plan import Plan
-from whimbrel.attend.rivals import DENSE, dense_attention
+from whimbrel.attend.rivals import DENSE
 from whimbrel.attend.shapes import default_scale
 from whimbrel.bench.case import Case, Figures, Rival
 from whimbrel.sparse import rivals
@@ -250,7 +251,7 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
 def _as_served(problem: Problem, share: float, q: Tensor, k: Tensor, v: Tensor) -> Out:
     """`row_local` as it is to be used: dense below the length from which selecting pays on this device."""
     selector, least = problem.selectors(share)["row_local"], sparse_from(q.device)
-    return apply_selector(q, k, v, selector, impl=problem.impl, dense_below=least)
+    return apply_selector(q, k, v, selector, dense_below=least)
 
 
 def _thresholded(problem: Problem, threshold: float) -> list[Case]:
