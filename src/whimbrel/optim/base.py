@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
-REFRESH_SHARE = 64
-"""Bases fitted in one step are at most this part of all, as far as that allows one: equal ones together take little
-more time than one, and what their fits need beside the state stays below a twentieth of it."""
 PIECE_ELEMENTS = 1 << 24
 """Most elements of a parameter in few bits, outside of low-rank groups, that are stepped at once: beside its state a
 step takes some 40 bytes for each, which for all of an embedding would be more than the state of all matrices."""
@@ -219,8 +216,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, ...], list[Plan]] = {}
         self._rates: dict[int, Tensor] = {}
         self._drawn: dict[tuple[int, int, int], tuple[tuple[int, ...], Tensor]] = {}
-        self._turns: dict[int, int] = {}
-        self._num_turns = self._num_rows = 0
+        self._num_matrices = 0
         self._bases: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
         self._squares: dict[tuple[ProcessGroup, ...], Tensor] | None = {} if self.reports_grad_norm else None
         self._parted: dict[Tensor, tuple[ProcessGroup, ...]] = {}
@@ -412,24 +408,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         low_rank = [param for group in self.param_groups if group["low_rank"] for param in group["params"]]
         others = [param for group in self.param_groups if not group["low_rank"] for param in group["params"]]
         counts = [count_matrices(param) for param in low_rank]
-        self._num_rows = sum(max(param.shape[-2:]) * count for param, count in zip(low_rank, counts, strict=True))
+        self._num_matrices = sum(counts)
         starts = itertools.accumulate([0, *counts, *[1] * len(others)])
         self._offsets = dict(zip([*low_rank, *others], starts, strict=False))
         self._home = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
-        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for param, count in zip(low_rank, counts, strict=True):
-            offsets = range(self._offsets[param], self._offsets[param] + count)
-            alike.setdefault((self._home[param], tuple(param.shape[-2:])), []).extend(offsets)
-        turns = []
-        for (_, shape), offsets in alike.items():
-            size = self._together(shape)
-            turns += [offsets[i : i + size] for i in range(0, len(offsets), size)]
-        self._turns = {offset: turn for turn, offsets in enumerate(turns) for offset in offsets}
-        self._num_turns = len(turns)
-
-    def _together(self, shape: Sequence[int]) -> int:
-        """How many matrices of one shape get new bases in the same step."""
-        return max(1, self._num_rows // REFRESH_SHARE // max(shape))
 
     def _matrices(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Matrix]:
         found: list[Matrix] = []
@@ -667,8 +649,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if fresh or due:
             refreshed = [matrix for matrix in plan.found if matrix.key in due or matrix.key in fresh]
         apart = self._fit_apart(group, refreshed, fresh)
-        for keys, most in (fresh, None), (due, self._together):
-            for batch in batches([x for x in refreshed if x.key in plan.taken and x.key in keys], most):
+        for keys in (fresh, due):
+            for batch in batches([x for x in refreshed if x.key in plan.taken and x.key in keys]):
                 self._refresh_alone(group, batch, fresh, apart)
         if plan.fused:
             self._step_fused(group, plan)
@@ -912,7 +894,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return group["step"] - 1 + self._shift(group, offset)
 
     def _shift(self, group: dict[str, Any], offset: int) -> int:
-        return self._turns[offset] * group["refresh_steps"] // self._num_turns if group["stagger"] else 0
+        return offset * group["refresh_steps"] // self._num_matrices if group["stagger"] else 0
 
     def _project(self, group: dict[str, Any], batch: list[Matrix]) -> Projected:
         side, spread = resolve_side(group["side"], batch[0].shape), batch[0].spread

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ def place_of(param: Tensor, left: bool) -> tuple[Spread, tuple[int, int]]:
     return spread_of(param, left), (part_of(param, -2).start, part_of(param, -1).start)
 
 
-def batches(found: Sequence[Matrix], most: Callable[[tuple[int, int]], int] | None = None) -> list[list[Matrix]]:
-    """Lists of matrices of one shape that lie alike, each of up to most(shape), by default of what a stack is good for.
+def batches(found: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Lists of matrices of one shape that lie alike, none above the limit unless it is a single matrix.
 
     The same on every process, as matrices are told apart by the whole.
     """
@@ -96,7 +96,6 @@ def batches(found: Sequence[Matrix], most: Callable[[tuple[int, int]], int] | No
         (m, n), one = members[0].shape, members[0]
         alone = one.weight.device.type == "cpu" and not one.spread.split
         size = max(1, (BATCH_ELEMENTS if alone else DEVICE_BATCH_ELEMENTS) // (m * n))
-        size = size if most is None else most((m, n))
         lists += [members[i : i + size] for i in range(0, len(members), size)]
     return lists
 

@@ -134,6 +134,9 @@ class Pointer:
     def __sub__(self, offset: Any) -> Pointer:
         return Pointer(self.data, self.offset - offset)
 
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(self.offset).to(dtype)
+
 
 class Descriptor:
     """A matrix and the block that one copy moves."""

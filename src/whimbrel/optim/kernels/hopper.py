@@ -71,17 +71,30 @@ def bring_gradients(
 
 
 @gluon.jit
+def prefetch(places):
+    """Have what lies at these places brought to the second-level cache."""
+    text: gl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(text, "=r,l", [places.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def load_gradients(
     memory, shift, unit, p, g_at, p_at, sums, g_s, p_s, full, free, jobs, programs, pid, bands, steps, m, n,
     R: gl.constexpr, BR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What copies cannot bring: rows that begin anywhere, by way of registers, each tile asked for one turn early."""
+    """What copies cannot bring: rows that begin anywhere, by way of registers.
+
+    Each tile is asked for one turn early, and three turns early by the second-level cache: more does not fit registers.
+    """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
     COLUMNS: gl.constexpr = (R + BR - 1) // BR
+    SECTORS: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
+    ahead = gl.arange(0, 64, gl.SliceLayout(1, SECTORS))
     turn = 0
     for job in range(pid, jobs, programs):
         i, _, band, column = place_of(job, bands, COLUMNS, 1)
+        sector = gl.minimum(band * 128 + 127 * gl.arange(0, 8, gl.SliceLayout(0, SECTORS)) // 7, n - 1)
         at = band * 128 + gl.arange(0, 128, gl.SliceLayout(0, FLAT))
         held = (at < n)[None, :]
         start = memory + (gl.load(g_at + i).to(gl.int64) * unit + shift)
@@ -93,6 +106,7 @@ def load_gradients(
             x = following
             later = row + (step + 1) * 64
             following = gl.load(start + (later[:, None] * n + at[None, :]), mask=(later < m)[:, None] & held, other=0.0)
+            prefetch(start + (gl.minimum(ahead + (step + 3) * 64, m - 1)[:, None] * n + sector[None, :]))
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), 2 * 64 * BR)

@@ -22,7 +22,7 @@ from whimbrel.scan.kernels.quick import Address, Blocks, launch
 
 SCRATCH = 1 << 28
 """Most bytes that a batch holds during its step beside the state."""
-SCRATCH_SHARE = 24
+SCRATCH_SHARE = 23
 """A batch holds at most this part of the bytes of the state, so that with a refresh a step needs less than a tenth."""
 FEW = 1 << 24
 """A batch may always hold so many bytes, since small batches leave a GPU idle between them."""
@@ -528,7 +528,7 @@ def _write_hopper(
     from whimbrel.optim.kernels import hopper
 
     (m, n), (number, _, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
-    stages, slots, held = _write_stages(r)
+    stages, slots, held = _write_stages(r, left=batch.left)
     bands, tiles = _cdiv(m // fold, 128), _cdiv(n + (7 if fold > 1 else 0), 128)
     most = _multiprocessors(inside.device)
     segments = min((1, 2, 4, 8), key=lambda x: _cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
@@ -573,15 +573,19 @@ def _write_hopper(
     )
 
 
-def _write_stages(rank: int) -> tuple[int, int, int]:
+def _write_stages(rank: int, *, left: bool) -> tuple[int, int, int]:
     """Places of 16 KB for the streamed factor, for weights and gradients, and chunks of the other one in registers.
 
-    Of the factor that stays at most 64 KB lie in shared memory, as with few places the streamed one comes too late.
+    The more of the factor that stays are in registers, the more places are left for the streamed one, which comes too
+    late with few; on the left, where factors of the gradient differ by column, there are fewer registers to spare.
     """
     chunks = _cdiv(rank, 64)
     # the second is a multiple of 4: a place that both warpgroups used in turn could be taken for filled before it is,
     # as copies may overtake each other by more than one phase of its barrier
-    return (4, 8, 0) if chunks <= 2 else (6, 4, max(0, chunks - 4))
+    if chunks <= 2:
+        return 4, 8, 0
+    held = max(0, chunks - (6 if left else 4))
+    return 10 - (chunks - held), 4, held
 
 
 def _scratch(matrix: Matrix, rank: int) -> int:

@@ -112,7 +112,7 @@ def blocks(rows, columns):
 numbers = dict.fromkeys(("on_grad", "shares", "sums"), "*fp32") | {"actives": "*i1", "low": "*bf16", "memory": "*bf16"}
 numbers |= dict.fromkeys(("w_at", "g_at", "a_at", "b_at", "p_at", "row_words", "column_words"), "*i32")
 for rank, left, fold in ((128, False, 8), (512, True, 1)):
-    stages, slots, held = launch._write_stages(rank)
+    stages, slots, held = launch._write_stages(rank, left=left)
     columns = min(256, rank)
     shared = {"R": rank, "LEFT": left, "FOLD": fold}
     for function, types, constants in (
