@@ -144,7 +144,7 @@ def _panel(svg: Svg, box: Box, rows: Sequence[ComparisonRow], metric: Metric, na
     x_axis(svg, box, x, title=unit, ticks=ticks, text=(lambda v: percent(v, 0)) if share else None, grid=True)
     if chance is not None:
         svg.line(x(chance), box.top, x(chance), box.bottom, "zero dash")
-        svg.text(x(chance) + 5, box.bottom - 5, "chance", "start small halo")
+        svg.text(x(chance) + 5, box.top + 2, "chance", "start small halo")  # above the first row's marks
     step = (box.bottom - box.top) / len(rows)
     for i, row in enumerate(rows):
         colour = 0 if i == 0 else 5

@@ -13,6 +13,9 @@ from whimbrel.report.svg import Box, Scale, Svg, scale, text_width, x_axis
 _MOST = 12
 """Heads drawn."""
 
+_SINK = 0.3
+"""Attention on the first token above which `whimbrel.evals.diagnostics` counts a head as a sink."""
+
 
 def blocks(found: Diagnostics) -> list[Block]:
     """Heads, sinks and states, each where its numbers are given."""
@@ -77,8 +80,8 @@ def sinks_finding(found: Diagnostics) -> str:
     """The share of heads that are sinks, and the strongest."""
     most = max(found["sinks"], key=lambda sink: sink["share"])
     return (
-        f"{percent(found.get('sink_rate', 0.0), 0)} of the softmax heads spend over 30% of their attention on the "
-        f"first token; the most is {percent(most['share'], 0)}, by {_name(most)}."
+        f"{percent(found.get('sink_rate', 0.0), 0)} of the softmax heads spend over {percent(_SINK, 0)} of their attention on the "
+        f"first token; the most is {percent(most['share'])}, by {_name(most)}."
     )
 
 
@@ -113,7 +116,7 @@ def _draw_heads(heads: list[HeadRise], width: float, label: str) -> Svg:
 def _draw_sinks(sinks: list[HeadSink], width: float, label: str) -> Svg:
     most = sorted(sinks, key=lambda sink: -sink["share"])[:_MOST]
     bars = [_Bar(_name(sink), sink["share"], percent(sink["share"]), "softmax") for sink in most]
-    return _draw_bars(bars, width, "attention on the first token", label)
+    return _draw_bars(bars, width, "attention on the first token", label, reach=_SINK)
 
 
 class _Bar(NamedTuple):
@@ -123,14 +126,14 @@ class _Bar(NamedTuple):
     kind: str
 
 
-def _draw_bars(bars: list[_Bar], width: float, title: str, label: str) -> Svg:
-    """A bar for each head, from zero to either side, under what the bars measure."""
+def _draw_bars(bars: list[_Bar], width: float, title: str, label: str, *, reach: float = 0.0) -> Svg:
+    """A bar for each head, from zero to either side, under what the bars measure; there is room to `reach` at least."""
     step, top, left = 24.0, 22.0, max(text_width(bar.name) for bar in bars) + 12
     room = max(text_width(bar.text) for bar in bars) + 12
     svg = Svg(width, top + step * len(bars) + 4, label=label)
     svg.text(left, 12, title, "start")
     values = [bar.value for bar in bars]
-    x = Scale(min(0.0, *values), max(0.0, *values) or 1.0, left, width - room)
+    x = Scale(min(0.0, *values), max(reach, *values) or 1.0, left, width - room)
     for i, bar in enumerate(bars):
         y = top + step * i
         svg.text(0, y + 13, bar.name, "start ink")

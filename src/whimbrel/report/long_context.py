@@ -81,7 +81,7 @@ def _time_finding(prefill: Prefill, dense: Timing, sparse: Timing) -> str:
     apart = sparse["q75"] < dense["q25"] or sparse["q25"] > dense["q75"]
     times = f"({seconds(sparse['seconds'])} against {seconds(dense['seconds'])})"
     if not apart:
-        return f"Prefill with {prefill['selector']} takes about as long as dense {times}: the quartiles overlap."
+        return f"Prefill with {prefill['selector']} is not told apart from dense {times}: the quartiles overlap."
     if ratio > 1:
         return f"Prefill with {prefill['selector']} is {fixed(ratio, 2)} times as fast as dense {times}."
     return f"Prefill with {prefill['selector']} is slower: {fixed(1 / ratio, 2)} times as long as dense {times}."
@@ -173,10 +173,10 @@ def _draw_prefill(prefills: Sequence[Prefill], width: float) -> Svg:
             svg.text(box.left - 10, middle + 4, name, "end ink")
             tip = f"{p['selector']}, {name}: {percent(layer['density'])} of the causal blocks read"
             svg.rect(box.left, middle - 6, x(layer["density"]) - box.left, 12, "f0 soft", tip=tip)
-            end = x(layer["density"])
-            inside = end - box.left > 40
-            place = (end - 5, "end") if inside else (end + 5, "start")
-            svg.text(place[0], middle + 4, percent(layer["density"], 0), f"{place[1]} ink small")
+            # At the start of its bar: at the end the circle and the mark would cover it.
+            inside = x(layer["density"]) - box.left > 40
+            place = box.left + 6 if inside else x(layer["density"]) + 5
+            svg.text(place, middle + 4, percent(layer["density"], 0), "start ink small")
             svg.line(x(layer["coverage_asked"]), middle - 10, x(layer["coverage_asked"]), middle + 10, "line s5")
             asked, reached = layer["coverage_asked"], layer["coverage_achieved"]
             tip = f"{name}: covers {percent(reached)}, {percent(asked)} asked"
@@ -247,8 +247,8 @@ def _draw_mask(svg: Svg, mask: Sequence[Sequence[int]], left: float, top: float,
             elif not on and start is not None:
                 read.append(_strip(left + wide * start, y, wide * (j - start), tall))
                 start = None
-    svg.path("".join(skipped), "wash")
-    svg.path("".join(read), "f0")
+    svg.path("".join(skipped), "wash crisp")
+    svg.path("".join(read), "f0 crisp")
 
 
 def _strip(x: float, y: float, width: float, height: float) -> str:
