@@ -80,8 +80,8 @@ def sinks_finding(found: Diagnostics) -> str:
     """The share of heads that are sinks, and the strongest."""
     most = max(found["sinks"], key=lambda sink: sink["share"])
     return (
-        f"{percent(found.get('sink_rate', 0.0), 0)} of the softmax heads spend over {percent(_SINK, 0)} of their attention on the "
-        f"first token; the most is {percent(most['share'])}, by {_name(most)}."
+        f"{percent(found.get('sink_rate', 0.0), 0)} of the softmax heads spend over {percent(_SINK, 0)} of their "
+        f"attention on the first token; the most is {percent(most['share'])}, by {_name(most)}."
     )
 
 
