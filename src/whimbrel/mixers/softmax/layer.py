@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.mixers.base import KVCache, Out
@@ -17,6 +19,10 @@ from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
 
 Prefill = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q [B, Tq, H, D], k [B, Tk, Hkv, D], v, scale) -> y [B, Tq, H, D]; the queries are the last Tq positions."""
+
+
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels for one new token on CUDA: cuDNN's makes a plan for each number of keys, which takes the host tens of ms."""
 
 
 class SoftmaxAttention(nn.Module):
@@ -146,12 +152,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     if mask is not None and window:
         mask = mask.triu(keys - queries - window + 1)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None and queries == keys,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    with sdpa_kernel(DECODING) if queries == 1 and q.is_cuda else nullcontext():
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and queries == keys,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
     return y.transpose(1, 2)
