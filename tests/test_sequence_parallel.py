@@ -29,7 +29,7 @@ from whimbrel.mixers.sgla.config import SGLAConfig
 from whimbrel.scan import parallel as scans
 from whimbrel.scan.base import State
 from whimbrel.testing.budget import assert_close, rms_ratio
-from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, make_inputs
+from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, clear_of_clip, make_inputs
 
 WORLD = 4
 PARALLEL: dict[str, Callable[..., Any]] = {
@@ -58,7 +58,7 @@ class Case(NamedTuple):
     """Processes whose states get cotangents beside the last one's."""
     checkpointed: bool = False
     clear: bool = False
-    """Values are those of `clear_of_the_clip`."""
+    """Values are those of `clear_of_clip`."""
     device: str = "cpu"
 
     def check(self, name: str, want: Tensor, got: Tensor) -> None:
@@ -138,31 +138,7 @@ def make_case(case: Case) -> Inputs:
     inputs = make_inputs(
         RECURRENCES[case.op], shape, dtype=case.dtype, strongest_decay=case.strongest_decay, seed=len(case.lengths)
     )
-    return clear_of_the_clip(case.op, inputs) if case.clear else inputs
-
-
-CLIP, MARGIN = 1.0, 0.05
-"""The bound of residuals, and how far they stay from it: three times what bf16 kernels may put a prediction off by."""
-
-
-def clear_of_the_clip(op: str, inputs: Inputs) -> Inputs:
-    """Inputs of `rla` or `rdn` with some values moved, so that no residual lies within MARGIN of the bound.
-
-    There rounding decides whether a residual has a gradient. One that is decided otherwise changes dv by its whole
-    size: in a stretch of 65 tokens with 256 channels by 1 / sqrt(65 * 256), half of what a budget of 0.015 allows.
-    """
-    _, k, v, log_decay, beta, _ = (x.double() for x in inputs.tensors)
-    k, base = k.repeat_interleave(v.shape[2] // k.shape[2], 2)[..., None], inputs.states[0].double()
-    values = inputs.tensors[2].clone()
-    for t in range(v.shape[1]):
-        key, alpha, rate = k[:, t], log_decay[:, t, :, None, None].exp(), beta[:, t, :, None, None]
-        seen = key.mT @ base
-        left = v[:, t, :, None] - seen
-        moved = (seen + (CLIP + 2 * MARGIN) * left.sign())[:, :, 0].to(values)
-        values[:, t] = moved.where((left.abs() - CLIP).abs()[:, :, 0] < MARGIN, values[:, t])
-        error = values[:, t, :, None].double() - (alpha * seen if op == "rdn" else 0)
-        base = alpha * base + rate * key @ error
-    return inputs._replace(tensors=[*inputs.tensors[:2], values, *inputs.tensors[3:]])
+    return clear_of_clip(inputs, delta=case.op == "rdn") if case.clear else inputs
 
 
 def whole(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[Tensor]]]:
@@ -414,13 +390,13 @@ def test_the_clip_is_at_work_and_no_residual_is_near_it(op, world):
     (lengths,) = {case.lengths for case in CASES if case.clear and len(case.lengths) == world}
     case = Case(op, "auto", lengths, clear=True)
     for inputs in (make_case(case), make_case(case._replace(dtype=torch.bfloat16))):
-        again = clear_of_the_clip(op, inputs)
+        again = clear_of_clip(inputs, delta=op == "rdn")
         assert torch.equal(again.tensors[2], inputs.tensors[2])
         y, _ = RECURRENCES[op](inputs.tensors, inputs.states)
         free, _ = RECURRENCES[op](inputs.tensors, inputs.states, clip=None)
         assert rms_ratio(free, y) > 0.1
     unmoved = make_case(case._replace(clear=False))
-    assert not torch.equal(clear_of_the_clip(op, unmoved).tensors[2], unmoved.tensors[2])
+    assert not torch.equal(clear_of_clip(unmoved, delta=op == "rdn").tensors[2], unmoved.tensors[2])
 
 
 def work_on_gpu(rank: int, folder: str, world: int) -> None:

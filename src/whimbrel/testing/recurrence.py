@@ -105,6 +105,27 @@ def make_inputs(
     return Inputs([x.to(dtype) for x in (q, keys, values)] + [x.to(wide) for x in gates], [x.to(wide) for x in states])
 
 
+def clear_of_clip(inputs: Inputs, *, delta: bool, clip: float = 1.0, margin: float = 0.05) -> Inputs:
+    """Inputs of `rla`, or with `delta` of `rdn`, with values moved so that no residual is within `margin` of the bound.
+
+    There rounding decides whether a residual has a gradient. One that is decided otherwise changes that of v by its
+    whole size, which among n elements is an RMS ratio of 1 / sqrt(n) and says nothing about precision. The margin is
+    some three times what bf16 products may put a prediction off by. Needs tensors on a CPU.
+    """
+    _, k, v, log_decay, beta, _ = (x.double() for x in inputs.tensors)
+    k, base = k.repeat_interleave(v.shape[2] // k.shape[2], 2)[..., None], inputs.states[0].double()
+    values = inputs.tensors[2].clone()
+    for t in range(v.shape[1]):
+        key, alpha, rate = k[:, t], log_decay[:, t, :, None, None].exp(), beta[:, t, :, None, None]
+        seen = key.mT @ base
+        left = v[:, t, :, None] - seen
+        moved = (seen + (clip + 2 * margin) * left.sign())[:, :, 0].to(values)
+        values[:, t] = moved.where((left.abs() - clip).abs()[:, :, 0] < margin, values[:, t])
+        write = values[:, t, :, None].double() - (alpha * seen if delta else 0)
+        base = alpha * base + rate * key @ write
+    return inputs._replace(tensors=[*inputs.tensors[:2], values, *inputs.tensors[3:]])
+
+
 def outputs_and_gradients(
     recurrence: Recurrence, inputs: Inputs, **kwargs: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

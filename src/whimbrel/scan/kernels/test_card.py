@@ -11,13 +11,24 @@ from torch.utils.checkpoint import checkpoint
 
 from whimbrel.scan.kernels.test_launch import HALF, every
 from whimbrel.testing.budget import assert_close, rms_ratio
-from whimbrel.testing.recurrence import Inputs, Recurrence, Shape, make_inputs, outputs_and_gradients
+from whimbrel.testing.recurrence import (
+    RECURRENCES,
+    Inputs,
+    Recurrence,
+    Shape,
+    clear_of_clip,
+    make_inputs,
+    outputs_and_gradients,
+)
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 WHOLE, STRETCHES = Shape(2, 333, 2, 4, 128, 128), Shape(1, 2100, 1, 1, 128, 128)
 """A walk over each sequence, and one sequence with so few heads that it is cut into stretches."""
 by_walk = pytest.mark.parametrize("shape", [WHOLE, STRETCHES], ids=["whole", "stretches"])
+CLEAR = {"": 0.008, "y": 0.005, "state 0": 0.005, "state 1": 0.005, "log_decay": 0.02}
+CLEAR |= {"gradient of v": 0.015, "gradient of beta": 0.01, "gradient of gamma": 0.01}
+"""RMS ratios to fp64 that bf16 products may reach where the clip decides nothing."""
 ENDS = ((0.0, 1.0), (0.0, 0.0), (-1e-6, 1 - 1e-6), (-30.0, 1e-6), (-100.0, 1.0))
 """Logarithms of decays, and rates: exactly 1, near it and near 0; 0, 1 and near both."""
 
@@ -56,6 +67,17 @@ def test_gates_at_their_ends(recurrence: Recurrence, shape: Shape):
 def test_times_about_a_chunk(recurrence: Recurrence, time: int, dtype: torch.dtype):
     inputs = on_card(recurrence, Shape(3, time, 2, 2, 64, 64), dtype)
     check(recurrence, inputs, outputs_and_gradients(recurrence, inputs, impl="triton"), floor=5e-3)
+
+
+@every
+@by_walk
+def test_precision_away_from_the_clip(recurrence: Recurrence, shape: Shape):
+    """Where no residual is decided by rounding, the bounds are those of bf16 products alone."""
+    inputs = make_inputs(recurrence, shape, seed=shape.time, dtype=torch.bfloat16)
+    if recurrence.states == 2:
+        inputs = clear_of_clip(inputs, delta=recurrence is RECURRENCES["rdn"])
+    inputs = Inputs(*([x.cuda() for x in part] for part in inputs))
+    check(recurrence, inputs, outputs_and_gradients(recurrence, inputs, impl="triton"), CLEAR)
 
 
 @every
