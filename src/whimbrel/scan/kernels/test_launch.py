@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -46,6 +48,32 @@ def test_equals_the_reference(recurrence: Recurrence, time: int):
 @every
 def test_half_precision_inputs(recurrence: Recurrence):
     check(recurrence, Shape(1, 40, 1, 1, 16, 16), torch.float16, 0.004, floor=2e-3)
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills what `torch.empty` and its like give out."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@every
+@pytest.mark.parametrize("edges", [None, [0, 5, 5, 40, 45]])
+def test_nothing_is_read_that_was_not_written(recurrence: Recurrence, edges):
+    edges = None if edges is None else torch.tensor(edges)
+    inputs = make_inputs(
+        recurrence, Shape(1, 45, 1, 2, 16, 24), dtype=torch.float32, sequences=1 if edges is None else 4
+    )
+    plain = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
+    with new_memory_is_nan():
+        found = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
+    for one, other in zip(plain, found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @two_states
