@@ -63,12 +63,9 @@ def new_memory_is_nan() -> Iterator[None]:
 
 
 @every
-@pytest.mark.parametrize("edges", [None, [0, 5, 5, 40, 45]])
-def test_nothing_is_read_that_was_not_written(recurrence: Recurrence, edges):
-    edges = None if edges is None else torch.tensor(edges)
-    inputs = make_inputs(
-        recurrence, Shape(1, 45, 1, 2, 16, 24), dtype=torch.float32, sequences=1 if edges is None else 4
-    )
+def test_nothing_is_read_that_was_not_written(recurrence: Recurrence):
+    edges = torch.tensor([0, 3, 3, 36])
+    inputs = make_inputs(recurrence, Shape(1, 36, 1, 1, 16, 16), dtype=torch.float32, sequences=3)
     plain = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
     with new_memory_is_nan():
         found = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
