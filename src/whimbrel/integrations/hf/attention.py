@@ -48,9 +48,11 @@ class Options:
     """Index of a layer -> the table of its own selector; kind "dense" leaves it alone."""
 
     def __post_init__(self) -> None:
-        lengths = "None, or 0 or more keys"
-        require(self.min_length is None or self.min_length >= 0, "min_length", self.min_length, lengths)
-        require(self.audit_rows >= 0, "audit_rows", self.audit_rows, "0 or more queries")
+        # Tables of a file get here too, so kinds are checked as well.
+        least, rows = self.min_length, self.audit_rows
+        require(least is None or (type(least) is int and least >= 0), "min_length", least, "None, or 0 or more keys")
+        require(type(rows) is int and rows >= 0, "audit_rows", rows, "0 or more queries")
+        require(type(self.repair) is bool, "repair", self.repair, "True or False")
 
 
 class LayerPrefill(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from whimbrel.config import SelectorConfig, encode
+from whimbrel.config import SelectorConfig, encode, require
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.integrations.hf.attention import NAME, LayerPrefill, Options, clear_report, prefill_report
 from whimbrel.integrations.hf.config import selector_of
@@ -96,12 +96,16 @@ def enable_sparse_prefill(
     """
     _refuse(model)
     config = model.config.get_text_config()
+    kinds = "a kind such as 'row_local', or a selector's config"
+    require(isinstance(selector, (str, SelectorConfig)), "selector", selector, kinds)
+    table = "a table from a layer's index to its setting"
+    require(layers is None or isinstance(layers, Mapping), "layers", layers, table)
     chosen = selector_of({"kind": selector}) if isinstance(selector, str) else selector
     chosen = _at_coverage(chosen, coverage)
-    own = {str(index): encode(_of_layer(chosen, value)) for index, value in (layers or {}).items()}
-    outside = [index for index in (layers or {}) if not 0 <= index < config.num_hidden_layers]
+    outside = [index for index in layers or {} if index not in range(config.num_hidden_layers)]
     if outside:
-        raise ConfigError(f"layers has {outside[0]}; the model has layers 0 to {config.num_hidden_layers - 1}")
+        raise ConfigError(f"layers has {outside[0]!r}; the model has layers 0 to {config.num_hidden_layers - 1}")
+    own = {str(index): encode(_of_layer(chosen, index, value)) for index, value in (layers or {}).items()}
     options = Options(min_length=min_length, repair=repair, audit_rows=audit_rows, layers=own)
     before = model.config._attn_implementation
     handle = SparsePrefill(model, "sdpa" if before == NAME else before)
@@ -123,10 +127,13 @@ def _at_coverage(selector: SelectorConfig, coverage: float | None) -> SelectorCo
         return selector
     if not hasattr(selector, "coverage"):
         raise ConfigError(f"coverage = {coverage} is not allowed; {type(selector).__name__} has none, leave it out")
+    require(isinstance(coverage, (int, float)), "coverage", coverage, "a number above 0 and up to 1")
     return replace(selector, coverage=coverage)  # pyrefly: ignore
 
 
-def _of_layer(chosen: SelectorConfig, value: str | float | SelectorConfig) -> SelectorConfig:
+def _of_layer(chosen: SelectorConfig, index: int, value: str | float | SelectorConfig) -> SelectorConfig:
+    allowed = "'dense', a coverage, or a selector's config"
+    require(isinstance(value, (str, int, float, SelectorConfig)), f"layers[{index}]", value, allowed)
     if isinstance(value, str):
         return selector_of({"kind": value})
     return value if isinstance(value, SelectorConfig) else _at_coverage(chosen, value)

@@ -26,7 +26,7 @@ class Settings:
     """What `additional_config["whimbrel_prefill"]` says: the table of a selector, and `min_length`."""
 
     selector: SelectorConfig
-    min_length: int = 16_384
+    min_length: int = 32_768
     """Positions from which on a request's chunk of more than one block of tokens is prefilled sparsely."""
 
     def __post_init__(self) -> None:
