@@ -15,7 +15,7 @@ PROVEN_ON: tuple[tuple[int, int], ...] = ((9, 0),)
 
 SPARSE_FROM: dict[tuple[int, int], int] = {(9, 0): 32_768}
 """CUDA capability -> keys from which on selecting blocks and attending to them took less time than dense attention,
-where the selection keeps 95 % of the attention of heads of mixed sharpness. At half of it that depends on the host: on a
+where the selection keeps 95 % of the attention of heads of mixed sharpness. At half of it the host decides: on a
 slow one launches take longer than blocks save."""
 
 MOST_DIM = 256
