@@ -20,6 +20,8 @@ from whimbrel.integrations.lm_eval import TASK_FOLDER
 from whimbrel.integrations.lm_eval.essays import essays_from
 
 _OWN = "whimbrel"
+LONGEST_WORD = 16
+"""Tokens that one word of a prompt may take, in a tokenizer of bytes; room costs nothing."""
 
 
 def evaluate_folder(
@@ -41,8 +43,8 @@ def evaluate_folder(
     folder: for `from_pretrained`; its model type must be known, so import `whimbrel.integrations.hf` for Whimbrel's.
     tasks: names or groups of lm-eval and of TASK_FOLDER. lengths: of generated prompts, RULER's among them, in tokens,
     for RULER by the model's tokenizer. num_samples, seed: of TASK_FOLDER's. limit: documents of each task, at most.
-    max_length: most tokens of a prompt, beyond which lm-eval cuts it from the left; the longest of `lengths` with room
-    for an answer, or what the model names, whichever is more. essays: a text that stands in for Paul Graham's in
+    max_length: most tokens of a prompt, beyond which lm-eval cuts it from the left; LONGEST_WORD times the longest of
+    `lengths`, or what the model names, whichever is more. essays: a text that stands in for Paul Graham's in
     RULER's tasks (see `whimbrel.integrations.lm_eval.essays`). metadata: further settings of the tasks.
 
     Whimbrel's tasks are written in reserved tokens where the tokenizer has them, otherwise in English words. Raises
@@ -63,7 +65,7 @@ def evaluate_folder(
     }
     manager = _manager(tasks, settings)
     named = getattr(model.config, "max_position_embeddings", None) or 0
-    room = max_length or max(named, 2 * max(lengths))
+    room = max_length or max(named, LONGEST_WORD * max(lengths))
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, max_length=room, batch_size=batch_size)
     with ExitStack() as stack:
         if essays is not None:
