@@ -120,7 +120,7 @@ def _token_nats(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, seq_l
     rows, wanted = _windows(inputs, seq_len, 0), _windows(targets, seq_len, IGNORE)
     nats = np.empty(rows.shape, dtype=np.float64)
     with evaluating(model) as device:
-        for part in row_chunks(len(rows), seq_len):
+        for part in row_chunks(len(rows), seq_len, device):
             logits = model(to_tokens(rows[part], device)).logits.float()
             loss = F.cross_entropy(logits.flatten(0, 1), to_tokens(wanted[part], device).flatten(), reduction="none")
             nats[part] = loss.view(-1, seq_len).double().cpu().numpy()

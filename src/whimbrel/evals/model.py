@@ -12,6 +12,9 @@ from torch import Tensor, nn
 BATCH_TOKENS = 8192
 """Most tokens of one forward pass, unless one sequence is longer."""
 
+CPU_BATCH_TOKENS = 2048
+"""The same on a CPU. Tensors of larger passes are mapped anew each time, and the kernel zeroes every page of them."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
@@ -25,9 +28,9 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
-def row_chunks(rows: int, seq_len: int) -> Iterator[slice]:
-    """Slices of rows that keep one forward pass within BATCH_TOKENS."""
-    size = max(1, BATCH_TOKENS // seq_len)
+def row_chunks(rows: int, seq_len: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that keep one forward pass within the tokens that `device` takes at a time."""
+    size = max(1, (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS) // seq_len)
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))
 

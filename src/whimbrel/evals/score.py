@@ -75,7 +75,7 @@ def score(model: nn.Module, tokens: np.ndarray, answers: np.ndarray, symbols: Sy
     right = np.zeros(len(rows))
     with evaluating(model) as device:
         values = to_tokens(symbols.values, device)
-        for part in row_chunks(count, length):
+        for part in row_chunks(count, length, device):
             logits = model(to_tokens(tokens[part], device), logits_to_keep=length - skipped).logits[..., values]
             picked = symbols.values[logits.topk(answers.shape[2], dim=-1).indices.cpu().numpy()]
             here = (rows >= part.start) & (rows < part.stop)

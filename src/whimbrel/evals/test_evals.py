@@ -157,7 +157,7 @@ def test_bits_by_position_add_up(shards):
 
 
 def test_the_model_is_left_in_its_mode_and_large_jobs_are_cut(shards, monkeypatch):
-    monkeypatch.setattr("whimbrel.evals.model.BATCH_TOKENS", 100)
+    monkeypatch.setattr("whimbrel.evals.model.CPU_BATCH_TOKENS", 100)
     model = Model().train()
     evaluate_bpb(model, shards, seq_len=30, max_tokens=300)
     assert model.modes == {(False, False)}
