@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -457,9 +458,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if param.requires_grad and param not in self._home:
                 raise ConfigError(f"{name} is in no group of {type(self).__name__}; add it, or switch its gradient off")
         self._in_backward = True
+        # a hook that held the optimizer would be a cycle that no collector sees, and keep all weights for ever
+        this = weakref.ref(self)
+
+        def update(param: Tensor) -> None:
+            optimizer = this()
+            if optimizer is not None:
+                optimizer._update_in_backward(param)
+
         for param in self._home:
             if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._update_in_backward)
+                param.register_post_accumulate_grad_hook(update)
 
     @torch.no_grad()
     def _update_in_backward(self, param: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +95,19 @@ def test_holds_one_gradient_at_a_time():
         )
     backward(model, 0)
     assert alive == [0] * len(list(model.parameters()))
+
+
+def test_what_is_not_used_any_more_is_freed():
+    model = TinyModel()
+    optimizer = make(Fira, model)
+    optimizer.fuse_into_backward(model)
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    held = [weakref.ref(optimizer), *(weakref.ref(param) for param in model.parameters())]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
 
 
 def test_a_second_backward_is_refused():
