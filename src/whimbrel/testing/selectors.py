@@ -148,6 +148,6 @@ def check_row_local(config: Any) -> None:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense causal attention in fp64, the queries being the last positions: [B, Tq, H, D]."""
     q_len, k_len, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    mask = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
+    mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
     q, k, v = (x.double().transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
