@@ -489,7 +489,36 @@ def prefill(results: Path, *, links: str) -> list[str]:
             texts.append(", ".join([*shown, *([] if error is None else [f"{error:.3f}"])]))
         if any(texts):
             rows.append(f"| {power_count(length)} | {' | '.join(texts)} |")
-    return [*rows, ""]
+    return [*rows, "", *_selection(path, links=links)]
+
+
+def _selection(path: Path, *, links: str) -> list[str]:
+    """What selection takes, on heads of mixed sharpness and on those whose attention fades with distance."""
+    lines = _of_one_card([x for x in newest(read_lines(path)) if "thread" not in x["device"]])
+    found = {
+        (str(x["params"]["input"]), int(x["params"]["N"]), x["impl"], x["metric"]): x["value"]
+        for x in lines
+        if x["params"].get("coverage", COVERAGE) == COVERAGE
+    }
+    shown = {"row_local": "time", "row_local ": "time_select", "sdpa-cudnn": "time", "flex-attention": "time"}
+    rows = []
+    for kind in ("mixed", "fading, 10 %", "fading, 5 %"):
+        for length in sorted({n for name, n, impl, _ in found if (name, impl) == (kind, "row_local")}):
+            cells = [found.get((kind, length, impl.strip(), metric)) for impl, metric in shown.items()]
+            if cells[1] is not None:
+                texts = ["" if cell is None else significant(cell) for cell in cells]
+                rows.append(f"| {kind}, {power_count(length)} | {' | '.join(texts)} |")
+    if not rows:
+        return []
+    return [
+        f"**What choosing takes**, ms, coverage {COVERAGE}; `fading` names the share of pairs that holds it"
+        f" ([lines]({links}/prefill.jsonl)):",
+        "",
+        "| input, tokens | row_local | of it, selection | dense, cuDNN | FlexAttention, blocks given |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def given_blocks(results: Path, *, links: str) -> list[str]:

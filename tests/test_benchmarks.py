@@ -330,6 +330,8 @@ def prefill_lines(tmp_path, monkeypatch):
         write("flashprefill-v1", length, "time", 9.0, threshold=0.18)
         write("flashprefill-v1", length, "output_error", 0.125, threshold=0.18)
         write("flashprefill-v1, equal error", length, "time", 44.0, coverage=0.95)
+    for metric, value in (("time", 3.0), ("time_select", 1.0)):
+        write("row_local", 32_768, metric, value, coverage=0.95, input="fading, 10 %")
     for share in (0.9, 0.95):
         write("row_local", 32_768, "density", share / 2, coverage=share)
         write("row_local", 32_768, "recall_p5", share, coverage=share)
@@ -411,6 +413,7 @@ def test_tables_of_sparse_prefill(tables, prefill_lines, tmp_path):
     assert "| 32K | 8 | 32 | 9 | 44 |" in text
     assert "| 32K | 48%, 95.0%, 0.050 | 0.125 |" in text
     assert "A GPU; [lines](there/prefill.jsonl)" in text
+    assert "| fading, 10 %, 32K | 3 | 1 |  |  |" in text
     assert tables.prefill(tmp_path, links="there") == []
     line = {"T": 8192, "H": 32, "Hkv": 8, "D": 128, "density": 0.5}
     record("attend", "triton", line, "time", 1.0, "ms", out=prefill_lines)

@@ -225,7 +225,7 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
     if problem.on_gpu and problem.length < max(SPARSE_FROM.values()):
-        whole["row_local, dense where short"] = partial(_call, problem, partial(_as_served, problem, share))
+        whole["row_local, dense where short"] = partial(_as_served, problem, share)
     official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
     extra = {
@@ -248,10 +248,10 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     ]
 
 
-def _as_served(problem: Problem, share: float, q: Tensor, k: Tensor, v: Tensor) -> Out:
+def _as_served(problem: Problem, share: float) -> Callable[[], object]:
     """`row_local` as it is to be used: dense below the length from which selecting pays on this device."""
-    selector, least = problem.selectors(share)["row_local"], sparse_from(q.device)
-    return apply_selector(q, k, v, selector, dense_below=least)
+    selector, least = problem.selectors(share)["row_local"], sparse_from(torch.device(problem.device))
+    return _call(problem, partial(apply_selector, selector=selector, dense_below=least))
 
 
 def _thresholded(problem: Problem, threshold: float) -> list[Case]:
