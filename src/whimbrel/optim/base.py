@@ -672,7 +672,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Whether the kernels step this matrix."""
         small = matrix.weight.numel() < 1 << 31  # the kernels count elements in 32 bits
         if group["impl"] == "auto":
-            known = matrix.weight.is_cuda and small and not matrix.spread.depth.groups
+            # matrices in parts have been stepped by the kernels on processors alone
+            known = matrix.weight.is_cuda and small and not matrix.spread.split
             return known and _proven(matrix.weight.device)
         if group["impl"] == "triton" and not (matrix.weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
             raise UnsupportedError(
