@@ -203,11 +203,15 @@ def draw_prefill(results: Path, out: Path) -> list[Path]:
     return written
 
 
+UNRANKED = ("torch-adamw-fused", "adamw-8bit")
+"""Optimizers of `optim_step` without a rank."""
+
+
 def draw_optimizers(results: Path, out: Path) -> list[Path]:
     """Step time against rank and loss against bytes of state, as `low-rank-optimizers-*.svg`, where there are lines.
 
     Losses are means over seeds, of the runs with the most tokens: of `pretrain` lines, or where there are none of the
-    demo's model. An optimizer without a rank is drawn at all ranks.
+    demo's model. An optimizer without a rank is drawn at all ranks, at the median of its runs.
     """
     path, times = results / "optim_step.jsonl", {}
     gpu = last_gpu([path]) if path.exists() else ""
@@ -215,17 +219,21 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     lines = [x for x in lines if x["metric"] == "time" and x["params"]["model"] == "1.2b"]
     ranks = sorted({int(x["params"]["rank"]) for x in lines})
     for line in lines:
-        ranked = line["impl"] not in ("torch-adamw-fused", "adamw-8bit")
+        ranked = line["impl"] not in UNRANKED
         name = f"{line['impl']}, {line['params']['state']} state" if ranked else line["impl"]
         at = [int(line["params"]["rank"])] if ranked else ranks
         times.setdefault(name, []).extend((float(rank), line["value"]) for rank in at)
+    for name in times.keys() & set(UNRANKED):  # measured beside each rank and state
+        middle = statistics.median(value for _, value in times[name])
+        times[name] = [(float(rank), middle) for rank in ranks]
     losses: dict[str, list[tuple[float, float]]] = {}
     title = ""
     for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
         path = results / f"{case}.jsonl"
         found = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
         if found and case == "pretrain":
-            found = [x for best in winners(found).values() for x in best.lines]
+            # an optimizer of one rate has not been tuned
+            found = [x for best in winners(found).values() for x in best.lines if len(best.tried) > 1]
         if not found:
             continue
         most = max(int(x["params"]["tokens"]) for x in found)
@@ -243,7 +251,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
         if len(points) > 1:
             curves = {impl: (i, sorted(set(found))) for i, (impl, found) in enumerate(points.items())}
             written.append(out / f"low-rank-optimizers-{name}.svg")
-            atomic_write_text(written[-1], draw_curves(curves, what, along, log=name == "loss").file())
+            atomic_write_text(written[-1], draw_curves(curves, what, along, log=name == "time", zero=False).file())
     return written
 
 
@@ -309,8 +317,14 @@ def _problem(line: ResultLine) -> tuple[str, int, float]:
 
 
 def draw_curves(
-    curves: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], title: str, along: str, *, log: bool
+    curves: Mapping[str, tuple[int, Sequence[tuple[float, float]]]],
+    title: str,
+    along: str,
+    *,
+    log: bool,
+    zero: bool = True,
 ) -> Svg:
+    """Values against places; without `zero` an axis that is not logarithmic begins near the least value."""
     svg = Svg(WIDTH, 400, label=f"{title}, against {along}")
     used = legend(svg, [(name, colour) for name, (colour, _) in curves.items()], x=0, y=14, right=WIDTH, marks=True)
     box = Box(64, used + 36, WIDTH - 8, 352)
@@ -318,7 +332,7 @@ def draw_curves(
     tokens = along.startswith("tokens")
     x = scale(places, start=box.left, end=box.right, log=tokens, pad=0.03)
     values = [value for _, points in curves.values() for _, value in points]
-    y = scale(values, start=box.bottom, end=box.top, log=log, include=() if log else (0.0,))
+    y = scale(values, start=box.bottom, end=box.top, log=log, include=(0.0,) if zero and not log else ())
     y_axis(svg, box, y, title=f"{title} (logarithmic)" if log else title, text=significant)
     if tokens:
         x_axis(svg, box, x, title=along, ticks=places, text=lambda place: power_count(int(place)))
