@@ -134,6 +134,7 @@ class Run:
         """Train, and judge and record what came to its last step."""
         self.train()
         if self.args.steps in self.steps():
+            write_curve(self)
             write(self, self.args.steps, self.judge(self.args.steps))
 
     def train(self) -> None:
@@ -194,37 +195,46 @@ def judge_together(runs: Sequence[Run], args: argparse.Namespace, pool: concurre
     step = max(set.intersection(*(run.steps() for run in runs)), default=0)
     if not step:
         sys.exit("no checkpoint is common to all runs; give more --seconds or fewer --steps")
+    for run in runs:
+        write_curve(run)  # first, since judging takes a while and time is short
     print(f"judged after {step} of {args.steps} steps, the last that all runs reached", flush=True)
     judged = {pool.submit(run.judge, step): run for run in runs}
     for done in concurrent.futures.as_completed(judged):
         write(judged[done], step, done.result())
 
 
-def write(run: Run, step: int, result: dict[str, Any]) -> None:
-    """Append one run's lines."""
+def line(run: Run, tokens: int, metric: str, value: float, unit: str, **more: Any) -> None:
+    """Append a line on one run after so many tokens."""
     model, args = run.model, run.args
     params = {
         "hidden_size": model.hidden_size,
         "layers": model.num_layers,
         "parameters": parameter_counts(model)["total"],
-        "tokens": step * args.batch_tokens,
+        "tokens": tokens,
         "of_tokens": args.steps * args.batch_tokens,
         "T": args.seq_len,
         "lr": args.lr,
         "seed": run.seed,
+        **more,
     }
+    record("comparison", run.name, params, metric, value, unit, device=args.device, out=args.out)
 
-    def line(metric: str, value: float, unit: str, **more: Any) -> None:
-        record("comparison", run.name, {**params, **more}, metric, value, unit, device=args.device, out=args.out)
 
-    line("loss", result["bpb"]["nats_per_token"], "nats per token")
+def write_curve(run: Run) -> None:
+    """Append the losses along a run."""
     for tokens, loss in run.curve():
-        line("curve", loss, "nats per token", tokens=tokens)
+        line(run, tokens, "curve", loss, "nats per token")
+
+
+def write(run: Run, step: int, result: dict[str, Any]) -> None:
+    """Append what the judgement of a run's step says."""
+    tokens = step * run.args.batch_tokens
+    line(run, tokens, "loss", result["bpb"]["nats_per_token"], "nats per token")
     for cell in result["mqar"]:
-        line("mqar", cell["accuracy"], "share", pairs=cell["num_pairs"], chance=cell["chance"])
+        line(run, tokens, "mqar", cell["accuracy"], "share", pairs=cell["num_pairs"], chance=cell["chance"])
     for cell in result["needle"]:
         given = {name: cell[name] for name in ("length", "depth", "chance")}
-        line("needle", cell["accuracy"], "share", **given)
+        line(run, tokens, "needle", cell["accuracy"], "share", **given)
     mqar = sum(cell["accuracy"] for cell in result["mqar"]) / len(result["mqar"])
     needle = sum(cell["accuracy"] for cell in result["needle"]) / len(result["needle"])
     print(

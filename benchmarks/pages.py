@@ -68,16 +68,18 @@ def comparison_page(results: Path) -> str:
         name: [f"![{text}]({drawn[name]})", ""] if (COMPARISON.parent / drawn[name]).exists() else []
         for name, text in shown
     }
-    parts = [*_losses(results), *images["loss"], *_recall(results), *images["needle"]]
+    if not gpu_lines(results, "comparison"):
+        return "Nothing has been measured on a GPU yet."
+    parts = [*_losses(results), *_on_the_way(results), *images["loss"], *_recall(results), *images["needle"]]
     parts += [*_speed(results), *images["decoding"], *_held(results)]
-    return "\n".join(parts or ["Nothing has been measured on a GPU yet.", ""]).rstrip("\n")
+    return "\n".join(parts).rstrip("\n")
 
 
 def _losses(results: Path) -> list[str]:
-    lines = quality_lines(results)
+    lines = [x for x in quality_lines(results) if x["metric"] != "curve"]
     if not lines:
         return []
-    about, names = lines[0], _named(lines)
+    about, names = lines[0], _named([x for x in lines if x["metric"] == "loss"])
     given = about["params"]
     part = ""
     if any(x["params"]["tokens"] != given["of_tokens"] for x in lines if x["metric"] == "loss"):
@@ -97,6 +99,30 @@ def _losses(results: Path) -> list[str]:
     for name, found in sorted(losses.items(), key=lambda item: _mean(item[1])):
         millions = int(found[0]["params"]["parameters"]) / 1e6
         rows.append(f"| {name} | {millions:.2f} | {_by_seed(found, '.4f')} | {_mean(found) - best:+.4f} |")
+    return [*rows, ""]
+
+
+def _on_the_way(results: Path) -> list[str]:
+    """The loss of the batches trained on, at the last tokens that every model reached."""
+    lines = [x for x in quality_lines(results) if x["metric"] == "curve"]
+    reached = {name: {int(x["params"]["tokens"]) for x in lines if x["impl"] == name} for name in _named(lines)}
+    common = max(set.intersection(*reached.values()), default=0) if reached else 0
+    found = {name: [x for x in lines if x["impl"] == name and x["params"]["tokens"] == common] for name in reached}
+    if not common or len(found) < 2:
+        return []
+    last = min(max(tokens) for tokens in reached.values())
+    whole = max(int(x["params"]["of_tokens"]) for x in lines)
+    cut = [f"{name} at {max(tokens) / 1e6:.1f} M" for name, tokens in reached.items() if max(tokens) < whole]
+    rows = [
+        f"**At {common / 1e6:.1f} M tokens**, the loss of the batches trained on, the same for all, mean over steps "
+        f"since the line before" + (f" (cut off by time: {', '.join(cut)})" if cut and last < whole else "") + ":",
+        "",
+        "| blocks | nats a token, by seed | above the best |",
+        "|---|---|---|",
+    ]
+    best = min(_mean(own) for own in found.values())
+    for name, own in sorted(found.items(), key=lambda item: _mean(item[1])):
+        rows.append(f"| {name} | {_by_seed(own, '.4f')} | {_mean(own) - best:+.4f} |")
     return [*rows, ""]
 
 

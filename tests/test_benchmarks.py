@@ -497,17 +497,28 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
     write("RDN", "decode_rate", 4000.0, context=1024, B=16)
     write("RDN", "train_peak", 2**33, T=1024)
     write("RDN", "state_bytes", 2**21, context=1024, B=16)
+    # GDN was cut off by time before it was judged.
+    for impl, end in (("RDN", 3), ("softmax", 3), ("GDN", 2)):
+        for million in range(1, end + 1):
+            given = trained | {"of_tokens": 4_000_000, "tokens": million * 1_000_000, "seed": 0}
+            write(impl, "curve", (5.0 if impl == "GDN" else 6.0) - million, **given)
     text = pages.comparison_page(tmp_path).replace("\u00a0", " ")
     first, second = (
         text.index(f"| {row}") for row in ("RDN | 21.00 | 3.2500, 4.2500 | +0.0000 |", "softmax | 21.00 |")
     )
     assert first < second
     assert "| RDN | 62% |" in text
+    assert "**At 2.0 M tokens**" in text
+    assert "cut off by time: RDN at 3.0 M, softmax at 3.0 M, GDN at 2.0 M" in text
+    assert "| GDN | 3.0000 | +0.0000 |\n| RDN | 4.0000 | +1.0000 |" in text
     assert "| RDN | 81% | 81% |" in text
     assert "| RDN | 50 | 4 | 8.00 GiB |" in text
     assert "| RDN | 2.00 MiB |" in text
     assert "9.0000" not in text
-    assert [path.name for path in pages.figures(tmp_path, tmp_path)] == ["comparison-needle.svg"]
+    assert [path.name for path in pages.figures(tmp_path, tmp_path)] == [
+        "comparison-needle.svg",
+        "comparison-loss.svg",
+    ]
     assert pages.comparison_page(tmp_path / "none") == "Nothing has been measured on a GPU yet."
 
 
