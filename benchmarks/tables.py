@@ -222,10 +222,15 @@ def _kernel_table(
         f"|---|{'---|' * len(shown)}",
     ]
     text: Callable[[float], str] = significant if metric[1] else size
+    runs = {(c.case, shape): line["commit"] for (c, shape), line in cells.items() if c.impl == "triton"}
+    apart = False
     for shape in dict.fromkeys(shape for column, shape in cells if not few or column.impl != "triton"):
         values = [text(cells[c, shape]["value"]) if (c, shape) in cells else "" for c in shown]
+        for n, c in enumerate(shown):
+            if values[n] and metric[1] and cells[c, shape]["commit"] != runs.get((c.case, shape)):
+                values[n], apart = f"{values[n]}*", True
         rows.append(f"| {shape[0]}, {power_count(shape[1])} | {' | '.join(values)} |")
-    return [*rows, ""]
+    return [*rows, "", *["\\* from another run than what stands beside it, not to be divided by it.", ""][: 2 * apart]]
 
 
 def _sizes(line: ResultLine) -> tuple[int, int]:

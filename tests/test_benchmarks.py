@@ -299,6 +299,18 @@ def test_kernel_tables_show_what_was_measured_and_leave_out_what_was_not(tables,
     assert tables.method_tables(nothing, nothing / "page.md") == "No GPU has been measured yet."
 
 
+def test_times_of_two_runs_are_not_shown_as_one(tables, kernel_lines):
+    assert "another run" not in tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    path = kernel_lines / "rdn_fwd_bwd.jsonl"
+    ours = next(x for x in read_lines(path) if x["impl"] == "triton" and x["value"] == 32.0)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(ours | {"value": 20.0, "commit": "a later one"}) + "\n")
+    text = tables.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
+    assert "| 16, 2K | 20 | 40* | 32* |" in text
+    assert "| 1, 16K | 16 |  | 128 |" in text
+    assert "\\* from another run" in text
+
+
 def test_crossover_is_said_only_where_it_lies(tables):
     assert tables.crossover([(2048, 0.5)]) == []
     assert tables.crossover([(2048, 0.5), (8192, 0.9)])[0].endswith("; softmax is the faster one throughout.")

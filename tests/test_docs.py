@@ -153,6 +153,16 @@ def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> Non
     assert row.ours.replace("\u00a0", " ") == "Fira 16.0 GiB"
 
 
+def test_a_summary_sets_times_of_one_run_side_by_side(benchmarks, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+    for commit, times in (("old", {"triton": 4.0, "flash-qla": 3.0, "fla-gdn": 6.0}), ("new", {"triton": 2.0})):
+        monkeypatch.setattr("whimbrel.bench.results.commit", lambda commit=commit: commit)
+        for impl, value in times.items():
+            record("rdn_fwd_bwd", impl, {"B": 1, "T": 2048}, "time", value, "ms", out=tmp_path)
+    (row,) = benchmarks("summary").rows(tmp_path)
+    assert (row.ours, row.beside.rpartition(": ")[2]) == ("4", "FlashQLA 3, fla 6")
+
+
 def test_the_page_of_conformance_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
