@@ -53,6 +53,7 @@ def walk(
     x_s,
     l_s,
     state_s,
+    tail_s,
     p_s,
     one_s,
     y_s,
@@ -114,6 +115,10 @@ def walk(
     HAS_Y: gl.constexpr = ADDS and not LINKED
     OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
     KEYS: gl.constexpr = 3 if LINKED else 2
+    # Without the delta rule, what is written is known before the state is: its products need not wait.
+    EARLY: gl.constexpr = not DELTA and not ONLY
+    APART: gl.constexpr = EARLY and LINKED and FIRST  # there is a place for what is added to the state
+    LATER: gl.constexpr = KT if APART else 0  # products that nothing but the next chunk waits for
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     n = gl.cdiv(end - start, 64)
@@ -185,6 +190,8 @@ def walk(
     until_s.index(0).store(entry_until)
     before_s.index(0).store(entry_before)
     rate_s.index(0).store(entry_rate)
+    if EARLY:
+        barrier()
     for i in range(begin, n):
         c = i - begin
         par = c & 1
@@ -209,6 +216,27 @@ def walk(
             state_s.index(o + 1).store(s1.to(dtype))
         if FIRST and not ONLY:
             tma.store_wait(1)
+        if LINKED and not FIRST:
+            given = left_s.index(par)
+        else:
+            given = x_s.index(o)
+        if EARLY:
+            if LINKED and not FIRST:
+                mbarrier.wait(ready.index(par), turn)
+            if OWN > 0:
+                mbarrier.wait(own, c & 1)
+            if rows < 64:
+                if HAS_X:
+                    keep_rows(x_s.index(0), rows, 4)
+                barrier()
+            rate = rate_s.index(o).load(ROW)
+            work = given.load(ACC).to(gl.float32) * rate[:, None]
+            one_s.index(o).store(work.to(dtype))
+            if APART:
+                tail_s.index(o).store((work * gl.exp2(last - until_s.index(o).load(ROW))[:, None]).to(dtype))
+                # Before any product, since it would wait for those under way.
+                s0 = s0 * whole
+                s1 = s1 * whole
         publish()
         # Asked for here, to be there by the end of the chunk.
         next_until, next_before, next_rate, next_last, _ = load_gates(
@@ -224,12 +252,12 @@ def walk(
         if SAVE:
             for j in gl.static_range(KT):
                 tma.async_copy_shared_to_global(saved, [save_row + i * HV * K + j * 64, i_v * 64], state_s.index(j))
-        if LINKED and not FIRST:
+        if LINKED and not FIRST and not EARLY:
             mbarrier.wait(ready.index(par), turn)
         mbarrier.wait(keys.index(slot), round)
         if not ONLY:
             mbarrier.wait(queries.index(slot if LINKED else 0), queried)
-        if OWN > 0:
+        if OWN > 0 and not EARLY:
             mbarrier.wait(own, c & 1)
         if rows < 64:
             if FIRST or not LINKED:
@@ -237,30 +265,38 @@ def walk(
                     keep_rows(k_s.index(here + j), rows, 4)
                     if not ONLY:
                         keep_rows(q_s.index(asked + j), rows, 4)
-            if HAS_X:
+            if HAS_X and not EARLY:
                 keep_rows(x_s.index(0), rows, 4)
             publish()
+        if EARLY:
+            score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         if HAS_TILE:
             seen = product(k_s, state_s, KT, ACC, here + o, o)
-        if not ONLY:
+        if EARLY:
+            if HAS_TILE:
+                inner = warpgroup_mma(
+                    l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
+                )
+            out = product(q_s, state_s, KT, ACC, asked + o, o)
+            if APART:
+                s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), tail_s.index(o), s0, is_async=True)
+                if KT == 2:
+                    s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), tail_s.index(o), s1, is_async=True)
+        elif not ONLY:
             score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
         tail = gl.exp2(last - until)
-        if LINKED and not FIRST:
-            given = left_s.index(par)
-        else:
-            given = x_s.index(o)
-        if HAS_TILE:
+        if HAS_TILE and not EARLY:
             seen = warpgroup_mma_wait(0 if ONLY else KT, deps=(seen,))
         if ONLY == MAP:
             work = -seen * grow[:, None]
         elif DELTA:
             work = given.load(ACC).to(gl.float32) - seen * grow[:, None]
-        else:
+        elif not EARLY:
             work = given.load(ACC).to(gl.float32) * rate[:, None]
-        if HAS_TILE:
+        if HAS_TILE and not EARLY:
             one_s.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
@@ -268,7 +304,10 @@ def walk(
                 l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
             )
         if not ONLY:
-            score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
+            if EARLY:
+                score = warpgroup_mma_wait((KT + 1 if HAS_TILE else 0) + KT + LATER, deps=(score,))
+            else:
+                score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
             if FIRST:
                 if GATED:
                     reads, rise = grow, until
@@ -281,11 +320,14 @@ def walk(
             until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
             fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
             p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
-            out = product(q_s, state_s, KT, ACC, asked + o, o)
-            if HAS_TILE:
+            if not EARLY:
+                out = product(q_s, state_s, KT, ACC, asked + o, o)
+            if HAS_TILE and EARLY:
+                seen, inner, out = warpgroup_mma_wait(LATER, deps=(seen, inner, out))
+            elif HAS_TILE:
                 inner, out = warpgroup_mma_wait(0, deps=(inner, out))
             else:
-                out = warpgroup_mma_wait(0, deps=(out,))
+                out = warpgroup_mma_wait(LATER, deps=(out,))
             out = out * reads[:, None]
             if FIRST:
                 if DELTA:
@@ -309,9 +351,15 @@ def walk(
             inner = warpgroup_mma_wait(0, deps=(inner,))
         if DELTA:
             work = (work + inner * alpha[:, None]) * rate[:, None]
+        if EARLY and not APART:
+            # Again, since it would take registers that products want.
+            work = given.load(ACC).to(gl.float32) * rate[:, None]
         if not ONLY:
             tma.store_wait(0)
-        barrier()
+        if APART:
+            publish()
+        else:
+            barrier()
         if OWN > 0:
             mbarrier.expect(own, OWN, pred=more)
             if HAS_X:
@@ -324,19 +372,27 @@ def walk(
             mbarrier.expect(queries.index(0), 8192 * KT, pred=more)
             for j in gl.static_range(KT):
                 tma.async_copy_global_to_shared(q, [after, key_col + j * 64], queries.index(0), q_s.index(j), pred=more)
-        one_s.index(o).store(work.to(dtype))
-        state_s.index(o).store((work * tail[:, None]).to(dtype))
-        publish()
+        if not EARLY:
+            one_s.index(o).store(work.to(dtype))
+        if not APART:
+            state_s.index(o).store((work * tail[:, None]).to(dtype))
+            publish()
         o = opaque(0)
+        if EARLY:
+            # Every warp has read this chunk's; here, so that the next chunk finds its own from the start.
+            until_s.index(0).store(next_until)
+            before_s.index(0).store(next_before)
+            rate_s.index(0).store(next_rate)
         if FIRST and not ONLY:
             if LINKED:
                 if SAVE:
                     put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
             else:
                 put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
-        s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
-        if KT == 2:
-            s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
+        if not APART:
+            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
+            if KT == 2:
+                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
         if ONLY:
             s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
         else:
@@ -374,9 +430,10 @@ def walk(
                     publish()
                     o = opaque(0)
                     put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-        until_s.index(0).store(next_until)
-        before_s.index(0).store(next_before)
-        rate_s.index(0).store(next_rate)
+        if not EARLY:
+            until_s.index(0).store(next_until)
+            before_s.index(0).store(next_before)
+            rate_s.index(0).store(next_rate)
         last = next_last
     if not ONLY:
         tma.store_wait(0)
@@ -491,6 +548,7 @@ def forward_stream(
         x_s,
         l_s,
         state_s,
+        state_s,
         p_s,
         one_s,
         y_s,
@@ -587,12 +645,14 @@ def forward_streams(
     q_s = gl.allocate_shared_memory(dtype, [3 * KT, 64, 64], TILE)
     x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     l_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    if DELTA:
-        l_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    else:
-        l_s_2 = l_s_1
     state_s_1 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     state_s_2 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    if DELTA:
+        l_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+        tail_s = state_s_1
+    else:
+        l_s_2 = l_s_1
+        tail_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     p_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     p_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     one_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
@@ -645,6 +705,7 @@ def forward_streams(
                     x_s,
                     l_s_1,
                     state_s_1,
+                    tail_s,
                     p_s_1,
                     one_s_1,
                     y_s,
@@ -711,6 +772,7 @@ def forward_streams(
                     x_s,
                     l_s_2,
                     state_s_2,
+                    tail_s,
                     p_s_2,
                     one_s_2,
                     y_s,
