@@ -224,7 +224,7 @@ def backward_stream(
     gate_row = gates + hv.to(gl.int64) * tokens
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     own_col = hv * K
     value_col = hv * V

@@ -160,7 +160,7 @@ def walk(
                 s1 += diagonal
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     value_col = hv * V + i_v * 64
 
