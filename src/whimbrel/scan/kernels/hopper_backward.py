@@ -525,7 +525,7 @@ def reach(
     gates,
     dstarts,
     dresidual,
-    inside,
+    clipped,
     stretch_start,
     stretch_end,
     stretch_chunk,
@@ -535,6 +535,7 @@ def reach(
     H,
     HV,
     scale,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -547,7 +548,8 @@ def reach(
     """Cotangents of the start states of one stream's stretches, as if there were none of their end states.
 
     Grid (stretches * HV * V / 64,), of one warpgroup each; q, k, dy and tiles are descriptors of [64, 64] blocks. The
-    first stream reads the residual's cotangent in `dresidual`, and in `inside` where the clip let it through.
+    first stream reads the residual in `clipped`, its cotangent in `dresidual`; the clip let through what is at most
+    `below`.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     TILE: gl.constexpr = q.layout
@@ -673,8 +675,8 @@ def reach(
             values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
             passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0).to(gl.float32)
             if CLIP:
-                kept = gl.load(inside + values, mask=ok[:, None], other=0)
-                passed = gl.where(kept != 0, passed, 0.0)
+                left = gl.load(clipped + values, mask=ok[:, None], other=0.0).to(gl.float32)
+                passed = gl.where(gl.abs(left) <= below, passed, 0.0)
             dseen = -passed
             if DECAYED:
                 dseen = dseen * alpha[:, None]

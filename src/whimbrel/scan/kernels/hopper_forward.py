@@ -46,7 +46,6 @@ def walk(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     k_s,
     q_s,
@@ -81,6 +80,7 @@ def walk(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -92,7 +92,6 @@ def walk(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
     ONLY: gl.constexpr,
     LINKED: gl.constexpr,
 ):
@@ -206,7 +205,6 @@ def walk(
             asked, queried = 0, c & 1
         first = start + i * 64
         after = first + 64
-        t = first + row
         rows = end - first
         whole = gl.exp2(last)
 
@@ -338,10 +336,9 @@ def walk(
                     seen = seen * alpha[:, None]
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
-                    if MASK:
-                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
-                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
-                    left = gl.minimum(gl.maximum(left, -clip), clip)
+                    # None within the bound is rounded up to it, so that what is stored says where the clip was active.
+                    most = gl.where(gl.abs(left) <= clip, below, clip)
+                    left = gl.minimum(gl.maximum(left, -most), most)
                 if LINKED:
                     mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
                     left_s.index(par).store(left.to(dtype))
@@ -460,7 +457,6 @@ def forward_stream(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -473,6 +469,7 @@ def forward_stream(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -484,7 +481,6 @@ def forward_stream(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
     ONLY: gl.constexpr,
 ):
     """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
@@ -541,7 +537,6 @@ def forward_stream(
         ends,
         y_memory,
         residual_memory,
-        inside,
         decays,
         k_s,
         q_s,
@@ -576,6 +571,7 @@ def forward_stream(
         HV,
         scale,
         clip,
+        below,
         K,
         V,
         FIRST,
@@ -587,7 +583,6 @@ def forward_stream(
         FROM,
         GATHER,
         SAVE,
-        MASK,
         ONLY,
         False,
     )
@@ -608,7 +603,6 @@ def forward_streams(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -621,6 +615,7 @@ def forward_streams(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     DELTA: gl.constexpr,
@@ -698,7 +693,6 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -733,6 +727,7 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(True),
@@ -744,7 +739,6 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
-                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),
@@ -765,7 +759,6 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -800,6 +793,7 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(False),
@@ -811,7 +805,6 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
-                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),

@@ -88,7 +88,7 @@ def _scan_forward(
     gates = _empty(q, (3, value_heads, tokens), torch.float32)
     tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
     saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8)
+    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
     residual, carried, scratch = (
         _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save)
     )
@@ -101,7 +101,7 @@ def _scan_forward(
         _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper)
         if hopper:
             _hopper.forward(
-                q, k, v, gates, tiles, saved, inside, residual, carried, start, ends, y, scratch,
+                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, scratch,
                 table, parts, flags, scale, clip, save,
             )  # fmt: skip
         else:
@@ -237,14 +237,9 @@ def _fake_forward(
         _empty(q, (3, value_heads, batch * time), torch.float32),
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
         _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8),
+        _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8),
         *(_empty(q, shape, dtype) for shape, dtype in (residual, carried)),
     )
-
-
-def _keeps_mask(hopper: bool, flags: Flags, parts: int) -> bool:
-    """Whether the backward reads where the clip was active; on Hopper only a walk that cannot see the states does."""
-    return flags.TWO and flags.CLIP and (not hopper or parts > 1)
 
 
 def _hopper_extras(
@@ -323,7 +318,7 @@ def _scan_backward(
     def run() -> None:
         if hopper:
             _hopper.backward(
-                q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends, dstarts,
+                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstarts,
                 dq, dk, dv, dlog, dfirst, dsecond, scratch, table, parts, flags, scale, clip,
             )  # fmt: skip
         else:
