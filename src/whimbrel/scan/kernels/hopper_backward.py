@@ -555,8 +555,8 @@ def reach(
     TILE: gl.constexpr = q.layout
     KT: gl.constexpr = K // 64
     NV: gl.constexpr = V // 64
-    HAS_TILE: gl.constexpr = DELTA or FIRST
-    BYTES: gl.constexpr = 8192 * (2 * KT + 1 + (1 if HAS_TILE else 0))
+    HAS_KEYS: gl.constexpr = DELTA or FIRST  # a state that adds asks its keys only what the residual was taken from
+    BYTES: gl.constexpr = 8192 * ((2 if HAS_KEYS else 1) * KT + 1 + (1 if DELTA else 0))
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
@@ -599,10 +599,11 @@ def reach(
     begin = start + (n - 1) * 64
     mbarrier.expect(full.index(0), BYTES, pred=some)
     for j in gl.static_range(KT):
-        tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
+        if HAS_KEYS:
+            tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
         tma.async_copy_global_to_shared(q, [begin, key_col + j * 64], full.index(0), q_s.index(j), pred=some)
     tma.async_copy_global_to_shared(dy, [begin, value_col], full.index(0), dy_s.index(0), pred=some)
-    if HAS_TILE:
+    if DELTA:
         tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], full.index(0), l_s.index(0), pred=some)
 
     for back in range(n):
@@ -616,31 +617,39 @@ def reach(
         prior = first - 64
         t = first + row
         ok = t < end
-        tc = first + col
         last = gl.load(gate_row + gl.minimum(first + 64, end) - 1)
         until = gl.load(gate_row + t, mask=ok, other=0.0)
         before = gl.load(gate_row + t - 1, mask=ok & (row > 0), other=0.0)
         rate = gl.load(gate_row + (2 - FIRST) * gate_plane + t, mask=ok, other=0.0)
-        rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
-        if FIRST and not GATED:
-            rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+        if DELTA:
+            tc = first + col
+            rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
+            if FIRST and not GATED:
+                rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+        if FIRST:
+            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+            passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0)
+            if CLIP:
+                left = gl.load(clipped + values, mask=ok[:, None], other=0.0)
 
         o = opaque(0)
-        state_s.index(o).store(s0.to(dtype))
-        if KT == 2:
-            state_s.index(o + 1).store(s1.to(dtype))
+        if DELTA:
+            state_s.index(o).store(s0.to(dtype))
+            if KT == 2:
+                state_s.index(o + 1).store(s1.to(dtype))
         publish()
         mbarrier.expect(then, BYTES, pred=more)
         for j in gl.static_range(KT):
-            tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
+            if HAS_KEYS:
+                tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
             tma.async_copy_global_to_shared(q, [prior, key_col + j * 64], then, q_s.index(there + j), pred=more)
         mbarrier.wait(full.index(par), (back >> 1) & 1)
-        # Scores [j, i]: how much of what token j writes token i reads.
-        score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
-        pull = product(k_s, state_s, KT, ACC, here + o, o)
+        if DELTA:
+            # Scores [j, i]: how much of what token j writes token i reads.
+            score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
+            pull = product(k_s, state_s, KT, ACC, here + o, o)
         until = gl.where(ok, until, last)
         before = gl.where(ok, before, last)
-        rise_c = gl.where(tc < end, rise_c, last)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
         tail, whole = gl.exp2(last - until), gl.exp2(last)
@@ -652,64 +661,63 @@ def reach(
             reads = start_decay
         else:
             reads = grow
-        one.index(o).store(given.to(dtype))
-        score = warpgroup_mma_wait(KT, deps=(score,))
-        fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+        if DELTA:
+            one.index(o).store(given.to(dtype))
+            rise_c = gl.where(tc < end, rise_c, last)
+            score = warpgroup_mma_wait(KT, deps=(score,))
+            fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+            if FIRST:
+                read_by = row[:, None] < col[None, :]
+            else:
+                read_by = row[:, None] <= col[None, :]
+            p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
+            pull = warpgroup_mma_wait(0, deps=(pull,))
+            pull = pull * tail[:, None]
+            barrier()
+            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
         if FIRST:
-            read_by = row[:, None] < col[None, :]
-        else:
-            read_by = row[:, None] <= col[None, :]
-        p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
-        pull = warpgroup_mma_wait(0, deps=(pull,))
-        pull = pull * tail[:, None]
-        barrier()
-        tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
+            dseen = -passed.to(gl.float32)
+            if CLIP:
+                dseen = gl.where(gl.abs(left.to(gl.float32)) <= below, dseen, 0.0)
+            if DECAYED:
+                dseen = dseen * alpha[:, None]
+            if not DELTA:
+                one.index(o).store((dseen * start_decay[:, None]).to(dtype))
         state_s.index(o).store((given * reads[:, None]).to(dtype))
         publish()
         o = opaque(0)
-        pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
+        if DELTA:
+            pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
+        else:
+            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
         s0 = warpgroup_mma(q_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(q_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
-        if FIRST:
-            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
-            passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0).to(gl.float32)
-            if CLIP:
-                left = gl.load(clipped + values, mask=ok[:, None], other=0.0).to(gl.float32)
-                passed = gl.where(gl.abs(left) <= below, passed, 0.0)
-            dseen = -passed
-            if DECAYED:
-                dseen = dseen * alpha[:, None]
-        pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
-        if DELTA or not FIRST:
-            pull = pull * rate[:, None]
-        if HAS_TILE:
+        if DELTA:
+            pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
+            work = pull * (rate * alpha)[:, None]
             if FIRST:
-                if DELTA:
-                    work = pull * alpha[:, None] - dseen
-                else:
-                    work = dseen
-            else:
-                work = pull * alpha[:, None]
+                work = work - dseen
             barrier()
             one.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
-            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull, is_async=True)
+            pull = warpgroup_mma(
+                l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True
+            )
             pull = warpgroup_mma_wait(0, deps=(pull,))
+            dread = -pull * grow[:, None]
             if FIRST:
-                if DELTA:
-                    dread = dseen * start_decay[:, None] - pull * grow[:, None]
-                else:
-                    pull = pull * rate[:, None]
-                    dread = dseen * start_decay[:, None]
-            else:
-                dread = -pull * grow[:, None]
+                dread = dread + dseen * start_decay[:, None]
             state_s.index(o).store(dread.to(dtype))
             publish()
             tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], then, l_s.index(0), pred=more)
             s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0, is_async=True)
             if KT == 2:
                 s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1, is_async=True)
-            s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
+        elif FIRST:
+            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), one.index(o), s0, is_async=True)
+            if KT == 2:
+                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), one.index(o), s1, is_async=True)
+        s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
     store_state(dstarts, at, s0, s1, V, KT)
