@@ -77,6 +77,7 @@ def backward_stream(
     q,
     k,
     x,
+    left,
     dy,
     tiles,
     saved,
@@ -117,8 +118,9 @@ def backward_stream(
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
-    q, k, x, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is what
-    the stream was given and dx its cotangent: the residual for the second stream, v for the first, or for the only one.
+    q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is
+    what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first, or for
+    the only one. `clip` bounds residuals; without the delta rule, residuals as they are stored.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
     the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
     stretches behind ask for: `local`, of `reach`, and the `carried` decays.
@@ -139,7 +141,9 @@ def backward_stream(
     READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
     STREAM: gl.constexpr = 0 if FIRST else 1
     APART: gl.constexpr = WEIGHTED or (FIRST and not GATED)  # the queries' pairs count in a sum of their own too
+    LEFT: gl.constexpr = FIRST and not DELTA  # nothing asks what was read, but the residual, which tells it
     SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
+    MIDDLE: gl.constexpr = 256 * V + 2 * K * V + (128 * V if LEFT else 0)
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
     hv, s = pid % HV, pid // HV
@@ -234,10 +238,12 @@ def backward_stream(
         mbarrier.expect(outer, 256 * K)
         tma.async_copy_global_to_shared(k, [begin, key_col], outer, k_s.index(0))
         tma.async_copy_global_to_shared(q, [begin, key_col], outer, q_s.index(0))
-        mbarrier.expect(middle, 256 * V + 2 * K * V)
+        mbarrier.expect(middle, MIDDLE)
         tma.async_copy_global_to_shared(saved, [save_row + (n - 1) * HV * K, 0], middle, state_s.index(0))
         tma.async_copy_global_to_shared(x, [begin, value_col], middle, x_s.index(0))
         tma.async_copy_global_to_shared(dy, [begin, value_col], middle, dy_s.index(0))
+        if LEFT:
+            tma.async_copy_global_to_shared(left, [begin, value_col], middle, dx_s.index(0))
         if HAS_TILE:
             mbarrier.expect(side, SIDE)
             tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], side, l_s.index(0))
@@ -268,10 +274,12 @@ def backward_stream(
             keep_rows(dy_s.index(o), rows, 8)
             if FIRST:
                 keep_rows(work_s.index(o), rows, 8)
+            if LEFT:
+                keep_rows(dx_s.index(o), rows, 8)
         publish()
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
-        if HAS_TILE:
+        if DELTA:
             seen = multiply(k_s.index(o), state_s.index(o), LV, 64, V)
         pull = multiply(k_s.index(o), pull_s.index(o), LV, 64, V)
         one_s.index(o).store(
@@ -289,49 +297,46 @@ def backward_stream(
             fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
         else:
             fade = gl.where(row_c[:, None] >= col[None, :], fade, 0.0)
-        if HAS_TILE:
+        if DELTA:
             score = warpgroup_mma_wait(2, deps=(score,))
         else:
             score = warpgroup_mma_wait(1, deps=(score,))
         score = score * fade
         p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
-        if HAS_TILE:
+        if DELTA:
             work = x_s.index(o).load(LV)
             seen = warpgroup_mma_wait(1, deps=(seen,))
-            work = work.to(gl.float32)
-            if DELTA:
-                work = work - seen * table[GROW].index(phase).load(RV)[:, None]
-            else:
-                work = work * table[RATE].index(phase).load(RV)[:, None]
+            work = work.to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
             two_s.index(o).store(work.to(dtype))
         pull = warpgroup_mma_wait(0, deps=(pull,))
         pull = pull * table[TAIL].index(phase).load(RV)[:, None]
         publish()
 
         o = opaque(0)
-        if HAS_TILE:
+        if DELTA:
             inner = multiply(l_s.index(o), two_s.index(o), LV, 64, V)
         pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
         ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
         if HAS_TILE:
             alpha = table[ALPHA].index(phase).load(RV)
+        if DELTA:
             inner = warpgroup_mma_wait(2, deps=(inner,))
+            e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
+        if FIRST:
+            dseen = -work_s.index(o).load(LV).to(gl.float32)
+            given = x_s.index(o).load(LV).to(gl.float32)
             if DELTA:
-                e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
-            if FIRST:
-                seen = seen * table[FRESH].index(phase).load(RV)[:, None]
-                if DELTA:
-                    seen = seen - inner
-                else:
-                    seen = seen + inner
+                seen = seen * table[FRESH].index(phase).load(RV)[:, None] - inner
                 if DECAYED:
                     seen = seen * alpha[:, None]
-                dseen = -work_s.index(o).load(LV).to(gl.float32)
-                if CLIP:
-                    left = x_s.index(o).load(LV).to(gl.float32) - seen
-                    dseen = gl.where(gl.abs(left) <= clip, dseen, 0.0)
-                if not DECAYED:
-                    keep_sum(seen_s, seen * dseen, V)
+                kept = given - seen
+            else:
+                kept = dx_s.index(o).load(LV).to(gl.float32)
+                seen = given - kept
+            if CLIP:
+                dseen = gl.where(gl.abs(kept) <= clip, dseen, 0.0)
+            if not DECAYED:
+                keep_sum(seen_s, seen * dseen, V)
         pull = warpgroup_mma_wait(1, deps=(pull,))
         if DELTA or not FIRST:
             pull = pull * table[RATE].index(phase).load(RV)[:, None]
@@ -395,13 +400,14 @@ def backward_stream(
         o = opaque(0)
         put(dx_s.index(o), dx, dx_memory, first, value_col, rows, HV * V, V, 8)
         if HAS_TILE:
-            if more:
+            if more and not LEFT:
                 mbarrier.expect(side, SIDE)
                 tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
                 if FIRST:
                     tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
             z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
-            keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+            if not LEFT:
+                keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
             found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
@@ -409,7 +415,11 @@ def backward_stream(
         pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
         if HAS_TILE:
             ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
-            z, keys = warpgroup_mma_wait(3, deps=(z, keys))
+            if LEFT:
+                z = warpgroup_mma_wait(3, deps=(z,))
+                pairs += z * l_s.index(o).load(LC).to(gl.float32)
+            else:
+                z, keys = warpgroup_mma_wait(3, deps=(z, keys))
             row_c = gl.arange(0, 64, RC)
             col = gl.arange(0, 64, COL)
             rise: gl.constexpr = BEFORE if FIRST else UNTIL
@@ -421,7 +431,8 @@ def backward_stream(
             if not FIRST:
                 z = -z  # dx stands where the first stream has the other sign
             z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
-            pairs += z * keys
+            if not LEFT:
+                pairs += z * keys
             z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
             found = warpgroup_mma_wait(2, deps=(found,))
             keep_sum(found_s, found * k_s.index(o).load(LK).to(gl.float32), K)
@@ -449,10 +460,15 @@ def backward_stream(
             tma.async_copy_global_to_shared(dq, [first, own_col], shares, dq_s.index(o))
             tma.async_copy_global_to_shared(dk, [first, own_col], shares, dk_s.index(o))
         if more:
-            mbarrier.expect(middle, 256 * V + 2 * K * V)
+            mbarrier.expect(middle, MIDDLE)
             tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
             tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
             tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
+            if LEFT:
+                tma.async_copy_global_to_shared(left, [prior, value_col], middle, dx_s.index(o))
+                mbarrier.expect(side, SIDE)
+                tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
+                tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
         if HAS_TILE:
             query = warpgroup_mma_wait(3, deps=(query,))
         else:

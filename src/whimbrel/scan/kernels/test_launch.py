@@ -167,7 +167,7 @@ for function, changes in (
     constants = {n: v for n, v in (flags | changes).items() if n in function.arg_names}
     key, value = (constants["K"], constants["V"]) if function is backward else (64, 64)
     blocks = dict.fromkeys("q k dq dk".split(), block(64, key))
-    blocks |= dict.fromkeys("x y residual".split(), block(64, value))
+    blocks |= dict.fromkeys("x left y residual".split(), block(64, value))
     blocks |= dict(dy=block(64, value), dx=block(64, value), tiles=block(64, 64), saved=block(key, value))
     signature = {n: "constexpr" if n in constants else (kinds | blocks).get(n, "*fp32") for n in function.arg_names}
     source = GluonASTSource(function, signature, constants)
