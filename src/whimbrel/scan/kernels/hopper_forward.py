@@ -114,8 +114,9 @@ def walk(
     HAS_Y: gl.constexpr = ADDS and not LINKED
     OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
     KEYS: gl.constexpr = 3 if LINKED else 2
-    # Without the delta rule, what is written is known before the state is: its products need not wait.
-    EARLY: gl.constexpr = not DELTA and not ONLY
+    # Without the delta rule, what is written is known before the state is: its products need not wait. A second stream
+    # by itself has too few of them to gain.
+    EARLY: gl.constexpr = not DELTA and not ONLY and (FIRST or LINKED)
     APART: gl.constexpr = EARLY and LINKED and FIRST  # there is a place for what is added to the state
     LATER: gl.constexpr = KT if APART else 0  # products that nothing but the next chunk waits for
     STREAM: gl.constexpr = 0 if FIRST else 1
