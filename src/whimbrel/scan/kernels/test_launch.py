@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -46,6 +48,29 @@ def test_equals_the_reference(recurrence: Recurrence, time: int):
 @every
 def test_half_precision_inputs(recurrence: Recurrence):
     check(recurrence, Shape(1, 40, 1, 1, 16, 16), torch.float16, 0.004, floor=2e-3)
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills what `torch.empty` and its like give out."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@every
+def test_nothing_is_read_that_was_not_written(recurrence: Recurrence):
+    edges = torch.tensor([0, 3, 3, 36])
+    inputs = make_inputs(recurrence, Shape(1, 36, 1, 1, 16, 16), dtype=torch.float32, sequences=3)
+    plain = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
+    with new_memory_is_nan():
+        found = outputs_and_gradients(recurrence, inputs, impl="triton", cu_seqlens=edges)
+    for one, other in zip(plain, found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @two_states
@@ -105,9 +130,11 @@ def test_stretches_are_handed_on_and_back(shape: tuple[int, ...]):
     torch.testing.assert_close(out[2::3], given)
     torch.testing.assert_close(out[1::3], maps[2::3].mT @ given + local[2::3], **close)
     torch.testing.assert_close(out[::3], maps[1::3].mT @ out[1::3] + local[1::3], **close)
-    carry(local, maps, None, 3, back=False, out=out)
+    decays = maps[..., 0, 0].contiguous()
+    carry(local, decays, None, 3, back=False, out=out)
     assert out[::3].abs().max() == 0
     torch.testing.assert_close(out[1::3], local[::3])
+    torch.testing.assert_close(out[2::3], decays[1::3, :, None, None] * out[1::3] + local[1::3], **close)
 
 
 COMPILE = """
