@@ -118,9 +118,9 @@ def backward_stream(
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
-    q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is
-    what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first, or for
-    the only one. `clip` bounds residuals; without the delta rule, residuals as they are stored.
+    q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
+    x is what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first,
+    or for the only one. `clip` bounds residuals; without the delta rule, residuals as they are stored.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
     the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
     stretches behind ask for: `local`, of `reach`, and the `carried` decays.
@@ -718,9 +718,7 @@ def reach(
             one.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
-            pull = warpgroup_mma(
-                l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True
-            )
+            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True)
             pull = warpgroup_mma_wait(0, deps=(pull,))
             dread = -pull * grow[:, None]
             if FIRST:
