@@ -115,8 +115,8 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool, extra: dict[
         print(f"{weight:>12}  {path}" if "merges" not in extra else f"  {path}")
     print(
         f"would read {decimal(plan.read_bytes)} and write {decimal(plan.write_bytes)}"
-        f" ({plan.tensors} tensors) in about {plan.seconds:.0f} s at the {decimal(int(plan.disk_rate))}/s of a moment's"
-        f" reading, with {plan.buffer_bytes / 2**20:.0f} MiB of buffers; nothing was written"
+        f" ({_tensors(plan.tensors)}) in about {plan.seconds:.0f} s at the {decimal(int(plan.disk_rate))}/s of a"
+        f" moment's reading, with {plan.buffer_bytes / 2**20:.0f} MiB of buffers; nothing was written"
     )
 
 
@@ -130,7 +130,11 @@ def print_done(report: MergeReport, text: str, *, as_json: bool, extra: dict[str
         print(json.dumps({**data, **extra}, default=str))
         return
     resumed = f", {report.resumed_bytes:,} taken over from an interrupted merge" if report.resumed_bytes else ""
-    print(f"{text}: {report.tensors} tensors, {report.read_bytes:,} bytes read at {decimal(int(rate))}/s{resumed}")
+    print(f"{text}: {_tensors(report.tensors)}, {report.read_bytes:,} bytes read at {decimal(int(rate))}/s{resumed}")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def warn(warnings: Sequence[str]) -> None:

@@ -151,7 +151,7 @@ def explicit(values: Sequence[Number], *, any_sum: bool = False) -> Weights:
     # Decimal fractions such as 0.3333 cannot always add up to 1; what is left over is not spread silently.
     raise ConfigError(
         f"merge.values sum to {float(weights.total):.9g}, not 1; scale them, write fractions such as '1/3',"
-        " or allow any sum (merge.any_sum = true)"
+        " or allow any sum (any_sum=True)"
     )
 
 

@@ -306,7 +306,9 @@ def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> Non
         if out.exists() and Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"merge.out = '{out}' would replace the source {source}; choose another folder")
     if out.exists() and not overwrite:
-        raise ConfigError(f"merge.out = '{out}' exists; choose another folder or allow overwriting")
+        raise ConfigError(
+            f"merge.out = '{out}' exists; choose another folder, or replace it with --overwrite (overwrite=True)"
+        )
     if out.exists() and not (out / MANIFEST).is_file() and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"merge.out = '{out}' is not a merge and is not overwritten; choose another folder")
 
@@ -330,7 +332,7 @@ def _piece_bytes(memory_limit: int, workers: int, num_sources: int, num_outputs:
     shares = workers * (num_sources + num_outputs + 1)
     scratch = workers * 64 * BLOCK
     least = shares * _SMALLEST_PIECE + scratch
-    allowed = f"at least {least} bytes for {num_sources} sources and {workers} threads"
+    allowed = f"at least {least} bytes ({-(-least // 2**20)} MiB) for {num_sources} sources and {workers} threads"
     require(memory_limit >= least, "merge.memory_limit", memory_limit, allowed)
     piece = min(_LARGEST_PIECE, (memory_limit - scratch) // shares // 8 * 8)
     return piece, shares * piece + scratch
@@ -621,7 +623,7 @@ class _Pass:
         return CheckpointError(
             f"tensor '{name}' ({piece.extent.item.dtype}) differs between {sources[source].path} and"
             f" {sources[newest].path}; integers and booleans are not averaged, they must be equal"
-            " (or say merge.integers = newest or max)"
+            " (or say which to take: --integers newest or max)"
         )
 
     def _take(

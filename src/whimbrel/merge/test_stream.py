@@ -482,11 +482,11 @@ def test_bad_arguments(run: list[Path], tmp_path: Path) -> None:
         (lambda: merge_checkpoints(run, out, workers=0), "merge.workers = 0 is not allowed; use at least one thread"),
         (
             lambda: merge_checkpoints(run, out, memory_limit=1000),
-            "merge.memory_limit = 1000 is not allowed; use at least .* bytes for 4 sources and 2 threads",
+            "merge.memory_limit = 1000 is not allowed; use at least .* bytes .* MiB. for 4 sources and 2 threads",
         ),
         (lambda: merge_checkpoints(run, run[0].parent, overwrite=True), "would replace the source"),
         (lambda: merge_checkpoints(run, tmp_path / "x.safetensors"), "names a file; name the folder to write instead"),
-        (lambda: merge_checkpoints(run, tmp_path / "full"), "exists; choose another folder or allow overwriting"),
+        (lambda: merge_checkpoints(run, tmp_path / "full"), "exists; .* or replace it with --overwrite"),
         (lambda: merge_checkpoints(run, tmp_path / "full", overwrite=True), "is not a merge and is not overwritten"),
     ]  # fmt: skip
     for call, message in cases:
