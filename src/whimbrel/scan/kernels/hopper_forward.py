@@ -46,13 +46,13 @@ def walk(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     k_s,
     q_s,
     x_s,
     l_s,
     state_s,
-    tail_s,
     p_s,
     one_s,
     y_s,
@@ -80,7 +80,6 @@ def walk(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -92,6 +91,7 @@ def walk(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
+    MASK: gl.constexpr,
     ONLY: gl.constexpr,
     LINKED: gl.constexpr,
 ):
@@ -114,11 +114,6 @@ def walk(
     HAS_Y: gl.constexpr = ADDS and not LINKED
     OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
     KEYS: gl.constexpr = 3 if LINKED else 2
-    # Without the delta rule, what is written is known before the state is: its products need not wait. A second stream
-    # by itself has too few of them to gain.
-    EARLY: gl.constexpr = not DELTA and not ONLY and (FIRST or LINKED)
-    APART: gl.constexpr = EARLY and LINKED and FIRST  # there is a place for what is added to the state
-    LATER: gl.constexpr = KT if APART else 0  # products that nothing but the next chunk waits for
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     n = gl.cdiv(end - start, 64)
@@ -160,7 +155,7 @@ def walk(
                 s1 += diagonal
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
+    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     value_col = hv * V + i_v * 64
 
@@ -190,8 +185,6 @@ def walk(
     until_s.index(0).store(entry_until)
     before_s.index(0).store(entry_before)
     rate_s.index(0).store(entry_rate)
-    if EARLY:
-        barrier()
     for i in range(begin, n):
         c = i - begin
         par = c & 1
@@ -206,6 +199,7 @@ def walk(
             asked, queried = 0, c & 1
         first = start + i * 64
         after = first + 64
+        t = first + row
         rows = end - first
         whole = gl.exp2(last)
 
@@ -215,27 +209,6 @@ def walk(
             state_s.index(o + 1).store(s1.to(dtype))
         if FIRST and not ONLY:
             tma.store_wait(1)
-        if LINKED and not FIRST:
-            given = left_s.index(par)
-        else:
-            given = x_s.index(o)
-        if EARLY:
-            if LINKED and not FIRST:
-                mbarrier.wait(ready.index(par), turn)
-            if OWN > 0:
-                mbarrier.wait(own, c & 1)
-            if rows < 64:
-                if HAS_X:
-                    keep_rows(x_s.index(0), rows, 4)
-                barrier()
-            rate = rate_s.index(o).load(ROW)
-            work = given.load(ACC).to(gl.float32) * rate[:, None]
-            one_s.index(o).store(work.to(dtype))
-            if APART:
-                tail_s.index(o).store((work * gl.exp2(last - until_s.index(o).load(ROW))[:, None]).to(dtype))
-                # Before any product, since it would wait for those under way.
-                s0 = s0 * whole
-                s1 = s1 * whole
         publish()
         # Asked for here, to be there by the end of the chunk.
         next_until, next_before, next_rate, next_last, _ = load_gates(
@@ -251,12 +224,12 @@ def walk(
         if SAVE:
             for j in gl.static_range(KT):
                 tma.async_copy_shared_to_global(saved, [save_row + i * HV * K + j * 64, i_v * 64], state_s.index(j))
-        if LINKED and not FIRST and not EARLY:
+        if LINKED and not FIRST:
             mbarrier.wait(ready.index(par), turn)
         mbarrier.wait(keys.index(slot), round)
         if not ONLY:
             mbarrier.wait(queries.index(slot if LINKED else 0), queried)
-        if OWN > 0 and not EARLY:
+        if OWN > 0:
             mbarrier.wait(own, c & 1)
         if rows < 64:
             if FIRST or not LINKED:
@@ -264,38 +237,30 @@ def walk(
                     keep_rows(k_s.index(here + j), rows, 4)
                     if not ONLY:
                         keep_rows(q_s.index(asked + j), rows, 4)
-            if HAS_X and not EARLY:
+            if HAS_X:
                 keep_rows(x_s.index(0), rows, 4)
             publish()
-        if EARLY:
-            score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         if HAS_TILE:
             seen = product(k_s, state_s, KT, ACC, here + o, o)
-        if EARLY:
-            if HAS_TILE:
-                inner = warpgroup_mma(
-                    l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
-                )
-            out = product(q_s, state_s, KT, ACC, asked + o, o)
-            if APART:
-                s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), tail_s.index(o), s0, is_async=True)
-                if KT == 2:
-                    s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), tail_s.index(o), s1, is_async=True)
-        elif not ONLY:
+        if not ONLY:
             score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
         tail = gl.exp2(last - until)
-        if HAS_TILE and not EARLY:
+        if LINKED and not FIRST:
+            given = left_s.index(par)
+        else:
+            given = x_s.index(o)
+        if HAS_TILE:
             seen = warpgroup_mma_wait(0 if ONLY else KT, deps=(seen,))
         if ONLY == MAP:
             work = -seen * grow[:, None]
         elif DELTA:
             work = given.load(ACC).to(gl.float32) - seen * grow[:, None]
-        elif not EARLY:
+        else:
             work = given.load(ACC).to(gl.float32) * rate[:, None]
-        if HAS_TILE and not EARLY:
+        if HAS_TILE:
             one_s.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
@@ -303,10 +268,7 @@ def walk(
                 l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
             )
         if not ONLY:
-            if EARLY:
-                score = warpgroup_mma_wait((KT + 1 if HAS_TILE else 0) + KT + LATER, deps=(score,))
-            else:
-                score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
+            score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
             if FIRST:
                 if GATED:
                     reads, rise = grow, until
@@ -319,14 +281,11 @@ def walk(
             until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
             fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
             p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
-            if not EARLY:
-                out = product(q_s, state_s, KT, ACC, asked + o, o)
-            if HAS_TILE and EARLY:
-                seen, inner, out = warpgroup_mma_wait(LATER, deps=(seen, inner, out))
-            elif HAS_TILE:
+            out = product(q_s, state_s, KT, ACC, asked + o, o)
+            if HAS_TILE:
                 inner, out = warpgroup_mma_wait(0, deps=(inner, out))
             else:
-                out = warpgroup_mma_wait(LATER, deps=(out,))
+                out = warpgroup_mma_wait(0, deps=(out,))
             out = out * reads[:, None]
             if FIRST:
                 if DELTA:
@@ -337,9 +296,10 @@ def walk(
                     seen = seen * alpha[:, None]
                 left = x_s.index(o).load(ACC).to(gl.float32) - seen
                 if CLIP:
-                    # None within the bound is rounded up to it, so that what is stored says where the clip was active.
-                    most = gl.where(gl.abs(left) <= clip, below, clip)
-                    left = gl.minimum(gl.maximum(left, -most), most)
+                    if MASK:
+                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
+                    left = gl.minimum(gl.maximum(left, -clip), clip)
                 if LINKED:
                     mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
                     left_s.index(par).store(left.to(dtype))
@@ -349,15 +309,9 @@ def walk(
             inner = warpgroup_mma_wait(0, deps=(inner,))
         if DELTA:
             work = (work + inner * alpha[:, None]) * rate[:, None]
-        if EARLY and not APART:
-            # Again, since it would take registers that products want.
-            work = given.load(ACC).to(gl.float32) * rate[:, None]
         if not ONLY:
             tma.store_wait(0)
-        if APART:
-            publish()
-        else:
-            barrier()
+        barrier()
         if OWN > 0:
             mbarrier.expect(own, OWN, pred=more)
             if HAS_X:
@@ -370,27 +324,19 @@ def walk(
             mbarrier.expect(queries.index(0), 8192 * KT, pred=more)
             for j in gl.static_range(KT):
                 tma.async_copy_global_to_shared(q, [after, key_col + j * 64], queries.index(0), q_s.index(j), pred=more)
-        if not EARLY:
-            one_s.index(o).store(work.to(dtype))
-        if not APART:
-            state_s.index(o).store((work * tail[:, None]).to(dtype))
-            publish()
+        one_s.index(o).store(work.to(dtype))
+        state_s.index(o).store((work * tail[:, None]).to(dtype))
+        publish()
         o = opaque(0)
-        if EARLY:
-            # Every warp has read this chunk's; here, so that the next chunk finds its own from the start.
-            until_s.index(0).store(next_until)
-            before_s.index(0).store(next_before)
-            rate_s.index(0).store(next_rate)
         if FIRST and not ONLY:
             if LINKED:
                 if SAVE:
                     put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
             else:
                 put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
-        if not APART:
-            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
-            if KT == 2:
-                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
+        s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
+        if KT == 2:
+            s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
         if ONLY:
             s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
         else:
@@ -428,10 +374,9 @@ def walk(
                     publish()
                     o = opaque(0)
                     put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-        if not EARLY:
-            until_s.index(0).store(next_until)
-            before_s.index(0).store(next_before)
-            rate_s.index(0).store(next_rate)
+        until_s.index(0).store(next_until)
+        before_s.index(0).store(next_before)
+        rate_s.index(0).store(next_rate)
         last = next_last
     if not ONLY:
         tma.store_wait(0)
@@ -458,6 +403,7 @@ def forward_stream(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -470,7 +416,6 @@ def forward_stream(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -482,6 +427,7 @@ def forward_stream(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
+    MASK: gl.constexpr,
     ONLY: gl.constexpr,
 ):
     """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
@@ -538,12 +484,12 @@ def forward_stream(
         ends,
         y_memory,
         residual_memory,
+        inside,
         decays,
         k_s,
         q_s,
         x_s,
         l_s,
-        state_s,
         state_s,
         p_s,
         one_s,
@@ -572,7 +518,6 @@ def forward_stream(
         HV,
         scale,
         clip,
-        below,
         K,
         V,
         FIRST,
@@ -584,6 +529,7 @@ def forward_stream(
         FROM,
         GATHER,
         SAVE,
+        MASK,
         ONLY,
         False,
     )
@@ -604,6 +550,7 @@ def forward_streams(
     ends,
     y_memory,
     residual_memory,
+    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -616,7 +563,6 @@ def forward_streams(
     HV,
     scale,
     clip,
-    below,
     K: gl.constexpr,
     V: gl.constexpr,
     DELTA: gl.constexpr,
@@ -641,14 +587,12 @@ def forward_streams(
     q_s = gl.allocate_shared_memory(dtype, [3 * KT, 64, 64], TILE)
     x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     l_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    state_s_1 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
-    state_s_2 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     if DELTA:
         l_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-        tail_s = state_s_1
     else:
         l_s_2 = l_s_1
-        tail_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    state_s_1 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
+    state_s_2 = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     p_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     p_s_2 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     one_s_1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
@@ -694,13 +638,13 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
+                    inside,
                     decays,
                     k_s,
                     q_s,
                     x_s,
                     l_s_1,
                     state_s_1,
-                    tail_s,
                     p_s_1,
                     one_s_1,
                     y_s,
@@ -728,7 +672,6 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
-                    below,
                     K,
                     V,
                     gl.constexpr(True),
@@ -740,6 +683,7 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
+                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),
@@ -760,13 +704,13 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
+                    inside,
                     decays,
                     k_s,
                     q_s,
                     x_s,
                     l_s_2,
                     state_s_2,
-                    tail_s,
                     p_s_2,
                     one_s_2,
                     y_s,
@@ -794,7 +738,6 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
-                    below,
                     K,
                     V,
                     gl.constexpr(False),
@@ -806,6 +749,7 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
+                    gl.constexpr(False),
                     gl.constexpr(0),
                     gl.constexpr(True),
                 ),

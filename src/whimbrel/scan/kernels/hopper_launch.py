@@ -76,15 +76,6 @@ def scratch_shape(
     return (1 + delta, 2, sequences * splits, value_heads, key_dim, value_dim) if splits > 1 else (0,)
 
 
-@cache
-def _below(clip: float | None, dtype: torch.dtype) -> float:
-    """The largest number of a dtype below the clip as it is in that dtype."""
-    if clip is None:
-        return 0.0
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    return float((torch.tensor(clip, dtype=dtype).view(bits) - 1).view(dtype))
-
-
 def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Matrix]:
     """Blocks of [rows, columns] of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
     return [Matrix(x, x.shape[-1] * (x.shape[2] if x.dim() == 4 else 1), rows, columns) for x in tensors]
@@ -110,6 +101,7 @@ def forward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
+    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     start: Tensor | None,
@@ -154,6 +146,7 @@ def forward(
             out,
             y,
             residual,
+            inside,
             carried,
             table.stretch_start,
             table.stretch_end,
@@ -166,7 +159,6 @@ def forward(
             value_heads,
             scale,
             clip or 0.0,
-            _below(clip, q.dtype),
             K=key_dim,
             V=columns,
             FROM=starts is not None,
@@ -182,14 +174,14 @@ def forward(
         given = values if first or not flags.TWO else left
         if splits > 1:
             i = 0 if first else 1
-            part = {"FIRST": first, "SAVE": False, "GATHER": False}
+            part = {"FIRST": first, "SAVE": False, "MASK": False, "GATHER": False}
             if flags.DELTA:
                 stream(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
             stream(forward_stream, given, None, local, value_dim, ONLY=1, **part)
             if flags.DELTA:
                 begin = None if start is None else start[i]
                 carry(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
-        whole = {"FIRST": first, "SAVE": save, "ONLY": 0}
+        whole = {"FIRST": first, "SAVE": save, "MASK": save and splits > 1, "ONLY": 0}
         whole["GATHER"] = splits > 1 and not flags.DELTA
         stream(forward_stream, given, begins, ends, value_dim, **whole)
 
@@ -202,6 +194,7 @@ def backward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
+    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     dends: Tensor | None,
@@ -247,7 +240,7 @@ def backward(
                 gates,
                 local,
                 dv,
-                residual,
+                inside,
                 table.stretch_start,
                 table.stretch_end,
                 table.stretch_chunk,
@@ -257,7 +250,6 @@ def backward(
                 heads,
                 value_heads,
                 scale,
-                _below(clip, q.dtype),
                 K=key_dim,
                 V=value_dim,
                 FIRST=first,
@@ -273,7 +265,6 @@ def backward(
             queries,
             keys,
             values if first or not flags.TWO else left,
-            left,
             given,
             solved,
             kept,
@@ -300,7 +291,7 @@ def backward(
             heads,
             value_heads,
             scale,
-            clip or 0.0 if flags.DELTA else _below(clip, q.dtype),
+            clip or 0.0,
             K=key_dim,
             V=value_dim,
             FIRST=first,

@@ -87,8 +87,8 @@ def _scan_forward(
         ends[0].zero_()
     gates = _empty(q, (3, value_heads, tokens), torch.float32)
     tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
-    saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
+    saved = _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
+    inside = _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8)
     residual, carried, scratch = (
         _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save)
     )
@@ -101,7 +101,7 @@ def _scan_forward(
         _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper)
         if hopper:
             _hopper.forward(
-                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, scratch,
+                q, k, v, gates, tiles, saved, inside, residual, carried, start, ends, y, scratch,
                 table, parts, flags, scale, clip, save,
             )  # fmt: skip
         else:
@@ -236,10 +236,15 @@ def _fake_forward(
         _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32),
         _empty(q, (3, value_heads, batch * time), torch.float32),
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
-        _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8),
+        _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
+        _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8),
         *(_empty(q, shape, dtype) for shape, dtype in (residual, carried)),
     )
+
+
+def _keeps_mask(hopper: bool, flags: Flags, parts: int) -> bool:
+    """Whether the backward reads where the clip was active; on Hopper only a walk that cannot see the states does."""
+    return flags.TWO and flags.CLIP and (not hopper or parts > 1)
 
 
 def _hopper_extras(
@@ -261,11 +266,6 @@ def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def _states(sequences: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
     return 2, sequences, heads, key_dim, value_dim
-
-
-def _saved(hopper: bool, flags: Flags, chunks: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
-    """States at the chunks' starts; the kernels that run anywhere leave the first plane of one state empty."""
-    return 1 if hopper and not flags.TWO else 2, chunks, heads, key_dim, value_dim
 
 
 def _tiles(flags: Flags, heads: int, chunks: int, chunk: int) -> tuple[int, ...]:
@@ -318,7 +318,7 @@ def _scan_backward(
     def run() -> None:
         if hopper:
             _hopper.backward(
-                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstarts,
+                q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends, dstarts,
                 dq, dk, dv, dlog, dfirst, dsecond, scratch, table, parts, flags, scale, clip,
             )  # fmt: skip
         else:

@@ -151,11 +151,11 @@ def block(rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
 
 kinds = dict.fromkeys("tokens chunks stretches parts H HV".split(), "i32")
-kinds |= dict.fromkeys("scale clip below".split(), "fp32")
+kinds |= dict.fromkeys("scale clip".split(), "fp32") | {"inside": "*i8"}
 kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk".split(), "*i32")
-kinds |= dict.fromkeys("y_memory residual_memory dresidual clipped dx_memory dq_memory dk_memory".split(), "*bf16")
+kinds |= dict.fromkeys("y_memory residual_memory dresidual dx_memory dq_memory dk_memory".split(), "*bf16")
 flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
-flags |= dict(SAVE=True, ONLY=0, GATHER=False)
+flags |= dict(SAVE=True, MASK=True, ONLY=0, GATHER=False)
 rla, only, one = dict(DELTA=False, GATED=False, DECAYED=True), dict(ONLY=1, SAVE=False), dict(FIRST=False, TWO=False)
 for function, changes in (
     (forward, {}), (forward, rla), (forward, one), (forward, dict(FIRST=False)),
@@ -167,7 +167,7 @@ for function, changes in (
     constants = {n: v for n, v in (flags | changes).items() if n in function.arg_names}
     key, value = (constants["K"], constants["V"]) if function is backward else (64, 64)
     blocks = dict.fromkeys("q k dq dk".split(), block(64, key))
-    blocks |= dict.fromkeys("x left y residual".split(), block(64, value))
+    blocks |= dict.fromkeys("x y residual".split(), block(64, value))
     blocks |= dict(dy=block(64, value), dx=block(64, value), tiles=block(64, 64), saved=block(key, value))
     signature = {n: "constexpr" if n in constants else (kinds | blocks).get(n, "*fp32") for n in function.arg_names}
     source = GluonASTSource(function, signature, constants)
