@@ -85,8 +85,7 @@ def test_training_in_8_bits_follows_training_in_floats():
             assert held == [4, 4]
             assert all(layer.weight.isnan().all() for layer in layers)
     assert losses[8][-1] < 0.6 * losses[8][0]
-    # a share of the loss at the start: near the end the last bit of a basis decides what roundings leave
-    assert losses[8][-1] == pytest.approx(losses[32][-1], abs=0.02 * losses[32][0])
+    assert losses[8][-1] == pytest.approx(losses[32][-1], rel=0.15)
 
 
 def test_a_saved_model_in_8_bits_goes_on_bit_for_bit():
