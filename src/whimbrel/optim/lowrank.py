@@ -88,7 +88,7 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
         if done == 0:
             gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * columns)
         lower, _ = torch.linalg.cholesky_ex(gram)
-        torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False, out=y)
+        y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
     return y.to(x.dtype)
 
 
