@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whimbrel.scan.kernels.quick import launch
+from whimbrel.launches import launch
 
 _TILE = 1024
 """Elements of one gate in a program."""

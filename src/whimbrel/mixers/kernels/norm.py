@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whimbrel.scan.kernels.quick import launch
+from whimbrel.launches import launch
 
 _TILE = 1024
 """Elements of a tile: 8 for each thread, in 16-bit types one load of 16 bytes."""

@@ -12,13 +12,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from whimbrel.launches import Address, Blocks, launch
 from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.device import to_device
 from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.kernels import passes
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
 from whimbrel.optim.matrix import Matrix
-from whimbrel.scan.kernels.quick import Address, Blocks, launch
 
 SCRATCH = 1 << 28
 """Most bytes that a batch holds during its step beside the state."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whimbrel.scan.kernels.quick import ALIGNMENT, Matrix, launch
+from whimbrel.launches import ALIGNMENT, Matrix, launch
 from whimbrel.scan.kernels.segments import Segments, segments
 from whimbrel.scan.kernels.stretches import carry
 

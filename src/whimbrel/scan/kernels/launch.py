@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from whimbrel.launches import launch, replay
 from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
 from whimbrel.scan.kernels import prepare as _prepare
 from whimbrel.scan.kernels.operators import differentiate, operator, plain
-from whimbrel.scan.kernels.quick import launch, replay
 from whimbrel.scan.kernels.segments import Segments, count_chunks, segments
 
 CHUNK = 32

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whimbrel.scan.kernels.quick import launch
+from whimbrel.launches import launch
 
 _ROWS = ["q", "k", "v", "log_decay", "beta", "gamma", "y"]
 _STRIDES = ["q_row", "k_row", "v_row", "log_decay_row", "beta_row", "gamma_row"]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whimbrel.scan.kernels.quick import launch
+from whimbrel.launches import launch
 
 COLUMNS = 16
 ROWS = 32

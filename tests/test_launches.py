@@ -11,8 +11,8 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from whimbrel import launches  # noqa: E402
 from whimbrel.mixers.rdn.op import rdn  # noqa: E402
-from whimbrel.scan.kernels import quick  # noqa: E402
 from whimbrel.testing.budget import assert_close  # noqa: E402
 from whimbrel.testing.recurrence import RECURRENCES, Shape, make_inputs  # noqa: E402
 
@@ -37,9 +37,9 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 3)
-    monkeypatch.setattr(quick, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(quick, "JITFunction", Kernel)
-    monkeypatch.setattr(quick, "_ready", {})
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launches, "JITFunction", Kernel)
+    monkeypatch.setattr(launches, "_ready", {})
     return Kernel()
 
 
@@ -50,7 +50,7 @@ def tensors(dtype=torch.float32, offset=0):
 def test_what_was_seen_goes_to_the_launcher(kernel):
     for _ in range(3):
         a, b = tensors()
-        quick.launch(kernel, 5, a, b, 40, 0.5, SIZE=8)
+        launches.launch(kernel, 5, a, b, 40, 0.5, SIZE=8)
     assert kernel.compiled == 1
     assert kernel.launched[1] == (5, 1, 1, 3, 7, ("m",), None, None, None, a.data_ptr(), b.data_ptr(), 40, 0.5, None)
 
@@ -59,31 +59,31 @@ def test_what_compiles_to_another_kernel_is_compiled(kernel):
     calls = [((40, 0.5), 8), ((40, 0.5), 16), ((1, 0.5), 8), ((48, 0.5), 8), ((2**31, 0.5), 8)]
     for number, (rest, size) in enumerate(calls, start=1):
         for _ in range(2):
-            quick.launch(kernel, 5, *tensors(), *rest, SIZE=size)
+            launches.launch(kernel, 5, *tensors(), *rest, SIZE=size)
         assert (kernel.compiled, len(kernel.launched)) == (number, number)
-    quick.launch(kernel, 5, *tensors(torch.float16), 40, 0.5, SIZE=8)
+    launches.launch(kernel, 5, *tensors(torch.float16), 40, 0.5, SIZE=8)
     assert kernel.compiled == len(calls) + 1
 
 
 def test_an_address_off_alignment_goes_tritons_way(kernel):
-    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
     for _ in range(2):
-        quick.launch(kernel, 5, *tensors(offset=1), 40, 0.5, SIZE=8)
+        launches.launch(kernel, 5, *tensors(offset=1), 40, 0.5, SIZE=8)
     assert (kernel.compiled, len(kernel.launched)) == (3, 0)
 
 
 def test_whoever_watches_launches_sees_them(kernel, monkeypatch):
-    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
     hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook=None)
-    monkeypatch.setattr(quick, "knobs", SimpleNamespace(runtime=hooks))
-    quick.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    monkeypatch.setattr(launches, "knobs", SimpleNamespace(runtime=hooks))
+    launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
     assert (kernel.compiled, kernel.launched) == (2, [])
 
 
 def test_a_launcher_of_another_build_keeps_its_descriptors(kernel):
-    matrix = quick.Matrix(torch.zeros(64, 64), 64, 64, 64)
+    matrix = launches.Matrix(torch.zeros(64, 64), 64, 64, 64)
     compiled = SimpleNamespace(run=SimpleNamespace(launch=print), function=7, packed_metadata=())
-    assert quick._get_ready(kernel, compiled, (matrix,)) is None
+    assert launches._get_ready(kernel, compiled, (matrix,)) is None
 
 
 def test_the_launcher_below_takes_descriptors_encoded(kernel):
@@ -99,7 +99,7 @@ def test_the_launcher_below_takes_descriptors_encoded(kernel):
         return inner
 
     run = SimpleNamespace(launch=known())
-    ready = quick._get_ready(kernel, SimpleNamespace(run=run, function=7, packed_metadata=()), (_matrix(),))
+    ready = launches._get_ready(kernel, SimpleNamespace(run=run, function=7, packed_metadata=()), (_matrix(),))
     assert ready.run.launch is launcher
     assert run.launch is not launcher
     assert ready.layouts == {0: {"swizzle": 3}}
@@ -107,21 +107,21 @@ def test_the_launcher_below_takes_descriptors_encoded(kernel):
 
 def test_a_descriptor_is_encoded_once_for_an_address_and_a_shape(kernel, monkeypatch):
     launched = []
-    monkeypatch.setattr(quick, "_descriptors", {})
+    monkeypatch.setattr(launches, "_descriptors", {})
     numbers = count()
 
     def encode(x, layout):
-        made = quick._descriptors
+        made = launches._descriptors
         return made[x.key()] if x.key() in made else made.setdefault(x.key(), [layout, next(numbers)])
 
-    monkeypatch.setattr(quick, "_encode", encode)
+    monkeypatch.setattr(launches, "_encode", encode)
     layouts = {0: "first", 1: "second"}
-    ready = quick._Ready(lambda *given: launched.append(given[9:]), 7, (), (None,), layouts, kernel)
-    monkeypatch.setattr(quick, "_get_ready", lambda *_: ready)
-    monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
+    ready = launches._Ready(lambda *given: launched.append(given[9:]), 7, (), (None,), layouts, kernel)
+    monkeypatch.setattr(launches, "_get_ready", lambda *_: ready)
+    monkeypatch.setattr(launches.Matrix, "descriptor", lambda self: self)
     held = torch.zeros(128, 64)
     for x in (held, held, held[:64], held[64:], held.view(-1, 128)):
-        quick.launch(kernel, 1, _matrix(x), _matrix(held), 40, SIZE=8)
+        launches.launch(kernel, 1, _matrix(x), _matrix(held), 40, SIZE=8)
     assert launched == [
         ("second", 0, "second", 0, 40, None),
         ("first", 1, "second", 0, 40, None),
@@ -133,25 +133,25 @@ def test_a_descriptor_is_encoded_once_for_an_address_and_a_shape(kernel, monkeyp
 @pytest.fixture
 def tape(kernel, monkeypatch):
     """replay() of two launches on tensors (a, b): the second takes the back half of a, and b as a matrix."""
-    monkeypatch.setattr(quick, "_tapes", {})
-    monkeypatch.setattr(quick, "_descriptors", {})
+    monkeypatch.setattr(launches, "_tapes", {})
+    monkeypatch.setattr(launches, "_descriptors", {})
 
     def encode(x, _):
-        return quick._descriptors.setdefault(x.key(), ["map", x.data.data_ptr()])
+        return launches._descriptors.setdefault(x.key(), ["map", x.data.data_ptr()])
 
-    monkeypatch.setattr(quick, "_encode", encode)
-    monkeypatch.setattr(quick.Matrix, "descriptor", lambda self: self)
-    ready = quick._Ready(lambda *given: kernel.launched.append(given[9:]), 7, (), (None,), {0: "", 1: ""}, kernel)
-    monkeypatch.setattr(quick, "_get_ready", lambda *_: ready)
+    monkeypatch.setattr(launches, "_encode", encode)
+    monkeypatch.setattr(launches.Matrix, "descriptor", lambda self: self)
+    ready = launches._Ready(lambda *given: kernel.launched.append(given[9:]), 7, (), (None,), {0: "", 1: ""}, kernel)
+    monkeypatch.setattr(launches, "_get_ready", lambda *_: ready)
     made = []
 
     def run(a, b, n=40, key="key"):
         def make():
             made.append(key)
-            quick.launch(kernel, 5, a, b, n, 0.5, SIZE=8)
-            quick.launch(kernel, 6, a[32:], _matrix(b), n, 0.5, SIZE=8)
+            launches.launch(kernel, 5, a, b, n, 0.5, SIZE=8)
+            launches.launch(kernel, 6, a[32:], _matrix(b), n, 0.5, SIZE=8)
 
-        quick._replay((key, n), (a, None, b), make, 0)
+        launches._replay((key, n), (a, None, b), make, 0)
         got = kernel.launched[-2:]
         kernel.launched.clear()
         return got, len(made)
@@ -209,13 +209,13 @@ def test_memory_from_elsewhere_makes_no_tape(tape, kernel):
     a, b = squares()
     tape(a, b)
     for _ in range(3):
-        quick._replay("other", (a,), lambda: quick.launch(kernel, 5, a, b, 40, 0.5, SIZE=8), 0)
-    assert "other" not in quick._tapes
+        launches._replay("other", (a,), lambda: launches.launch(kernel, 5, a, b, 40, 0.5, SIZE=8), 0)
+    assert "other" not in launches._tapes
 
 
 def _matrix(x=None):
     x = torch.zeros(64, 64) if x is None else x
-    return quick.Matrix(x, x.shape[-1], 64, 64)
+    return launches.Matrix(x, x.shape[-1], 64, 64)
 
 
 @triton.jit
@@ -226,17 +226,17 @@ def _add(a, b, n, scale, SIZE: tl.constexpr):
 
 @pytest.mark.gpu
 def test_launches_on_a_device_and_in_a_graph():
-    quick._ready.clear()
+    launches._ready.clear()
     for offset in (0, 1, 4, 0):
         for n in (1, 32, 61, 61):
             a, b = torch.randn(64 + offset, device="cuda")[offset:], torch.zeros(64, device="cuda")
-            quick.launch(_add, 8, a, b, n, 0.5, SIZE=8)
+            launches.launch(_add, 8, a, b, n, 0.5, SIZE=8)
             assert torch.equal(b[:n], a[:n] * 0.5 + n)
             assert not b[n:].any()
-    assert quick._ready
+    assert launches._ready
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        quick.launch(_add, 8, a, b, 61, 2.0, SIZE=8)
+        launches.launch(_add, 8, a, b, 61, 2.0, SIZE=8)
     a.normal_()
     graph.replay()
     assert torch.equal(b[:61], a[:61] * 2 + 61)
@@ -265,7 +265,7 @@ def test_inputs_off_alignment_and_changing_addresses(time):
 def test_replayed_launches_give_what_new_ones_do(name, time, monkeypatch):
     """Fresh inputs in fresh places, bit for bit."""
     recurrence = RECURRENCES[name]
-    monkeypatch.setattr(quick, "_tapes", {})
+    monkeypatch.setattr(launches, "_tapes", {})
     held = [make_inputs(recurrence, Shape(1, time, 1, 2, 64, 64), seed=n, dtype=torch.bfloat16) for n in range(5)]
 
     def results(inputs):
@@ -274,9 +274,9 @@ def test_replayed_launches_give_what_new_ones_do(name, time, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y, moved, torch.ones_like(y)), *moved]
 
     found = [results(inputs) for inputs in held]
-    assert len(quick._tapes) == 2
+    assert len(launches._tapes) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(quick, "_replay", lambda key, tensors, make, device: make())
+        patch.setattr(launches, "_replay", lambda key, tensors, make, device: make())
         wanted = [results(inputs) for inputs in held]
     for a, b in zip(found, wanted):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
