@@ -279,14 +279,17 @@ def anneal(job: Job, seed: int) -> None:
     _speak(job, f"seed {seed}: constant rate, {loader.epochs(args.steps):.1f} epochs", args.steps, began)
     if args.apart:
         _tune(job, seed, [kept[args.steps - i * every] for i in reversed(range(args.count))])
-    # Should time run out: the end of the run says most, and places without branches cost little.
+    # Should time run out: the end of the run says most, places without branches cost little, and starts come last.
+    annealed: dict[int, Score] = {}
     for end in sorted(forks, key=lambda end: (end != args.steps, end in branches, -end)):
         if not job.has_time(f"seed {seed}, fork {end}"):
             return
         raw = job.score(kept[end].weights)
         job.line("last", raw, seed=seed, step=end)
         if end in branches:
-            _branch(job, loader, seed, end, kept, raw)
+            annealed[end] = score = _annealed(job, loader, kept[end - args.anneal_steps], end)
+            given = {"anneal_tokens": _tokens(job, args.anneal_steps)}
+            job.line("annealed", score, seed=seed, step=end, raw=raw, **given)
         for stride, method, count in _windows():
             oldest = end - (count - 1) * stride * every
             if oldest < every:
@@ -296,6 +299,14 @@ def anneal(job: Job, seed: int) -> None:
             job.line(
                 method, score, seed=seed, step=end, raw=raw, count=count, interval_tokens=_tokens(job, stride * every)
             )
+    for end, last in annealed.items():
+        if not job.has_time(f"seed {seed}, annealing to {end} from an average"):
+            return
+        window = [kept[end - args.anneal_steps - i * every] for i in reversed(range(args.count))]
+        score = _annealed(job, loader, mean(window, SMAConfig(), moments=True), end)
+        given = {"count": args.count, "interval_tokens": _tokens(job, every)}
+        job.line("start-last", last, seed=seed, step=end)
+        job.line("start-average", score, seed=seed, step=end, raw=last, **given)
 
 
 def _windows() -> Iterator[tuple[int, str, int]]:
@@ -310,21 +321,11 @@ def _tokens(job: Job, steps: int) -> int:
     return steps * job.config.batch_tokens
 
 
-def _branch(job: Job, loader: Loader, seed: int, end: int, kept: dict[int, Snapshot], raw: Score) -> None:
-    """Annealing up to `end`, from the checkpoint and from the average of those before it, moments too."""
-    args, every = job.args, job.args.every
-    first = end - args.anneal_steps
-    window = [kept[first - i * every] for i in reversed(range(args.count))]
-    job.put(kept[first])
-    finish(train(job, loader, first, end, decay=args.anneal_steps))
-    annealed = job.score(job.weights())
-    job.line("annealed", annealed, seed=seed, step=end, raw=raw, anneal_tokens=_tokens(job, args.anneal_steps))
-    job.put(mean(window, SMAConfig(), moments=True))
-    finish(train(job, loader, first, end, decay=args.anneal_steps))
-    score = job.score(job.weights())
-    given = {"count": args.count, "interval_tokens": _tokens(job, every)}
-    job.line("start-last", annealed, seed=seed, step=end)
-    job.line("start-average", score, seed=seed, step=end, raw=annealed, **given)
+def _annealed(job: Job, loader: Loader, start: Snapshot, end: int) -> Score:
+    """The loss after annealing from `start` up to `end`."""
+    job.put(start)
+    finish(train(job, loader, start.step, end, decay=end - start.step))
+    return job.score(job.weights())
 
 
 def _tune(job: Job, seed: int, window: Sequence[Snapshot]) -> None:
