@@ -103,19 +103,18 @@ def _losses(results: Path) -> list[str]:
 
 
 def _on_the_way(results: Path) -> list[str]:
-    """The loss of the batches trained on, at the last tokens that every model reached."""
+    """Where runs were cut off: the loss of the batches trained on, at the last tokens that every model reached."""
     lines = [x for x in quality_lines(results) if x["metric"] == "curve"]
     reached = {name: {int(x["params"]["tokens"]) for x in lines if x["impl"] == name} for name in _named(lines)}
     common = max(set.intersection(*reached.values()), default=0) if reached else 0
     found = {name: [x for x in lines if x["impl"] == name and x["params"]["tokens"] == common] for name in reached}
-    if not common or len(found) < 2:
+    whole = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
+    if not common or common == whole or len(found) < 2:
         return []
-    last = min(max(tokens) for tokens in reached.values())
-    whole = max(int(x["params"]["of_tokens"]) for x in lines)
     cut = [f"{name} at {max(tokens) / 1e6:.1f} M" for name, tokens in reached.items() if max(tokens) < whole]
     rows = [
         f"**At {common / 1e6:.1f} M tokens**, the loss of the batches trained on, the same for all, mean over steps "
-        f"since the line before" + (f" (cut off by time: {', '.join(cut)})" if cut and last < whole else "") + ":",
+        f"since the line before" + (f" (cut off by time: {', '.join(cut)})" if cut else "") + ":",
         "",
         "| blocks | nats a token, by seed | above the best |",
         "|---|---|---|",

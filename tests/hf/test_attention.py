@@ -8,8 +8,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from whimbrel.errors import ConfigError, UnsupportedError
-from whimbrel.integrations.hf import prefill_report
+from whimbrel.integrations.hf import attention, prefill_report
+from whimbrel.integrations.hf import model as hf_model
 from whimbrel.integrations.hf.fixtures.models import HYBRID, MODELS, left_padded, pair, tokens
+from whimbrel.mixers.softmax import layer
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.sparse.row_local.config import RowLocalConfig
 from whimbrel.testing.budget import assert_close
@@ -211,3 +213,27 @@ def test_continuous_batching_is_refused(model):
     q = torch.zeros(1, 4, 3, 8)
     with pytest.raises(UnsupportedError, match="does not serve continuous batching"):
         sparse_attention_forward(model, q, q, q, None, cache=object())
+
+
+def test_one_new_token_leaves_out_kernels_that_plan_for_each_length(model, monkeypatch):
+    """cuDNN's plan for each number of keys takes longer than many a decoded token; seen here as on a GPU."""
+    seen = []
+
+    def on_cuda(queries, device):
+        return layer.decoding_kernels(queries, torch.device("cuda"))
+
+    def spy(module, query, *args, **kwargs):
+        seen.append((query.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    sdpa_attention_forward = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    for user in (attention, hf_model):
+        monkeypatch.setattr(user, "decoding_kernels", on_cuda)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert before
+    model.config.prefill = {"kind": "dense"}
+    under(model, NAME, lambda model: model.generate(tokens(1, 9), max_new_tokens=3, do_sample=False, pad_token_id=0))
+    assert {queries for queries, _ in seen} == {1, 9}
+    assert all(enabled == (queries > 1) for queries, enabled in seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

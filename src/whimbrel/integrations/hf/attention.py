@@ -26,6 +26,7 @@ from whimbrel.attend.choice import sparse_from
 from whimbrel.config import SelectorConfig, require
 from whimbrel.errors import ConfigError, UnsupportedError, nearest
 from whimbrel.integrations.hf.config import selector_of
+from whimbrel.mixers.softmax.layer import decoding_kernels
 from whimbrel.sparse.apply import Out, Target, apply_selector
 from whimbrel.sparse.coverage import Audit
 from whimbrel.sparse.dense.config import DenseConfig
@@ -189,9 +190,10 @@ def sparse_attention_forward(
         return y, None
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = _causal_over(attention_mask, query.shape[2])
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-    )
+    with decoding_kernels(query.shape[2], query.device):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
 
 
 def _why_dense(

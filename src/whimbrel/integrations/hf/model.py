@@ -29,7 +29,7 @@ from whimbrel.mixers.linear import LinearMixer, ShortConv
 from whimbrel.mixers.linear import _decay_parameters as decay_parameters
 from whimbrel.mixers.norm import RMSNorm
 from whimbrel.mixers.softmax.config import SoftmaxConfig
-from whimbrel.mixers.softmax.layer import SoftmaxAttention
+from whimbrel.mixers.softmax.layer import SoftmaxAttention, decoding_kernels
 from whimbrel.model.decoder import Block
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -66,7 +66,9 @@ class WhimbrelAttention(SoftmaxAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         scale = self.head_dim**-0.5
-        y, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=scale, position_ids=position_ids, **kwargs)
+        how = {"dropout": 0.0, "scaling": scale, "position_ids": position_ids, **kwargs}
+        with decoding_kernels(q.shape[2], q.device):
+            y, _ = attend(self, q, k, v, attention_mask, **how)
         return self.o_proj(y.flatten(2))
 
     @property

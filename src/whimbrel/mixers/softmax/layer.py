@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,15 @@ Prefill = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q [B, Tq, H, D], k [B, Tk, Hkv, D], v, scale) -> y [B, Tq, H, D]; the queries are the last Tq positions."""
 
 
-DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels for one new token on CUDA: cuDNN's makes a plan for each number of keys, which takes the host tens of ms."""
+_DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def decoding_kernels(queries: int, device: torch.device) -> AbstractContextManager[object]:
+    """Where torch's attention of so many queries is to run: one new token on CUDA does without cuDNN.
+
+    cuDNN makes a plan for each number of keys, which takes the host tens of ms a token.
+    """
+    return sdpa_kernel(_DECODING) if queries == 1 and device.type == "cuda" else nullcontext()
 
 
 class SoftmaxAttention(nn.Module):
@@ -152,7 +159,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     if mask is not None and window:
         mask = mask.triu(keys - queries - window + 1)
-    with sdpa_kernel(DECODING) if queries == 1 and q.is_cuda else nullcontext():
+    with decoding_kernels(queries, q.device):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
