@@ -11,7 +11,7 @@ from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.integrations.hf import attention, prefill_report
 from whimbrel.integrations.hf import model as hf_model
 from whimbrel.integrations.hf.fixtures.models import HYBRID, MODELS, left_padded, pair, tokens
-from whimbrel.mixers.softmax import layer
+from whimbrel.mixers.softmax.layer import decoding_kernels
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.sparse.row_local.config import RowLocalConfig
 from whimbrel.testing.budget import assert_close
@@ -220,7 +220,7 @@ def test_one_new_token_leaves_out_kernels_that_plan_for_each_length(model, monke
     seen = []
 
     def on_cuda(queries, device):
-        return layer.decoding_kernels(queries, torch.device("cuda"))
+        return decoding_kernels(queries, torch.device("cuda"))
 
     def spy(module, query, *args, **kwargs):
         seen.append((query.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
