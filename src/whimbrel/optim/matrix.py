@@ -41,8 +41,7 @@ class Matrix:
 
     def full_grad(self, left: bool) -> Tensor:
         """The whole gradient on every process, which all must ask for."""
-        of_slices, of_depth = (-1, -2) if left else (-2, -1)
-        return self.spread.slices.join(self.spread.depth.join(self.grad, of_depth), of_slices)
+        return self.spread.join(self.grad, left)
 
 
 def matrices(

@@ -131,6 +131,11 @@ class Spread:
         """Whether slices, each split over processes, are shared out among these."""
         return len(self.depth.groups) == 1 and not self.slices.groups
 
+    def join(self, x: Tensor, left: bool) -> Tensor:
+        """The whole of x [..., m, n] from the parts that processes hold; `left` says that columns are the slices."""
+        of_slices, of_depth = (-1, -2) if left else (-2, -1)
+        return self.slices.join(self.depth.join(x, of_depth), of_slices)
+
     def everywhere(self, x: Tensor) -> Tensor:
         """The sum of what processes found from all that they hold of the matrix."""
         return self.slices.sum(self.depth.sum(x))

@@ -1,4 +1,4 @@
-"""Moments and bases in few bits: float32 tensors to what the state holds, and back.
+"""Moments, bases and weights in few bits: float32 tensors to what is held, and back.
 
 8-bit moments: a code is a root of the element's share of its block's largest, so that small elements keep their ratio:
 the square root for the mean, with a sign, and the fourth root for the mean square. Rounding is stochastic: an average
@@ -139,6 +139,16 @@ def write_basis(states: Sequence[dict[str, Tensor]], basis: Tensor) -> None:
     encoded = encode_basis(basis)
     store(states, "basis", encoded.codes)
     store(states, "basis_scale", encoded.scale)
+
+
+def write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool, first: tuple[int, int]) -> None:
+    """Write a parameter, or the part of one that begins at this row and column, by which its rounding is counted."""
+    if weight.dtype == torch.bfloat16 and stochastic and value.numel():
+        columns = value.shape[-1] if value.ndim else 1
+        rows = counter.WEIGHTS + first[0]
+        bits = counter.lattice(key, value.numel() // columns, columns, first=rows, first_column=first[1])
+        value = counter.round_to_bfloat16(value, bits.view(value.shape))
+    weight.copy_(value)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -172,7 +172,8 @@ def data_parallel(rank):
         optimizer = make(variant, model)
         optimizer.share_refreshes()
         fits = []
-        optimizer._fit = functools.partial(counted, optimizer._fit, fits)
+        bases = optimizer._bases
+        bases.fit = functools.partial(counted, bases.fit, fits)
         advance(model, optimizer, range(7))
         advance(one, make(variant, one), range(7))
         found[variant] = {name: p.detach() for name, p in model.named_parameters()}, apart(whole(one), model), fits

@@ -15,10 +15,10 @@ from whimbrel.optim import (
     counter,
     lowrank,
     memory_report,
+    others,
     param_groups,
     storage,
 )
-from whimbrel.optim import base as optim_base
 from whimbrel.optim.layout import MOMENT_BLOCK
 from whimbrel.testing.budget import assert_close, rms_ratio
 from whimbrel.testing.optim import CONTRACTS, TinyModel, no_host_reads, shrink, train
@@ -192,7 +192,7 @@ def test_state_in_another_format_is_refused():
 def test_an_embedding_stepped_by_rows_gets_the_bits_of_one_stepped_whole(shape, other_dtype, monkeypatch):
     found = []
     for most in (1 << 24, 1000):
-        monkeypatch.setattr(optim_base, "PIECE_ELEMENTS", most)
+        monkeypatch.setattr(others, "PIECE_ELEMENTS", most)
         embed, matrix = (torch.nn.Parameter(random(*s).bfloat16()) for s in (shape, (8, 6)))
         groups = [{"params": [matrix], "rank": 2}, {"params": [embed]}]
         optimizer = Fira(groups, lr=0.1, weight_decay=0.1, other_dtype=other_dtype)

@@ -251,7 +251,7 @@ def test_replayed_steps_equal_launched_ones(cls, options, monkeypatch):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         results.append([*params, *(value for state in states(optimizer) for value in state.values())])
-        recorded = [plan.replay.graph is not None for plans in optimizer._plans.values() for plan in plans]
+        recorded = [plan.fused.replay.graph is not None for plans in optimizer._plans.values() for plan in plans]
         assert recorded == [replays]
     for a, b in zip(*results, strict=True):
         assert torch.isfinite(a.float()).all()

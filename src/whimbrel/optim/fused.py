@@ -1,0 +1,139 @@
+"""Which matrices the kernels step, and a step of theirs, launched or replayed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from whimbrel.errors import UnsupportedError
+from whimbrel.optim import lowrank, storage
+from whimbrel.optim.amp import GradScale
+from whimbrel.optim.kernels import PROVEN_ON
+from whimbrel.optim.matrix import Matrix
+from whimbrel.optim.method import Method
+from whimbrel.optim.words import Words
+
+if TYPE_CHECKING:
+    from whimbrel.optim.kernels.launch import Batch
+
+
+def fuses(impl: str, matrix: Matrix) -> bool:
+    """Whether the kernels step this matrix; raises UnsupportedError where impl = "triton" cannot."""
+    small = matrix.weight.numel() < 1 << 31  # the kernels count elements in 32 bits
+    if impl == "auto":
+        # matrices in parts have been stepped by the kernels on processors alone
+        known = matrix.weight.is_cuda and small and not matrix.spread.split
+        return known and _proven(matrix.weight.device)
+    if impl == "triton" and not (matrix.weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise UnsupportedError(
+            f"impl = 'triton' needs parameters on a CUDA device, these are on {matrix.weight.device.type}; "
+            "use impl = 'auto' or 'eager'"
+        )
+    if impl == "triton" and not small:
+        raise UnsupportedError(
+            f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(matrix.shape)}; use impl = 'auto'"
+        )
+    if impl == "triton" and matrix.spread.depth.groups:
+        raise UnsupportedError(
+            "impl = 'triton' takes no matrices whose slices are split over processes; use impl = 'auto', or "
+            "side = 'right' under FSDP2"
+        )
+    return impl == "triton"
+
+
+@functools.cache
+def _proven(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) in PROVEN_ON
+
+
+def _replays(matrices: Sequence[Matrix]) -> bool:
+    """Whether steps may be replayed: all on one GPU, without words between processes."""
+    devices = {matrix.weight.device for matrix in matrices}
+    together = len(devices) == 1 and not any(x.spread.split for x in matrices)
+    return together and next(iter(devices)).type == "cuda"
+
+
+class Fused:
+    """Batches of a group's matrices for the kernels, and what stays of their steps.
+
+    together: whether all are stepped at once, as updates in backward are not.
+    """
+
+    def __init__(self, group: dict[str, Any], matrices: Sequence[Matrix], words: Words, *, together: bool) -> None:
+        from whimbrel.optim.kernels import launch
+
+        self.batches: list[Batch] = launch.batches(matrices, group["rank"], group["side"])
+        self.replay = launch.Replay() if together and _replays(matrices) else None
+        self._words = [words.of_batch(group, batch.matrices) for batch in self.batches]
+        self._rate: Tensor | None = None
+
+    def step(
+        self,
+        method: Method,
+        group: dict[str, Any],
+        amp: GradScale,
+        *,
+        drawn: Sequence[Tensor | None],
+        squares: Sequence[Tensor | None],
+    ) -> None:
+        """Step the matrices of every batch.
+
+        drawn: words [B] from which each batch's bases are drawn, where they are. squares: where each batch adds the
+        squared norms of its gradients, where they are asked for.
+        """
+        from whimbrel.optim.kernels import launch
+
+        options = {name: group[name] for name in method.options}
+        shared = {
+            "factors": method.factors(**options),
+            "scalars": method.scalars,
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "stochastic": group["stochastic_rounding"],
+        }
+
+        def step(lr: float | Tensor) -> None:
+            for batch, words, keys, square in zip(self.batches, self._words, drawn, squares, strict=True):
+
+                def coefficients(
+                    slices: lowrank.Slices, correction: Tensor, active: Tensor, batch: Batch = batch
+                ) -> tuple[lowrank.Coefficients, list[Tensor]]:
+                    held = (storage.stack([matrix.state[name] for matrix in batch.matrices]) for name in method.scalars)
+                    found, *after = method.coefficients(slices, correction, active, *held, lr=lr, **options)
+                    return found, after
+
+                launch.fused_step(
+                    batch,
+                    bases=words,
+                    drawn=keys,
+                    coefficients=coefficients,
+                    lr=lr,
+                    found_inf=amp.found_inf,
+                    grad_scale=amp.grad_scale,
+                    square=square,
+                    **shared,
+                )
+
+        lr, device = group["lr"], self.batches[0].matrices[0].weight.device
+        if self.replay is None or torch.cuda.is_current_stream_capturing():
+            step(lr)
+            return
+        if not isinstance(lr, Tensor) or not lr.is_cuda:
+            # where a graph reads it
+            if self._rate is None:
+                self._rate = torch.zeros((), device=device)
+            lr = self._rate.fill_(float(lr))
+        held = [lr, amp.found_inf, amp.grad_scale, *drawn, *squares]
+        known = (
+            [batch.moves() for batch in self.batches],
+            [None if x is None else (x.data_ptr(), x.dtype) for x in held],
+            shared,
+        )
+        self.replay.run(known, device, lambda: step(lr))
