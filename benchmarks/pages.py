@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from method_pages.lines import on_gpu
+from method_pages.markdown import header, insert, row
 from plots import draw_curves
-from tables import insert
 
-from whimbrel.bench.results import RESULTS, ResultLine, newest, read_lines
+from whimbrel.bench.results import RESULTS, ResultLine
 from whimbrel.files import atomic_write_text
 from whimbrel.report.numbers import power_count, significant, size
 
@@ -27,17 +28,9 @@ SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
 LINKS = {COMPARISON: "../benchmarks/results", CARDS: "../../benchmarks/results"}
 
 
-def gpu_lines(results: Path, case: str) -> list[ResultLine]:
-    """The newest lines of a case on the GPU that was measured last."""
-    path = results / f"{case}.jsonl"
-    lines = [x for x in newest(read_lines(path)) if "thread" not in x["device"]] if path.exists() else []
-    last = max(lines, key=lambda x: x["time"])["device"] if lines else ""
-    return [x for x in lines if x["device"] == last]
-
-
 def quality_lines(results: Path) -> list[ResultLine]:
     """Those of trained models, of the longest training, judged where most models were, and there the latest."""
-    lines = [x for x in gpu_lines(results, "comparison") if "of_tokens" in x["params"]]
+    lines = [x for x in on_gpu(results, "comparison") if "of_tokens" in x["params"]]
     most = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
     lines = [x for x in lines if x["params"]["of_tokens"] == most]
     judged: dict[int, set[str]] = {}
@@ -68,7 +61,7 @@ def comparison_page(results: Path) -> str:
         name: [f"![{text}]({drawn[name]})", ""] if (COMPARISON.parent / drawn[name]).exists() else []
         for name, text in shown
     }
-    if not gpu_lines(results, "comparison"):
+    if not on_gpu(results, "comparison"):
         return "Nothing has been measured on a GPU yet."
     parts = [*_losses(results), *_on_the_way(results), *images["loss"], *_recall(results), *images["needle"]]
     parts += [*_speed(results), *images["decoding"], *_held(results)]
@@ -91,8 +84,7 @@ def _losses(results: Path) -> list[str]:
         f"{given['lr']:g}, seeds {', '.join(map(str, seeds))} ({about['device']}, "
         f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
         "",
-        "| blocks | parameters, M | loss, nats a token, by seed | above the best |",
-        "|---|---|---|---|",
+        *header("blocks", "parameters, M", "loss, nats a token, by seed", "above the best"),
     ]
     losses = {name: [x for x in lines if x["impl"] == name and x["metric"] == "loss"] for name in names}
     best = min(_mean(found) for found in losses.values())
@@ -116,8 +108,7 @@ def _on_the_way(results: Path) -> list[str]:
         f"**At {common / 1e6:.1f} M tokens**, the loss of the batches trained on, the same for all, mean over steps "
         f"since the line before" + (f" (cut off by time: {', '.join(cut)})" if cut else "") + ":",
         "",
-        "| blocks | nats a token, by seed | above the best |",
-        "|---|---|---|",
+        *header("blocks", "nats a token, by seed", "above the best"),
     ]
     best = min(_mean(own) for own in found.values())
     for name, own in sorted(found.items(), key=lambda item: _mean(item[1])):
@@ -140,18 +131,17 @@ def _recall(results: Path) -> list[str]:
         rows += [
             f"**{title}, mean of seeds{' and depths' if metric == 'needle' else ''} (chance {chance:.1%}):",
             "",
-            f"| blocks | {' | '.join(power_count(place) for place in places)} |",
-            f"|---|{'---|' * len(places)}",
+            *header("blocks", *map(power_count, places)),
         ]
         for name in _named(own):
             cells = [[x for x in own if x["impl"] == name and x["params"][along] == place] for place in places]
-            rows.append(f"| {name} | {' | '.join(f'{_mean(cell):.0%}' if cell else '' for cell in cells)} |")
+            rows.append(row([name, *(f"{_mean(cell):.0%}" if cell else "" for cell in cells)]))
         rows.append("")
     return rows
 
 
 def _speed(results: Path) -> list[str]:
-    measured = gpu_lines(results, "comparison")
+    measured = on_gpu(results, "comparison")
     lines = [x for x in measured if x["metric"] in ("train_rate", "decode_rate")]
     if not lines:
         return []
@@ -166,8 +156,7 @@ def _speed(results: Path) -> list[str]:
         f"{batch} sequences decoded together, without CUDA graphs ({about['device']}, "
         f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
         "",
-        f"| blocks | {' | '.join(heads)} |",
-        f"|---|{'---|' * len(heads)}",
+        *header("blocks", *heads),
     ]
     for name in _named(lines):
         own = [x for x in lines if x["impl"] == name]
@@ -177,24 +166,23 @@ def _speed(results: Path) -> list[str]:
         cells = [significant(found[key] / 1e3) if key in found else "" for key in wanted]
         peaks = [x["value"] for x in measured if x["impl"] == name and x["metric"] == "train_peak"]
         cells.append(size(max(peaks)) if peaks else "")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append(row([name, *cells]))
     return [*rows, ""]
 
 
 def _held(results: Path) -> list[str]:
-    lines = [x for x in gpu_lines(results, "comparison") if x["metric"] == "state_bytes"]
+    lines = [x for x in on_gpu(results, "comparison") if x["metric"] == "state_bytes"]
     if not lines:
         return []
     contexts = sorted({int(x["params"]["context"]) for x in lines})
     rows = [
         "**Bytes that one sequence holds**, states in fp32, keys and values in bf16, by its length:",
         "",
-        f"| blocks | {' | '.join(power_count(n) for n in contexts)} |",
-        f"|---|{'---|' * len(contexts)}",
+        *header("blocks", *map(power_count, contexts)),
     ]
     for name in _named(lines):
         found = {x["params"]["context"]: x["value"] for x in lines if x["impl"] == name}
-        rows.append(f"| {name} | {' | '.join(size(found[n]) if n in found else '' for n in contexts)} |")
+        rows.append(row([name, *(size(found[n]) if n in found else "" for n in contexts)]))
     return [*rows, ""]
 
 
@@ -202,7 +190,7 @@ def figures(results: Path, folder: Path) -> list[Path]:
     """The figures of the comparison, `comparison-*.svg`; none for what was not measured."""
     written = []
     for metric, along, name, title, place in FIGURES:
-        lines = quality_lines(results) if metric != "decode_rate" else gpu_lines(results, "comparison")
+        lines = quality_lines(results) if metric != "decode_rate" else on_gpu(results, "comparison")
         lines = [x for x in lines if x["metric"] == metric]
         curves = {}
         for colour, impl in enumerate(sorted(_named(lines))):
@@ -220,7 +208,7 @@ def figures(results: Path, folder: Path) -> list[Path]:
 
 def cards_page(results: Path) -> str:
     """The Markdown between the marks of the page of several GPUs."""
-    lines = gpu_lines(results, "cards")
+    lines = on_gpu(results, "cards")
     if not lines:
         return "Nothing has been measured on GPUs yet."
     about = sorted(lines, key=lambda x: x["time"])[-1]
@@ -233,8 +221,7 @@ def cards_page(results: Path) -> str:
         f"{given['micro_batch_tokens']:,} at a time in each process ({about['device']}, torch {about['torch']}, "
         f"[lines]({LINKS[CARDS]}/cards.jsonl)):",
         "",
-        "| processes, a GPU each | tokens a second | times one |",
-        "|---|---|---|",
+        *header("processes, a GPU each", "tokens a second", "times one"),
     ]
     for impl, rate in rates.items():
         times = f"{rate / one:.2f}" if one else ""

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import winners
+from method_pages.lines import COVERAGE, by_card, of_case, on_gpu, on_gpus, sizes
+from method_pages.optimizers import winners
 
 from whimbrel.bench.results import ResultLine, newest, read_lines
 from whimbrel.errors import DataError, WhimbrelError
@@ -43,8 +44,7 @@ LENGTH_FIGURES = (
 """Metric, title of the axis, factor on ms or bytes a token."""
 EQUAL_ERROR = "flashprefill-v1, equal error"
 PREFILL = ("row_local", "row_local-16", "xattention", "flexprefill-official", EQUAL_ERROR, "sdpa-cudnn")
-"""What is drawn of sparse prefill, on the input `mixed` at this coverage."""
-COVERAGE = 0.95
+"""What is drawn of sparse prefill, on the input `mixed` at the coverage of the tables."""
 JUDGED = ("row_local", "row_local-16", "xattention", "flexprefill-official", "flashprefill-v1", "flex_prefill")
 """What is drawn of what selectors keep, by coverage or by threshold."""
 
@@ -87,7 +87,7 @@ def draw_all(results: Path, out: Path) -> list[Path]:
         for unit in dict.fromkeys(line["unit"] for line in lines):
             figure = draw([line for line in lines if line["unit"] == unit])
             plain = unit in ("s", "ms", "us") and unit == lines[0]["unit"]
-            name = path.stem if plain else f"{path.stem}-{unit.replace('/', '-per-')}"
+            name = path.stem if plain else f"{path.stem}-{unit.replace('/', '-per-').replace(' ', '-')}"
             target = out / f"{name}.svg"
             atomic_write_text(target, figure.file())
             written.append(target)
@@ -134,12 +134,13 @@ def draw(lines: Sequence[ResultLine]) -> Svg:
 def draw_lengths(results: Path, out: Path) -> list[Path]:
     """Time and peak memory a token against length, as `residual-linear-attention-*.svg`; none without kernel lines."""
     written = []
-    files = {case: results / f"{case}.jsonl" for _, case, _ in CURVES}
-    gpu = last_gpu([path for path in files.values() if path.exists()])
+    measured = [x for case in dict.fromkeys(case for _, case, _ in CURVES) for x in on_gpus(results, case)]
+    gpu = next(iter(by_card(measured)), "")
+    measured = [x for x in measured if x["device"] == gpu]
     for metric, title, factor in LENGTH_FIGURES:
         curves = {}
         for colour, (name, case, impl) in enumerate(CURVES):
-            points = against_length(files[case], impl, metric, gpu)
+            points = against_length([x for x in measured if x["case"] == case], impl, metric)
             if len(points) > 1:
                 curves[name] = (colour, [(time, factor * value) for time, value in points])
         if "RDN" in curves or "RLA" in curves:
@@ -150,31 +151,21 @@ def draw_lengths(results: Path, out: Path) -> list[Path]:
     return written
 
 
-def last_gpu(paths: Sequence[Path]) -> str:
-    """The GPU of the newest line in all of the files; a figure holds lines of one card."""
-    lines = [x for path in paths for x in read_lines(path) if "thread" not in x["device"]]
-    return max(lines, key=lambda x: x["time"])["device"] if lines else ""
-
-
-def against_length(path: Path, impl: str, metric: str, device: str) -> list[tuple[int, float]]:
-    """(length, value a token) of one implementation on one device, shortest first."""
+def against_length(lines: Sequence[ResultLine], impl: str, metric: str) -> list[tuple[int, float]]:
+    """(length, value a token) of one implementation in the lines of one case on one device, shortest first."""
     found = {}
-    for line in newest(read_lines(path)) if path.exists() else []:
-        batch, time = int(line["params"]["B"]), int(line["params"]["T"])
-        alike = (line["impl"], line["metric"], line["device"]) == (impl, metric, device)
-        if alike and "gates" not in line["params"] and batch == max(1, TOKENS // time):
+    for line in lines:
+        batch, time = sizes(line)
+        if (line["impl"], line["metric"]) == (impl, metric) and batch == max(1, TOKENS // time):
             found[time] = line["value"] / (batch * time)
     return sorted(found.items())
 
 
 def draw_prefill(results: Path, out: Path) -> list[Path]:
     """Time against length and recall against density, as `sparse-prefill-*.svg`; none without lines of a GPU."""
-    path = results / "prefill.jsonl"
-    gpu = last_gpu([path] if path.exists() else [])
-    lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
-    lines = [x for x in lines if x["params"]["input"] == "mixed"]
-    every = newest(read_lines(path)) if path.exists() else []
-    every = [x for x in every if x["params"]["input"] == "mixed" and {"coverage", "threshold"} & set(x["params"])]
+    lines = [x for x in on_gpu(results, "prefill") if x["params"]["input"] == "mixed"]
+    every = [x for x in of_case(results, "prefill") if x["params"]["input"] == "mixed"]
+    every = [x for x in every if {"coverage", "threshold"} & set(x["params"])]
     # Where most coverages were judged: what a plan keeps does not depend on the device.
     settings = [_problem(x)[:2] for x in every if x["metric"] == "density"]
     judged = max(settings, key=settings.count, default=None)
@@ -213,10 +204,8 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     Losses are means over seeds, of the runs with the most tokens: of `pretrain` lines, or where there are none of the
     demo's model. An optimizer without a rank is drawn at all ranks, at the median of its runs.
     """
-    path, times = results / "optim_step.jsonl", {}
-    gpu = last_gpu([path]) if path.exists() else ""
-    lines = [x for x in newest(read_lines(path)) if x["device"] == gpu] if gpu else []
-    lines = [x for x in lines if x["metric"] == "time" and x["params"]["model"] == "1.2b"]
+    lines = [x for x in on_gpu(results, "optim_step", "time") if x["params"]["model"] == "1.2b"]
+    gpu, times = next(iter(by_card(lines)), ""), {}
     ranks = sorted({int(x["params"]["rank"]) for x in lines})
     for line in lines:
         ranked = line["impl"] not in UNRANKED
@@ -229,8 +218,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     losses: dict[str, list[tuple[float, float]]] = {}
     title = ""
     for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
-        path = results / f"{case}.jsonl"
-        found = [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
+        found = of_case(results, case, metric)
         if found and case == "pretrain":
             # an optimizer of one rate has not been tuned
             found = [x for best in winners(found).values() for x in best.lines if len(best.tried) > 1]
@@ -257,10 +245,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
 
 def draw_windows(results: Path, out: Path) -> list[Path]:
     """Loss of a mean less that of its newest checkpoint, against its window's tokens; none without lines of a GPU."""
-    path = results / "merge_quality.jsonl"
-    lines = [x for x in newest(read_lines(path)) if x["metric"] == "loss"] if path.exists() else []
-    gpu = last_gpu([path] if path.exists() else [])
-    lines = [x for x in lines if x["params"]["method"] == "sma" and x["device"] == gpu]
+    lines = [x for x in on_gpu(results, "merge_quality", "loss") if x["params"]["method"] == "sma"]
     places = sorted({int(x["params"]["tokens"]) for x in lines})
     curves: dict[str, tuple[int, list[tuple[float, float]]]] = {}
     for tokens in places:
@@ -287,10 +272,7 @@ def draw_collapse(results: Path, out: Path) -> list[Path]:
 
     Of the first seed, and of the study measured last.
     """
-    path = results / "merge_quality.jsonl"
-    gpu = last_gpu([path] if path.exists() else [])
-    lines = newest(read_lines(path)) if path.exists() else []
-    lines = [x for x in lines if x["metric"] == "training_loss" and x["device"] == gpu]
+    lines = on_gpu(results, "merge_quality", "training_loss")
     if not lines:
         return []
     last = max(lines, key=lambda x: x["time"])["params"]

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import insert, winners
+from method_pages.lines import COVERAGE, RESULTS, ROOT, THRESHOLD, by_card, of_case, on_gpu
+from method_pages.markdown import header, insert, row
+from method_pages.optimizers import winners
 
-from whimbrel.bench.results import ResultLine, newest, read_lines
+from whimbrel.bench.results import ResultLine, read_lines
 from whimbrel.files import atomic_write_text
 from whimbrel.report.numbers import power_count, significant, size
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "mixers": "residual-linear-attention",
     "optimizers": "low-rank-optimizers",
@@ -51,29 +51,13 @@ def rows(results: Path = RESULTS) -> Iterator[Row]:
 
 def summary(results: Path = RESULTS) -> str:
     """The Markdown between the two marks of the README."""
-    found = [
-        "| page | measured | Whimbrel | beside it | on |",
-        "|---|---|---|---|---|",
-    ]
+    found = header("page", "measured", "Whimbrel", "beside it", "on")
     shown = set()
     for x in rows(results):
         page = "" if x.area in shown else f"[{x.area}](docs/methods/{PAGES[x.area]}.md)"
         shown.add(x.area)
-        found.append(f"| {page} | {x.what} | {x.ours} | {x.beside} | {x.device.removeprefix('NVIDIA ')} |")
+        found.append(row([page, x.what, x.ours, x.beside, x.device.removeprefix("NVIDIA ")]))
     return "\n".join(found)
-
-
-def _lines(results: Path, case: str, metric: str) -> list[ResultLine]:
-    """The newest lines of a metric."""
-    path = results / f"{case}.jsonl"
-    return [x for x in newest(read_lines(path)) if x["metric"] == metric] if path.exists() else []
-
-
-def _on_gpu(results: Path, case: str, metric: str) -> list[ResultLine]:
-    """The same on the GPU that was measured last."""
-    lines = [x for x in _lines(results, case, metric) if "thread" not in x["device"]]
-    last = max(lines, key=lambda x: x["time"], default=None)
-    return [x for x in lines if last is not None and x["device"] == last["device"]]
 
 
 def _beside(found: Mapping[str, ResultLine], titles: Mapping[str, str]) -> str:
@@ -82,7 +66,7 @@ def _beside(found: Mapping[str, ResultLine], titles: Mapping[str, str]) -> str:
 
 def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
     """Forward and backward at the longest sequence in which a rival was timed, of the run that has most rivals."""
-    lines = [x for x in _on_gpu(results, f"{op}_fwd_bwd", "time") if "gates" not in x["params"]]
+    lines = on_gpu(results, f"{op}_fwd_bwd", "time")
     length = max((int(x["params"]["T"]) for x in lines if x["impl"] in rivals), default=0)
     runs: dict[str, dict[str, ResultLine]] = {}
     for x in read_lines(results / f"{op}_fwd_bwd.jsonl") if lines else []:
@@ -98,7 +82,7 @@ def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _mixers(results: Path) -> Iterator[Row]:
-    lines = _lines(results, "quality-mixers", "validation loss")
+    lines = of_case(results, "quality-mixers", "validation loss")
     if lines:
         means = _means(lines)
         ours = f"RDN hybrid {means.pop('RDN hybrid'):.3f}"
@@ -106,7 +90,7 @@ def _mixers(results: Path) -> Iterator[Row]:
 
 
 def _step(results: Path) -> Iterator[Row]:
-    times, states = (_on_gpu(results, "optim_step", metric) for metric in ("time", "state_bytes"))
+    times, states = (on_gpu(results, "optim_step", metric) for metric in ("time", "state_bytes"))
     key = {"model": "1.2b", "rank": 128, "state": "bfloat16"}
     found = [{x["impl"]: x for x in lines if key.items() <= x["params"].items()} for lines in (times, states)]
     if all({"fira", "torch-adamw-fused"} <= own.keys() for own in found):
@@ -121,7 +105,7 @@ def _step(results: Path) -> Iterator[Row]:
 
 
 def _pretraining(results: Path) -> Iterator[Row]:
-    lines = [x for metric in ("loss", "perplexity") for x in _on_gpu(results, "pretrain", metric)]
+    lines = [x for metric in ("loss", "perplexity") for x in on_gpu(results, "pretrain", metric)]
     most = max((int(x["params"]["tokens"]) for x in lines), default=0)
     best = winners(lines) if lines else {}
     names = {"fira-paper": "Fira", "fira": "Fira as released", "galore": "GaLore", "apollo": "APOLLO", "adamw": "AdamW"}
@@ -137,7 +121,7 @@ def _pretraining(results: Path) -> Iterator[Row]:
 
 
 def _seven_billion(results: Path) -> Iterator[Row]:
-    lines = [x for x in _on_gpu(results, "one_card", "peak_bytes") if x["params"]["model"] == "7b"]
+    lines = [x for x in on_gpu(results, "one_card", "peak_bytes") if x["params"]["model"] == "7b"]
     peaks = {impl: min(x["value"] for x in lines if x["impl"] == impl) for impl in {x["impl"] for x in lines}}
     if "fira" in peaks:
         what = "peak memory of a training step of LLaMA-7B's shapes"
@@ -146,7 +130,7 @@ def _seven_billion(results: Path) -> Iterator[Row]:
 
 
 def _averages(results: Path) -> Iterator[Row]:
-    lines = [x for x in _on_gpu(results, "merge_quality", "loss") if "difference" in x["params"]]
+    lines = [x for x in on_gpu(results, "merge_quality", "loss") if "difference" in x["params"]]
     most = max((int(x["params"]["tokens"]) for x in lines if x["params"]["method"] == "annealed"), default=0)
     lines = [x for x in lines if x["params"]["tokens"] == most]
 
@@ -163,9 +147,8 @@ def _averages(results: Path) -> Iterator[Row]:
 
 
 def _merging(results: Path) -> Iterator[Row]:
-    lines = [x for x in _lines(results, "merge", "rate") if x["params"].get("storage", "disk") == "disk"]
-    devices = sorted({x["device"] for x in lines}, key=lambda d: max(x["time"] for x in lines if x["device"] == d))
-    for device in devices[-1:]:
+    lines = [x for x in of_case(results, "merge", "rate") if x["params"].get("storage", "disk") == "disk"]
+    for device in by_card(lines)[:1]:
         found = {x["impl"]: x for x in lines if x["device"] == device}
         if {"whimbrel", "mergekit", "read"} <= found.keys():
             beside = _beside(found, {"mergekit": "mergekit", "read": "a plain read"})
@@ -174,7 +157,7 @@ def _merging(results: Path) -> Iterator[Row]:
 
 
 def _prefill(results: Path) -> Iterator[Row]:
-    lines = [x for x in _on_gpu(results, "prefill", "time") if _shown(x)]
+    lines = [x for x in on_gpu(results, "prefill", "time") if _shown(x)]
     rivals = {
         "row_local, dense where short": "dense where short",
         "sdpa-cudnn": "dense, cuDNN",
@@ -193,8 +176,8 @@ def _prefill(results: Path) -> Iterator[Row]:
 
 def _shown(line: ResultLine) -> bool:
     """Whether a line of sparse prefill has the settings of the table."""
-    given: Mapping[str, object] = {"coverage": 0.95, "threshold": 0.18} | line["params"]
-    return given["input"] in PREFILLED and (given["coverage"], given["threshold"]) == (0.95, 0.18)
+    given: Mapping[str, object] = {"coverage": COVERAGE, "threshold": THRESHOLD} | line["params"]
+    return given["input"] in PREFILLED and (given["coverage"], given["threshold"]) == (COVERAGE, THRESHOLD)
 
 
 def _means(lines: Sequence[ResultLine]) -> dict[str, float]:

@@ -112,9 +112,9 @@ def test_no_lines_are_said_so(plots, tmp_path):
 
 
 def test_time_and_memory_against_length(plots, kernel_lines, tmp_path):
-    path = kernel_lines / "rdn_fwd_bwd.jsonl"
-    assert plots.against_length(path, "triton", "time", "A GPU") == [(t, 1 / 1024) for t in (2048, 16_384, 65_536)]
-    assert plots.against_length(path, "sdpa-cudnn", "time", "A GPU") == [(t, t / 2**21) for t in (2048, 16_384, 65_536)]
+    lines = plots.on_gpu(kernel_lines, "rdn_fwd_bwd")
+    assert plots.against_length(lines, "triton", "time") == [(t, 1 / 1024) for t in (2048, 16_384, 65_536)]
+    assert plots.against_length(lines, "sdpa-cudnn", "time") == [(t, t / 2**21) for t in (2048, 16_384, 65_536)]
     drawn = plots.draw_lengths(kernel_lines, tmp_path / "docs")
     assert [x.name for x in drawn] == ["residual-linear-attention-time.svg", "residual-linear-attention-memory.svg"]
     time, memory = (x.read_text(encoding="utf-8") for x in drawn)
@@ -239,7 +239,7 @@ def test_winners_are_chosen_on_the_first_seed_of_the_longest_runs(tables, tmp_pa
         params = {"recipe": "r", "lr": rate, "seed": seed, "tokens": tokens, "batch_tokens": 5, "state_bytes": 2**20}
         for metric, value in (("loss", loss), ("perplexity", 10 * loss), ("perplexity_as_published", 5.0)):
             record("pretrain", name, params, metric, value, "nats", out=tmp_path)
-    rows = tables.optimizers_page(tmp_path).splitlines()[-2:]
+    rows = tables.optimizers.optimizers_page(tmp_path).splitlines()[-2:]
     assert rows == [
         "| adamw | 1 | 2.500 | 25.0 | 5.0 | 0.1, the lowest, of 0.1, 0.2 | 1 MiB |",
         "| fira | 2 | 3.000 (2.000 to 4.000) | 30.0 | 5.0 | 0.2 of 0.1, 0.2, 0.4 | 1 MiB |",
@@ -273,17 +273,18 @@ def test_lines_of_two_cards_are_not_shown_together(plots, tables, kernel_lines, 
         kept = [line | {"case": f"{case}_fwd_bwd", "impl": impl} for line in older if line["impl"] == "triton"]
         with (kernel_lines / f"{case}_fwd_bwd.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-    assert plots.against_length(kernel_lines / "rla_fwd_bwd.jsonl", "triton", "time", "Another GPU")
+    another = [x for x in plots.on_gpus(kernel_lines, "rla_fwd_bwd") if x["device"] == "Another GPU"]
+    assert plots.against_length(another, "triton", "time")
     time, _ = (x.read_text(encoding="utf-8") for x in plots.draw_lengths(kernel_lines, tmp_path / "docs"))
     assert ("A GPU" in time, "Another GPU" in time, "RLA" in time, "FlashQLA" in time) == (True, False, False, False)
-    text = tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    text = tables.mixers.method_tables(kernel_lines, kernel_lines / "page.md")
     newer, _, older = text.partition("(Another GPU; ")
     assert ("A GPU" in newer, "RLA" in newer) == (True, False)  # what the newer card lacks is shown of the older one
     assert "| RLA |" in older
 
 
 def test_kernel_tables_show_what_was_measured_and_leave_out_what_was_not(tables, kernel_lines):
-    text = tables.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
+    text = tables.mixers.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
     assert "| B, T | RDN | one pass, FlashQLA | softmax, cuDNN |" in text
     assert "| 16, 2K | 32 | 40 | 32 |" in text
     assert "| 1, 16K | 16 |  | 128 |" in text
@@ -293,34 +294,34 @@ def test_kernel_tables_show_what_was_measured_and_leave_out_what_was_not(tables,
     assert "77" not in text
     assert ".svg" not in text
     (kernel_lines / "residual-linear-attention-time.svg").touch()
-    shown = tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    shown = tables.mixers.method_tables(kernel_lines, kernel_lines / "page.md")
     assert shown.startswith("![Time against length](residual-linear-attention-time.svg)\n\n")
     nothing = kernel_lines / "none"
-    assert tables.method_tables(nothing, nothing / "page.md") == "No GPU has been measured yet."
+    assert tables.mixers.method_tables(nothing, nothing / "page.md") == "No GPU has been measured yet."
 
 
 def test_times_of_two_runs_are_not_shown_as_one(tables, kernel_lines):
-    assert "another run" not in tables.method_tables(kernel_lines, kernel_lines / "page.md")
+    assert "another run" not in tables.mixers.method_tables(kernel_lines, kernel_lines / "page.md")
     path = kernel_lines / "rdn_fwd_bwd.jsonl"
     ours = next(x for x in read_lines(path) if x["impl"] == "triton" and x["value"] == 32.0)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(ours | {"value": 20.0, "commit": "a later one"}) + "\n")
-    text = tables.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
+    text = tables.mixers.method_tables(kernel_lines, kernel_lines / "page.md").replace("\u00a0", " ")
     assert "| 16, 2K | 20 | 40* | 32* |" in text
     assert "| 1, 16K | 16 |  | 128 |" in text
     assert "\\* from another run" in text
 
 
 def test_crossover_is_said_only_where_it_lies(tables):
-    assert tables.crossover([(2048, 0.5)]) == []
-    assert tables.crossover([(2048, 0.5), (8192, 0.9)])[0].endswith("; softmax is the faster one throughout.")
-    assert tables.crossover([(2048, 1.5), (8192, 3.0)])[0].endswith("; RDN is the faster one throughout.")
+    assert tables.mixers.crossover([(2048, 0.5)]) == []
+    assert tables.mixers.crossover([(2048, 0.5), (8192, 0.9)])[0].endswith("; softmax is the faster one throughout.")
+    assert tables.mixers.crossover([(2048, 1.5), (8192, 3.0)])[0].endswith("; RDN is the faster one throughout.")
 
 
 def test_the_method_page_shows_the_recorded_lines(tables):
     """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
-    page = tables.METHOD.read_text(encoding="utf-8")
-    assert page == tables.insert(page, tables.method_tables())
+    page = tables.mixers.PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.mixers.method_tables())
 
 
 @pytest.fixture
@@ -382,7 +383,7 @@ def test_averages_are_shown_with_their_losses(plots, tables, tmp_path):
     (tmp_path / "merge_quality.jsonl").write_text(text.replace(own, "NVIDIA A"), encoding="utf-8")
     (drawn,) = plots.draw_windows(tmp_path, tmp_path)
     assert drawn.exists()
-    shown = tables.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
+    shown = tables.averaging.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
     assert "| sma | 3 x 0.10 M | 3.850 | -0.150 (-0.200 to -0.100) |" in shown
     assert "| sma | 3 x 0.40 M | 4.500 | +0.500 (+0.500 to +0.500) |" in shown
     assert "| 512 MiB | 256 MiB |" in shown
@@ -405,7 +406,7 @@ def test_collapses_and_costs_are_shown(plots, tables, tmp_path, monkeypatch):
         record("merge", impl, {"sources": 10}, "rate", rate, "GB/s", out=tmp_path)
         record("merge", impl, {"sources": 10}, "processor", processor, "s", out=tmp_path)
     (drawn,) = plots.draw_collapse(tmp_path, tmp_path)
-    shown = tables.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
+    shown = tables.averaging.averaging_page(tmp_path, tmp_path / "page.md").replace("\u00a0", " ")
     assert f"({drawn.name})" in shown
     assert "**A collapse by 3 steps at 100 times the rate**, r, rate 0.001, 8.0 M tokens, seeds 0 (a GPU," in shown
     assert "| never going back | 7.500 | 0 |" in shown
@@ -415,28 +416,28 @@ def test_collapses_and_costs_are_shown(plots, tables, tmp_path, monkeypatch):
 
 
 def test_the_page_of_averaging_shows_the_recorded_lines(tables):
-    page = tables.AVERAGING_PAGE.read_text(encoding="utf-8")
-    assert page == tables.insert(page, tables.averaging_page())
+    page = tables.averaging.PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.averaging.averaging_page())
 
 
 def test_tables_of_sparse_prefill(tables, prefill_lines, tmp_path):
-    text = "\n".join(tables.prefill(prefill_lines, links="there"))
+    text = "\n".join(tables.prefill.prefill(prefill_lines, links="there"))
     assert "| tokens | row_local | dense, cuDNN | FlashPrefill V1 | FlashPrefill V1 at the error of row_local |" in text
     assert "| 32K | 8 | 32 | 9 | 44 |" in text
     assert "| 32K | 48%, 95.0%, 0.050 | 0.125 |" in text
     assert "A GPU; [lines](there/prefill.jsonl)" in text
     assert "| fading, 10 %, 32K | 3 | 1 |  |  |" in text
-    assert tables.prefill(tmp_path, links="there") == []
+    assert tables.prefill.prefill(tmp_path, links="there") == []
     line = {"T": 8192, "H": 32, "Hkv": 8, "D": 128, "density": 0.5}
     record("attend", "triton", line, "time", 1.0, "ms", out=prefill_lines)
-    assert "| 8K, 50% | 1 |  |  |  | 275 |" in "\n".join(tables.given_blocks(prefill_lines, links="there"))
+    assert "| 8K, 50% | 1 |  |  |  | 275 |" in "\n".join(tables.prefill.given_blocks(prefill_lines, links="there"))
 
 
 def test_the_page_of_sparse_prefill_shows_the_recorded_lines(tables):
     """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
-    page = tables.PREFILL_PAGE.read_text(encoding="utf-8")
-    assert page == tables.insert(page, tables.prefill_page())
-    assert page == tables.insert(page, tables.smollm2_part(), "smollm2")
+    page = tables.prefill.PAGE.read_text(encoding="utf-8")
+    assert page == tables.insert(page, tables.prefill.prefill_page())
+    assert page == tables.insert(page, tables.smollm2.smollm2_part(), "smollm2")
 
 
 def test_the_real_model_is_shown_beside_itself_on_the_same_prompts(tables, tmp_path):
@@ -455,12 +456,12 @@ def test_the_real_model_is_shown_beside_itself_on_the_same_prompts(tables, tmp_p
     write("dense", "needle", 2048, "accuracy", 0.0, 9)
     write("row_local", "perplexity", 2048, "agreement", 0.9, 4)
     write("row_local", "perplexity", 2048, "density", 0.5, 4)
-    text = "\n".join(tables.smollm2(tmp_path, links="there"))
+    text = "\n".join(tables.smollm2.smollm2(tmp_path, links="there"))
     assert "| `row_local`, 0.95 | 21.00, 90.0%, 50% |" in text
     assert "| | one, 2K | one, 4K | one of 4, 2K | mean | worst |" in text
     assert "| dense | 4 of 4 | 3 of 4 | 4 of 4 |  |  |" in text
     assert "| `row_local`, 0.95 | 4 of 4 | 2 of 4 | 4 of 4 | -8% | -25% |" in text
-    assert tables.smollm2(tmp_path / "nothing", links="there") == []
+    assert tables.smollm2.smollm2(tmp_path / "nothing", links="there") == []
 
 
 @pytest.fixture
@@ -585,7 +586,7 @@ def test_roofline_table_names_the_kernels_that_take_most(tables, tmp_path, monke
         record("roofline", impl, params, "time", value, "ms", out=tmp_path)
     record("roofline", "matmul", {}, "rate", 700.0, "TFLOP/s", out=tmp_path)
     record("roofline", "copy", {}, "rate", 4.0, "TB/s", out=tmp_path)
-    text = "\n".join(tables._roofline(tmp_path, links="results")).replace("\u00a0", " ")
+    text = "\n".join(tables.mixers._roofline(tmp_path, links="results")).replace("\u00a0", " ")
     assert "| RDN | 1, 16K | forward and backward | 1.51 | 0.4 | `walk` 1.5 |" in text
     assert "700 TFLOP/s" in text
-    assert tables._roofline(tmp_path / "none", links="results") == []
+    assert tables.mixers._roofline(tmp_path / "none", links="results") == []
