@@ -6,11 +6,13 @@ READY := $(VENV)/.ready
 READY_TO_RUN := $(VENV)/.ready-to-run
 RUN ?= runs/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip would compile every module of torch on one core, most of them never imported; Python compiles what it imports.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 
 .PHONY: demo test lint clean
 
 demo: $(READY_TO_RUN)
-	$(BIN)/whimbrel demo --run-dir $(RUN)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/whimbrel demo --run-dir $(RUN)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
@@ -28,14 +30,16 @@ lint: $(READY)
 $(READY_TO_RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"whimbrel needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch and what else the demo needs into $(VENV), about 1 GB"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "set-up: installing torch and what else the demo needs into $(VENV): 1 GB, or several with CUDA's libraries"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) .
 	@touch $@
 
 $(READY): $(READY_TO_RUN)
-	@echo "installing what the tests need into $(VENV), about 2 GB more"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "set-up: installing what the tests need into $(VENV), about 2 GB more"
+	@$(PIP) '.[dev]'
+	@# Tests start many processes, also where nobody lets Python keep what it compiled.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 clean:

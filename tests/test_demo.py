@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -14,15 +15,26 @@ from whimbrel.errors import ConfigError
 from whimbrel.report.schema import check
 
 STAGES = ["data", "train", "anneal", "merge", "judge", "recall", "inspect", "prefill", "generate"]
+SAID = ["demo", *STAGES[:5], "forecast", *STAGES[5:], "time"]
+
+
+def said(out: str) -> dict[str, str]:
+    """What each line says by its name; a line may be continued, none is too long for a terminal."""
+    assert all(len(line) <= 80 for line in out.splitlines())
+    joined = re.sub(r"\n {10}", " ", out)
+    return {line[:10].strip(): line[10:] for line in joined.splitlines()}
 
 
 def test_demo_runs_every_stage_once(tiny: Config, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = run_demo(tiny, tmp_path / "run")
     assert report is not None
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == STAGES
+    lines = said(capsys.readouterr().out)
+    assert list(lines) == SAID
     judged = json.loads((tmp_path / "run" / "stages" / "judge.json").read_text())["result"]
+    rows = judged["rows"]
+    assert f"SMA {rows['SMA']['bits_per_byte']:.3f}" in lines["judge"]
+    assert all(f"{name} " in lines["time"] for name in STAGES)
     assert set(judged["rows"]) == {"last checkpoint", "SMA", "WMA", "EMA", "annealed"}
     assert judged["rows"]["last checkpoint"]["difference"] == [0.0, 0.0, 0.0]
     page = report.read_text(encoding="utf-8")
@@ -34,8 +46,8 @@ def test_demo_runs_every_stage_once(tiny: Config, tmp_path: Path, capsys, monkey
     start = time.monotonic()
     assert run_demo(tiny, tmp_path / "run") == report
     assert time.monotonic() - start < 10
-    again = capsys.readouterr().out.splitlines()
-    assert all(line.endswith("kept)") for line in again)
+    again = said(capsys.readouterr().out)
+    assert all(again[name].endswith("kept)") for name in STAGES)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
@@ -51,8 +63,29 @@ def test_a_demo_that_was_cut_off_goes_on(tiny: Config, tmp_path: Path, capsys, m
             run_demo(tiny, tmp_path / "run")
     capsys.readouterr()
     assert run_demo(tiny, tmp_path / "run") is not None
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("kept)") for line in lines] == [name in ("data", "train", "anneal") for name in STAGES]
+    lines = said(capsys.readouterr().out)
+    assert [name for name in STAGES if lines[name].endswith("kept)")] == ["data", "train", "anneal"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        ([-0.1, -0.2, -0.05], "is 0.100 nats a token below the last checkpoint (95% interval 0.050 to 0.200)"),
+        ([0.1, 0.05, 0.2], "is 0.100 nats a token above the last checkpoint (95% interval 0.050 to 0.200)"),
+        ([-0.1, -0.2, 0.05], "cannot be told apart from the last checkpoint"),
+    ],
+)
+def test_an_average_that_does_not_help_is_said_so(difference: list[float], words: str) -> None:
+    from whimbrel.demo.job import _say_forecast, _say_judge
+
+    row = {"bits_per_byte": 2.0, "nats_per_token": 3.0, "difference": difference}
+    judged = {"rows": {"last checkpoint": row, "SMA": row, "annealed": row | {"nats_per_token": 3.5}}}
+    assert _say_judge(judged).endswith(f"; SMA {words}")
+    forecast = _say_forecast(judged)
+    if difference[2] < 0:
+        assert forecast == "SMA forecasts 3.000 nats a token for a short annealing, which gave 3.500"
+    else:
+        assert forecast.startswith("none: ")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ class Bar:
             self._next_line = (self.done / self.total // 0.25 + 1) * 0.25
             left = (self.total - self.done) * (time.perf_counter() - self._start) / self.done
             share = min(self.done / self.total, 1.0)
-            print(f"{self.label}: {share:.0%}, {self._rate()}, {left:.0f} s left {self._note}", file=sys.stderr)
+            parts = [f"{share:.0%}", self._rate(), f"{left:.0f} s left", *filter(None, [self._note])]
+            print(f"{self.label}: {', '.join(parts)}", file=sys.stderr)
 
     def _rate(self) -> str:
         rate = self.done / max(time.perf_counter() - self._start, 1e-9)

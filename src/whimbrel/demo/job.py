@@ -17,7 +17,7 @@ from whimbrel.config import Config, kind_of, to_toml
 from whimbrel.data import TokenShards
 from whimbrel.data.shards import read_manifest
 from whimbrel.demo import page
-from whimbrel.demo.stages import Result, Stages
+from whimbrel.demo.stages import Result, Stages, tell
 from whimbrel.errors import ConfigError
 from whimbrel.evals import BpbResult, compare_bpb, evaluate_bpb, run_evals
 from whimbrel.evals.diagnostics import diagnose, plain
@@ -79,21 +79,21 @@ class _Job:
 
     def run(self) -> Path:
         config, stages = self.config, self.stages
+        tell("demo", self._plan())
         stages.run("data", self._data, _say_data)
         training = stages.run("train", self._train, _say_train)
         if config.averaging.anneal_steps:
             stages.run("anneal", self._anneal, _say_train)
-        merges = stages.run(
-            "merge", self._merge, lambda r: f"{len(r)} averages of {len(config_sources(r))} checkpoints"
-        )
+        merges = stages.run("merge", self._merge, _say_merge)
         averaging = stages.run("judge", lambda: self._judge(merges), _say_judge)
+        tell("forecast", _say_forecast(averaging))
         recall = stages.run("recall", lambda: self._recall(merges), _say_recall)
         diagnostics = stages.run("inspect", lambda: self._inspect(merges), _say_inspect)
         prefill = stages.run("prefill", lambda: self._prefill(merges), _say_prefill)
         sample = stages.run("generate", lambda: self._generate(merges), _say_sample)
         report = page.build(
             config,
-            header=self._header(training, stages.seconds),
+            header=self._header(training, sum(stages.seconds.values())),
             constant=read_metrics(self.constant),
             annealed=read_metrics(self.branch),
             merges=merges,
@@ -104,7 +104,17 @@ class _Job:
             sample=sample,
             commands=self._commands(),
         )
+        tell("time", _say_time(stages.seconds))
         return write_report(report, self.run_dir / "report.html")
+
+    def _plan(self) -> str:
+        config = self.config
+        softmax = sum(kind_of(layer) == "softmax" for layer in config.model.layers())
+        return (
+            f"trains {config.model.num_layers - softmax} blocks of {kind_of(config.model.mixer).upper()} and {softmax} of "
+            f"softmax attention with {kind_of(config.optim).capitalize()} for {config.steps} steps on {self.device.type} "
+            f"({torch.get_num_threads()} threads), averages checkpoints, judges and prefills; most of the time is training"
+        )
 
     def _data(self) -> Result:
         manifest = read_manifest(shards_for(self.config))
@@ -202,7 +212,7 @@ class _Job:
                 block_size=block,
             )
         return {
-            name: _prefill_result(compare_prefill(model, tokens, selector), selector)
+            name: _prefill_result(compare_prefill(model, tokens, selector, repeats=2), selector)
             for name, selector in selectors.items()
         }
 
@@ -261,11 +271,6 @@ class _Job:
         ]
 
 
-def config_sources(merges: Result) -> list[str]:
-    """The checkpoints that were merged, oldest first."""
-    return _first(merges)["sources"]
-
-
 def _first(merges: Result) -> Any:
     return next(iter(merges.values()))
 
@@ -310,14 +315,43 @@ def _say_train(r: Result) -> str:
     return f"{r['parameters']:,} parameters, {r['tokens']:,} tokens, loss {r['loss']:.3f} nats a token"
 
 
+def _say_merge(r: Result) -> str:
+    return f"{', '.join(method.upper() for method in r)} of the last {len(_first(r)['sources'])} checkpoints"
+
+
 def _say_judge(r: Result) -> str:
-    return "bits per byte " + ", ".join(f"{name} {row['bits_per_byte']:.3f}" for name, row in r["rows"].items())
+    rows = ", ".join(f"{name} {row['bits_per_byte']:.3f}" for name, row in r["rows"].items())
+    name, row = _average(r)
+    return f"bits per byte of held-out text: {rows}; {name} {_beside_last(row['difference'])}"
+
+
+def _beside_last(difference: list[float]) -> str:
+    value, low, high = difference
+    if low <= 0 <= high:
+        return "cannot be told apart from the last checkpoint"
+    where, ends = ("below", (-high, -low)) if value < 0 else ("above", (low, high))
+    return f"is {abs(value):.3f} nats a token {where} the last checkpoint (95% interval {ends[0]:.3f} to {ends[1]:.3f})"
+
+
+def _say_forecast(r: Result) -> str:
+    """What an average says that annealing would give, beside what it gave."""
+    name, row = _average(r)
+    if row["difference"][2] >= 0:
+        return "none: an average that is not below the last checkpoint says nothing about annealing"
+    text = f"{name} forecasts {row['nats_per_token']:.3f} nats a token for a short annealing"
+    found = r["rows"].get("annealed")
+    return f"{text}, which gave {found['nats_per_token']:.3f}" if found else text
+
+
+def _average(r: Result) -> tuple[str, Any]:
+    """Name and row of the first average."""
+    return next((name, row) for name, row in r["rows"].items() if name not in ("last checkpoint", "annealed"))
 
 
 def _say_recall(r: Result) -> str:
     cells = ", ".join(f"{c['num_pairs']} pairs {c['accuracy']:.0%}" for c in r["mqar"])
     needle = sum(c["accuracy"] for c in r["needle"]) / len(r["needle"])
-    return f"MQAR {cells}; needle {needle:.0%}; chance {r['mqar'][0]['chance']:.1%}"
+    return f"MQAR {cells}; needle in text {needle:.0%}; chance {r['mqar'][0]['chance']:.1%}"
 
 
 def _say_inspect(r: Result) -> str:
@@ -329,10 +363,16 @@ def _say_prefill(r: Result) -> str:
     name, own = next(iter(r.items()))
     layer = own["layers"][0]
     return (
-        f"{own['tokens']} tokens, {name}: density {layer['density']:.0%}, coverage {layer['coverage_mean']:.1%} "
-        f"(least {layer['coverage_low']:.1%}) of {own['coverage_asked']:.0%} asked, "
-        f"same next token at {own['top1_agreement']:.1%}"
+        f"{name} read {layer['density']:.0%} of the causal blocks of {own['tokens']:,} tokens, which hold "
+        f"{layer['coverage_mean']:.1%} of the attention (least row {layer['coverage_low']:.1%}, asked "
+        f"{own['coverage_asked']:.0%}); same next token as dense at {own['top1_agreement']:.1%}; "
+        f"dense {min(own['seconds_dense']):.2f} s, sparse {min(own['seconds_sparse']):.2f} s"
     )
+
+
+def _say_time(seconds: dict[str, float]) -> str:
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    return f"{sum(seconds.values()):.0f} s: " + ", ".join(f"{name} {value:.0f}" for name, value in parts)
 
 
 def _say_sample(r: Result) -> str:
