@@ -108,12 +108,12 @@ class _Job:
         return write_report(report, self.run_dir / "report.html")
 
     def _plan(self) -> str:
-        config = self.config
-        softmax = sum(kind_of(layer) == "softmax" for layer in config.model.layers())
+        config, layers = self.config, [kind_of(layer) for layer in self.config.model.layers()]
+        mixers = " and ".join(f"{layers.count(kind)} {kind.upper()}" for kind in dict.fromkeys(layers))
         return (
-            f"trains {config.model.num_layers - softmax} blocks of {kind_of(config.model.mixer).upper()} and {softmax} of "
-            f"softmax attention with {kind_of(config.optim).capitalize()} for {config.steps} steps on {self.device.type} "
-            f"({torch.get_num_threads()} threads), averages checkpoints, judges and prefills; most of the time is training"
+            f"trains a model of {mixers} blocks with {kind_of(config.optim).capitalize()} for {config.steps} steps "
+            f"({self.device.type}, {torch.get_num_threads()} threads), averages its checkpoints, judges them and "
+            "prefills sparsely; training takes most of the time"
         )
 
     def _data(self) -> Result:
