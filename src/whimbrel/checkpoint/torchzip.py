@@ -104,6 +104,27 @@ def _read(path: Path, window: _Window, archive: zipfile.ZipFile, records: Mappin
     return Archive(value, payloads)
 
 
+def crc_places(path: Path) -> dict[str, tuple[int, ...]]:
+    """Where an archive says the CRC-32 of each of its storages: bytes of the file, by the storage's key."""
+    places: dict[str, tuple[int, ...]] = {}
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        payloads = read_archive(path).payloads
+        at = archive.start_dir  # pyrefly: ignore
+        for _ in archive.infolist():
+            file.seek(at)
+            head = file.read(46)
+            lengths = [int.from_bytes(head[i : i + 2], "little") for i in (28, 30, 32)]
+            key = file.read(lengths[0]).decode().partition("/data/")[2]
+            if key in payloads:
+                payload = payloads[key]
+                file.seek(payload.start + payload.size)
+                # torch writes the sum behind the bytes, and their local header says that it comes there.
+                behind = (payload.start + payload.size + 4,) if file.read(4) == b"PK\7\10" else ()
+                places[key] = (at + 16, *behind)
+            at += 46 + sum(lengths)
+    return places
+
+
 class _Window(io.RawIOBase):
     """Bytes [start, start + size) of a file, as a file for zipfile."""
 

@@ -80,8 +80,8 @@ def main(argv: list[str]) -> int:
     rate = disk_rate(open_source(paths[-1]))
     with reporting(args.json, rate) as progress:
         report = merge_many(
-            paths, args.out, [target], rules=rules, memory_limit=limit, workers=args.workers,
-            overwrite=args.overwrite, progress=progress,
+            paths, args.out, [target], rules=rules, tokens_per_step=args.step_tokens(), memory_limit=limit,
+            workers=args.workers, overwrite=args.overwrite, progress=progress,
         )  # fmt: skip
     weights = ", ".join(f"{weight:.4g}" for weight in report.weights.floats())
     text = f"merged {len(paths)} checkpoints by {args.method} ({weights}) into {args.out}"
@@ -93,7 +93,7 @@ def _paths(args: Args) -> list[Path]:
     """The checkpoints named, or those of the run at the grid of tokens."""
     from whimbrel.merge.select import count_parameters, list_candidates, parse_tokens, preset, say_tokens, select_window
 
-    grid = {"--count": args.count, "--end": args.end, "--tokens-per-step": args.tokens_per_step}
+    grid = {"--count": args.count, "--end": args.end}
     if args.every is None and args.preset is None:
         for flag, value in grid.items():
             if value is not None:

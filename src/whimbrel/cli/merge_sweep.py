@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         return 0
     with reporting(args.json, disk_rate(open_source(paths[-1]))) as progress:
         report = merge_many(
-            paths, args.out, targets, rules=rules, memory_limit=limit, workers=args.workers,
-            overwrite=args.overwrite, progress=progress,
+            paths, args.out, targets, rules=rules, tokens_per_step=args.step_tokens(), memory_limit=limit,
+            workers=args.workers, overwrite=args.overwrite, progress=progress,
         )  # fmt: skip
     if not args.json:
         rows = []

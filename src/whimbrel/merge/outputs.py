@@ -8,20 +8,23 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import whimbrel
-from whimbrel.checkpoint import dcp
+from whimbrel.checkpoint import dcp, torchzip
 from whimbrel.checkpoint.steps import META, Meta, write_meta
 from whimbrel.checkpoint.tensorfile import INDEX, ITEM_BYTES, SINGLE, make_header
 from whimbrel.files import sha256_file
-from whimbrel.merge.plan import Item, Slot
-from whimbrel.merge.sources import BIN_INDEX, TRAIN, Source, is_training
+from whimbrel.merge.plan import Item, Rules, Slot, training_kind
+from whimbrel.merge.sources import BIN_INDEX, OPTIMIZER, TRAIN, Source, is_training
 
 MANIFEST = "merge.json"
-_COPIED_SUFFIXES = (".json", ".toml", ".txt", ".model", ".jinja")
+# Configuration and tokenizer belong to the weights. Where the optimizer is asked for, a checkpoint of transformers'
+# Trainer is to go on from its schedule, random state and position too.
+_COMPANIONS = ("*.json", "*.toml", "*.txt", "*.model", "*.jinja")
+_TRAINER_FILES = ("trainer_state.json", "training_args.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _NOT_COPIED = (MANIFEST, META, INDEX, BIN_INDEX, "trainer_state.json")
 _SHARD_BYTES = 5_000_000_000
 # Rows of one chunk of a distributed checkpoint, so that a reader can spread the work.
@@ -43,6 +46,8 @@ class Layout(NamedTuple):
     """For each folder of a distributed checkpoint ("." or train/), its chunks; their slots come in the same order."""
     blobs: dict[str, dict[str, tuple[str, int, int]]]
     """For each such folder, the objects that are no tensors: name -> file, start, bytes."""
+    archives: dict[str, Path]
+    """Files that are an archive of the newest source but for the bytes of tensors: name -> that archive."""
 
     @property
     def written_bytes(self) -> int:
@@ -50,15 +55,18 @@ class Layout(NamedTuple):
         return sum(self.sizes.values())
 
 
-def make_layout(items: Sequence[Item], training: Sequence[Item], newest: Source, kind: str) -> Layout:
-    """Where the weights `items` and the state `training` go; `kind` is "safetensors" or "dcp"."""
-    layout = Layout([], {}, {}, {}, {}, {})
-    if kind == "safetensors":
+def make_layout(items: Sequence[Item], training: Sequence[Item], newest: Source, rules: Rules) -> Layout:
+    """Where the weights `items` and the state `training` go."""
+    layout = Layout([], {}, {}, {}, {}, {}, {})
+    kept = _kept_blobs(newest, rules.optimizer)
+    if rules.format == "safetensors":
         _add_safetensors(layout, items, newest)
-        if training:
-            _add_dcp(layout, TRAIN, training, newest)
+        if training and newest.optimizer is not None:
+            _add_archive(layout, training, newest.path / OPTIMIZER)
+        elif training:
+            _add_dcp(layout, TRAIN, training, kept)
     else:
-        _add_dcp(layout, ".", [*items, *training], newest)
+        _add_dcp(layout, ".", [*items, *training], kept)
     return layout
 
 
@@ -102,7 +110,24 @@ def _shards(items: Sequence[Item], newest: Source) -> list[tuple[str, list[str],
     ]
 
 
-def _add_dcp(layout: Layout, folder: str, items: Sequence[Item], newest: Source) -> None:
+def _add_archive(layout: Layout, items: Sequence[Item], archive: Path) -> None:
+    """As the archive: what lies between its tensors (the pickle, the frames of records) is taken from it."""
+    size, at = archive.stat().st_size, 0
+    heads = layout.heads.setdefault(archive.name, [])
+    with open(archive, "rb") as file:
+        for item in sorted(items, key=lambda item: item.stored[-1].boxes[0].start):
+            start = item.stored[-1].boxes[0].start
+            layout.slots.append(Slot(item, (0,) * len(item.shape), item.shape, archive.name, start))
+            file.seek(at)
+            heads.append((at, file.read(start - at)))
+            at = start + math.prod(item.shape) * ITEM_BYTES[item.dtype]
+        file.seek(at)
+        heads.append((at, file.read()))
+    layout.sizes[archive.name] = size
+    layout.archives[archive.name] = archive
+
+
+def _add_dcp(layout: Layout, folder: str, items: Sequence[Item], kept: Mapping[str, dcp.Blob]) -> None:
     chunks: list[dcp.NewChunk] = []
     number, at = 0, 0
     prefix = "" if folder == "." else f"{folder}/"
@@ -117,7 +142,6 @@ def _add_dcp(layout: Layout, folder: str, items: Sequence[Item], newest: Source)
             layout.sizes[prefix + chunk.file] = at
     layout.chunks[folder] = chunks
     layout.blobs[folder] = {}
-    kept = _kept_blobs(newest, with_training=bool(items) and any(item.name in newest.training for item in items))
     for name, blob in kept.items():
         file = f"__0_{number}.distcp"
         with open(blob.path, "rb") as source:
@@ -129,10 +153,17 @@ def _add_dcp(layout: Layout, folder: str, items: Sequence[Item], newest: Source)
         layout.sizes[prefix + file] = at
 
 
-def _kept_blobs(newest: Source, *, with_training: bool) -> dict[str, dcp.Blob]:
+def _kept_blobs(newest: Source, optimizer: str | None) -> dict[str, dcp.Blob]:
+    """The objects of a distributed checkpoint that go with the result; all but the state of parameters on a reset."""
     if newest.dcp is None:
         return {}
-    return {name: blob for name, blob in newest.dcp.blobs.items() if with_training or not is_training(name)}
+
+    def is_kept(name: str) -> bool:
+        if optimizer == "reset":
+            return training_kind(name) == "other"
+        return optimizer is not None or not is_training(name)
+
+    return {name: blob for name, blob in newest.dcp.blobs.items() if is_kept(name)}
 
 
 def _row_boxes(shape: tuple[int, ...], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -164,7 +195,20 @@ def finish_folder(folder: Path, layout: Layout, crcs: Mapping[int, int], newest:
         planner = newest.dcp.planner_data if newest.dcp is not None else None
         metadata = dcp.new_metadata(chunks, shapes, layout.blobs[name], planner)
         (folder / prefix / dcp.METADATA).write_bytes(metadata)
-    _copy_companions(newest.path, folder)
+    for file, archive in layout.archives.items():
+        places = torchzip.crc_places(archive)
+        payloads = {payload.start: key for key, payload in torchzip.read_archive(archive).payloads.items()}
+        with open(folder / file, "r+b") as written:
+            for i, slot in enumerate(layout.slots):
+                if slot.file == file and i in crcs:
+                    for place in places[payloads[slot.start]]:
+                        written.seek(place)
+                        written.write(crcs[i].to_bytes(4, "little"))
+    _copy_companions(newest.path, folder, _COMPANIONS, _NOT_COPIED)
+    if optimizer is not None and newest.optimizer is not None:
+        _copy_companions(newest.path, folder, _TRAINER_FILES, ())
+        if optimizer == "reset":
+            _write_empty_state(folder, newest.path / OPTIMIZER)
     shards = sorted(set(layout.places.values()))
     if len(shards) > 1:
         total = sum(layout.sizes[file] - len(layout.heads[file][0][1]) for file in shards)
@@ -191,8 +235,16 @@ def write_step_meta(folder: Path, meta: Meta, hashes: Mapping[str, str]) -> None
     write_meta(folder, meta._replace(whimbrel=whimbrel.__version__, files=files))
 
 
-def _copy_companions(newest: Path, folder: Path) -> None:
-    """Copy what belongs to the weights of the newest source: configuration, tokenizer."""
+def _write_empty_state(folder: Path, archive: Path) -> None:
+    """The options of an optimizer without its state."""
+    import torch
+
+    state = torch.load(archive, map_location="cpu", weights_only=True, mmap=True)
+    torch.save({**state, "state": {}}, folder / archive.name)
+
+
+def _copy_companions(newest: Path, folder: Path, patterns: Sequence[str], but: Collection[str]) -> None:
+    """Copy files of the newest source that belong to the result."""
     for file in sorted(newest.iterdir()):
-        if file.is_file() and file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED:
+        if file.is_file() and file.name not in but and any(file.match(pattern) for pattern in patterns):
             shutil.copyfile(file, folder / file.name)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from whimbrel.checkpoint.tensorfile import ITEM_BYTES
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from whimbrel.merge.blocks import FLOATS, SUMS
-from whimbrel.merge.sources import Box, Source, Stored
+from whimbrel.merge.sources import OPTIMIZER, TRAIN, Box, Source, Stored
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 EXACT = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
@@ -158,8 +158,14 @@ def _training_items(sources: Sequence[Source], rules: Rules) -> list[Item]:
     newest = sources[-1]
     if rules.optimizer is None:
         return []
-    if not newest.training:
-        raise CheckpointError(f"{newest.path} holds no state of an optimizer; leave merge.optimizer out")
+    if not newest.training and newest.optimizer is None:
+        raise CheckpointError(
+            f"{newest.path} holds no state of an optimizer (a folder {TRAIN}/, {OPTIMIZER}, or entries of a distributed"
+            " checkpoint); leave merge.optimizer out (--optimizer)"
+        )
+    _check_format(newest, rules)
+    if rules.optimizer == "average":
+        _check_groups(sources)
     items = []
     for name, stored in newest.training.items():
         kind = training_kind(name)
@@ -185,9 +191,39 @@ def _training_items(sources: Sequence[Source], rules: Rules) -> list[Item]:
     return items
 
 
+def _check_format(newest: Source, rules: Rules) -> None:
+    """State of an optimizer is written as the newest source has it, or nothing would read it."""
+    distributed = newest.folder is None and newest.dcp is not None
+    if distributed and rules.format == "safetensors":
+        raise ConfigError(
+            f"{newest.path} keeps weights and optimizer in one distributed checkpoint, so with merge.optimizer the"
+            " result is one too: give merge.format = dcp (--format dcp), or leave merge.optimizer out for safetensors"
+        )
+    if not distributed and rules.format == "dcp":
+        raise ConfigError(
+            f"{newest.path} keeps its optimizer beside the weights, and so does the result: leave merge.format = dcp"
+            " (--format dcp) or merge.optimizer out"
+        )
+
+
+def _check_groups(sources: Sequence[Source]) -> None:
+    """Where state goes by the numbers of parameters, they must mean the same ones in all sources."""
+    newest = sources[-1]
+    if newest.optimizer is None:
+        return
+    wanted = [group.get("params") for group in newest.optimizer.value["param_groups"]]
+    for source in sources[:-1]:
+        found = source.optimizer
+        if found is not None and [group.get("params") for group in found.value["param_groups"]] != wanted:
+            raise CheckpointError(
+                f"{source.path / OPTIMIZER} has other groups of parameters than {newest.path / OPTIMIZER}; their states"
+                " cannot be averaged, use merge.optimizer = newest or reset"
+            )
+
+
 def training_kind(name: str) -> Literal["state", "other"]:
     """Whether a tensor of the training state belongs to a parameter's optimizer state."""
-    if re.search(r"(^|[./])param_groups[./]", name):
+    if re.search(r"(^|[./])param_groups([./]|$)", name):
         return "other"
     return "state" if re.match(r"(optim[a-z]*|state)[./]", name) or _key(name) in _MOMENTS else "other"
 

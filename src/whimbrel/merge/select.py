@@ -98,7 +98,7 @@ def list_candidates(run: str | Path, *, tokens_per_step: int | None = None) -> l
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"{run} does not exist; name the folder of a run, which holds its checkpoints")
-    record = {int(line["step"]): int(line["tokens"]) for line in _record(run) if "tokens" in line}
+    record = _recorded_tokens(run)
     found = []
     for folder in run.iterdir():
         match = _STEP.search(folder.name)
@@ -123,6 +123,20 @@ def _holds_weights(folder: Path) -> bool:
     )
 
 
+def position(path: str | Path, *, tokens_per_step: int | None = None) -> tuple[int | None, int | None]:
+    """Steps done and tokens seen by a checkpoint, as far as it, its name, or the record of its run says so."""
+    folder = Path(path).resolve()
+    folder = folder if folder.is_dir() else folder.parent
+    match = _STEP.search(folder.name)
+    if (folder / META).is_file():
+        step = read_meta(folder).step
+    else:
+        step = _trainer_state(folder).get("global_step", None if match is None else int(match[1]))
+    if step is None:
+        return None, None
+    return step, _tokens(folder, step, _recorded_tokens(folder.parent), tokens_per_step)
+
+
 def _tokens(folder: Path, step: int, record: dict[int, int], tokens_per_step: int | None) -> int | None:
     if tokens_per_step is not None:
         return step * tokens_per_step
@@ -139,6 +153,11 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         raise CheckpointError(f"{folder / 'trainer_state.json'} is damaged: it is no JSON") from None
+
+
+def _recorded_tokens(run: Path) -> dict[int, int]:
+    """Tokens by step, from the run's metrics.jsonl."""
+    return {int(line["step"]): int(line["tokens"]) for line in _record(run) if "tokens" in line}
 
 
 def _record(run: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,12 @@ from whimbrel.checkpoint import dcp, torchzip
 from whimbrel.checkpoint.steps import META, Meta, read_meta
 from whimbrel.checkpoint.tensorfile import INDEX, ITEM_BYTES, TensorFolder, read_folder
 from whimbrel.config import require
-from whimbrel.errors import CheckpointError, ConfigError
+from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError
+from whimbrel.merge.select import position
 
 TRAIN = "train"
+OPTIMIZER = "optimizer.pt"
+"""State of an optimizer beside a model, as the Trainer of transformers saves it."""
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # State of an optimizer and of a trainer, as torch's and the common trainers' checkpoints name it.
@@ -77,14 +80,25 @@ class Source(NamedTuple):
     """The safetensors files, where the weights lie in such."""
     dcp: dcp.Checkpoint | None = None
     """The distributed checkpoint, of the weights or else of the folder train/."""
+    optimizer: torchzip.Archive | None = None
+    """The archive optimizer.pt, where the optimizer's state lies in it."""
+    step: int | None = None
+    """Optimizer steps done, where the checkpoint or its name says so."""
+    tokens: int | None = None
+    """Training tokens seen, where the checkpoint or its run says so."""
 
 
 def open_sources(
-    paths: Sequence[str | Path], *, rename: Sequence[tuple[str, str]] = (), training: bool = False
+    paths: Sequence[str | Path],
+    *,
+    rename: Sequence[tuple[str, str]] = (),
+    training: bool = False,
+    tokens_per_step: int | None = None,
 ) -> list[Source]:
     """Open checkpoints, oldest first; with `training` also the state of their optimizers.
 
-    rename: (regular expression, replacement) pairs, applied in turn to the names of weights.
+    rename: (regular expression, replacement) pairs, applied in turn to the names of weights. tokens_per_step: tokens
+    of an optimizer step, where the run does not record them.
     Raises CheckpointError for what cannot be read, ConfigError for a checkpoint that is named twice.
     """
     require(len(paths) > 0, "number of checkpoints to merge", 0, "at least one")
@@ -97,7 +111,8 @@ def open_sources(
             first = owners.setdefault((status.st_dev, status.st_ino), number)
             if first != number:
                 raise ConfigError(f"source {path} is the same as source {paths[first]}; name each checkpoint once")
-        opened.append(source)
+        step, tokens = position(path, tokens_per_step=tokens_per_step)
+        opened.append(source._replace(step=step, tokens=tokens))
     return opened
 
 
@@ -107,18 +122,59 @@ def open_source(path: str | Path, *, training: bool = False) -> Source:
     is_torch_file = path.is_file() and path.suffix in _TORCH_SUFFIXES
     has_safetensors = path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.safetensors")))
     if is_torch_file or (path.is_dir() and not has_safetensors and _torch_files(path)):
-        source = _open_torch(path)
+        source = _open_torch(path, training=training)
     elif path.is_dir() and not has_safetensors and (path / dcp.METADATA).is_file():
         source = _open_dcp(path)
-    else:
+    elif path.is_file() or has_safetensors:
         source = _open_safetensors(path)
+    else:
+        raise CheckpointError(f"{path} {_what_is_wrong(path)}")
     if path.is_dir() and (path / META).is_file():
         source = source._replace(meta=read_meta(path))
     if training and source.dcp is None and (path / TRAIN / dcp.METADATA).is_file():
         state = _open_dcp(path / TRAIN)
         files = {**source.files, **{f"{TRAIN}/{name}": file for name, file in state.files.items()}}
-        source = source._replace(training={**state.tensors, **state.training}, files=files, dcp=state.dcp)
+        return source._replace(training={**state.tensors, **state.training}, files=files, dcp=state.dcp)
+    if training and source.dcp is None and (path / OPTIMIZER).is_file():
+        return _with_optimizer(source, path / OPTIMIZER)
     return source
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Why a path is no checkpoint, and what to name instead."""
+    if not path.is_dir():
+        return (
+            "does not exist; name a checkpoint: a folder or file of safetensors or pytorch_model.bin, a distributed"
+            " checkpoint of torch, or a step folder of a run"
+        )
+    for pattern in ("*/*.safetensors", "*/pytorch_model*.bin*", f"*/{dcp.METADATA}"):
+        found = sorted(path.glob(pattern))
+        if found:
+            return (
+                f"holds checkpoints and is none: name them, such as {found[-1].parent}, or, for those of a run, give"
+                " --every and --count"
+            )
+    files = [file.name for file in sorted(path.iterdir()) if file.suffix in _TORCH_SUFFIXES]
+    if files:
+        return f"holds several files of torch.save ({', '.join(files)}); name the one with the model"
+    return f"holds no checkpoint: neither safetensors, nor {BIN}, nor a distributed checkpoint ({dcp.METADATA})"
+
+
+def _with_optimizer(source: Source, file: Path) -> Source:
+    archive = torchzip.read_archive(file)
+    state: dict[str, Stored] = {}
+    for name, view in torchzip.flat(archive.value):
+        stored = _torch_tensor(file, name, view, archive.payloads)
+        if stored.boxes[0].crc is None:
+            raise UnsupportedError(
+                f"optimizer state '{name}' in {file} shares its memory with another tensor; save it with clone()"
+            )
+        state[name] = stored
+    if not isinstance(archive.value, dict) or "param_groups" not in archive.value:
+        raise CheckpointError(f"{file} is not the state of an optimizer: it holds no 'param_groups'")
+    by_place = dict(sorted(state.items(), key=lambda item: _first_place(item[1])))
+    files = {**source.files, OPTIMIZER: _source_file(file)}
+    return source._replace(training=by_place, files=files, optimizer=archive)
 
 
 def _open_safetensors(path: Path) -> Source:
@@ -186,7 +242,7 @@ def _torch_files(path: Path) -> list[Path]:
     return found if len(found) == 1 else []
 
 
-def _open_torch(path: Path) -> Source:
+def _open_torch(path: Path, *, training: bool) -> Source:
     paths = [path] if path.is_file() else _torch_files(path)
     tensors: dict[str, Stored] = {}
     aliases: dict[str, str] = {}
@@ -194,17 +250,20 @@ def _open_torch(path: Path) -> Source:
         if not file.is_file():
             raise CheckpointError(f"{file} does not exist, but {BIN_INDEX} names it")
         archive = torchzip.read_archive(file)
-        views = {name: view for name, view in torchzip.flat(archive.value) if not is_training(name)}
+        every = dict(torchzip.flat(archive.value))
+        views = {name: view for name, view in every.items() if not is_training(name)}
+        if training and len(views) < len(every):
+            raise UnsupportedError(
+                f"{file} holds the state of an optimizer beside the weights, which is merged from step folders,"
+                f" distributed checkpoints and {OPTIMIZER} only; save it apart, or leave merge.optimizer out"
+                " (--optimizer)"
+            )
         first: dict[torchzip.View, str] = {}
         for name, view in views.items():
             if first.setdefault(view, name) != name:
                 aliases[name] = first[view]
                 continue
-            if not torchzip.is_contiguous(view):
-                raise CheckpointError(
-                    f"tensor '{name}' in {file} is stored with strides {list(view.stride)}; save it with contiguous()"
-                )
-            tensors[name] = _torch_tensor(file, view, archive.payloads)
+            tensors[name] = _torch_tensor(file, name, view, archive.payloads)
         if not views:
             raise CheckpointError(f"{file} holds no tensors")
     by_place = dict(sorted(tensors.items(), key=lambda item: _first_place(item[1])))
@@ -212,7 +271,11 @@ def _open_torch(path: Path) -> Source:
     return Source(path.parent if path.is_file() else path, by_place, {}, files, aliases)
 
 
-def _torch_tensor(file: Path, view: torchzip.View, payloads: Mapping[str, torchzip.Payload]) -> Stored:
+def _torch_tensor(file: Path, name: str, view: torchzip.View, payloads: Mapping[str, torchzip.Payload]) -> Stored:
+    if not torchzip.is_contiguous(view):
+        raise CheckpointError(
+            f"tensor '{name}' in {file} is stored with strides {list(view.stride)}; save it with contiguous()"
+        )
     payload, elements = payloads.get(view.key), math.prod(view.shape)
     width = ITEM_BYTES.get(view.dtype, 1)
     if payload is None or (view.offset + elements) * width > payload.size:

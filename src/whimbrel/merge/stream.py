@@ -20,7 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -54,8 +54,10 @@ _SAMPLE_BYTES = 64 * 2**20
 # Reads past the page cache cost a third of the processor time; what is smaller is left to the kernel's reading ahead.
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _SMALLEST_DIRECT = 64 * 2**10
-# Such reads wait for the disk, so there are more threads than cores, while their pieces stay this large.
-_MOST_WORKERS = 8
+# Disks want many bytes asked for at a time: a piece's reads from all sources are under way together, and those of the
+# next pieces too, while pieces stay this large.
+_READERS = 32
+_MOST_WORKERS = 4
 _WORKERS_PIECE = 512 * 2**10
 _DEFAULT = Rules()
 
@@ -163,6 +165,7 @@ def merge_checkpoints(
     optimizer: Literal["average", "newest", "reset"] | None = None,
     format: Literal["safetensors", "dcp"] = "safetensors",
     accumulate: str = "float64",
+    tokens_per_step: int | None = None,
     memory_limit: int = 64 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
@@ -180,8 +183,10 @@ def merge_checkpoints(
     expressions and replacements for the names of weights. newest: regular expressions of names to copy from the
     newest source. integers: integer and bool tensors must be equal in all sources, or come from the newest, or are
     the largest. router_bias: whether balancing biases of routers are averaged or the newest. optimizer: with
-    "average", "newest" or "reset" the result of step folders is one that a run can go on from. format: "safetensors"
-    or "dcp". accumulate: type of the sums; "float64" is exact for 16-bit sources.
+    "average", "newest" or "reset" the result of step folders, of checkpoints of transformers' Trainer (optimizer.pt) or
+    of distributed checkpoints (with format "dcp") is one that a run can go on from. format: "safetensors" or "dcp".
+    accumulate: type of the sums; "float64" is exact for 16-bit sources. tokens_per_step: tokens of an optimizer step,
+    for `merge.json`, where the run does not record them.
 
     memory_limit: bytes of all buffers, whatever the size of the model and the number of sources. workers: threads, 2
     to 8 by default, as many as the buffers allow; the result does not depend on it. progress: called with the bytes
@@ -201,8 +206,8 @@ def merge_checkpoints(
     )  # fmt: skip
     target = Target("", tuple(range(len(sources))), config)
     return merge_many(
-        sources, out, [target], rules=rules, memory_limit=memory_limit, workers=workers, overwrite=overwrite,
-        progress=progress,
+        sources, out, [target], rules=rules, tokens_per_step=tokens_per_step, memory_limit=memory_limit,
+        workers=workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
@@ -212,6 +217,7 @@ def merge_many(
     targets: Sequence[Target],
     *,
     rules: Rules = _DEFAULT,
+    tokens_per_step: int | None = None,
     memory_limit: int = 64 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
@@ -224,7 +230,7 @@ def merge_many(
     begin = time.perf_counter()
     out = Path(out)
     _check_out(out, sources, overwrite)
-    job = _prepare(sources, targets, rules, memory_limit, workers)
+    job = _prepare(sources, targets, rules, memory_limit, workers, tokens_per_step)
     remove_leftovers(out.parent, glob.escape(out.name))
     journal_of = open_journal(out, _fingerprint(job))
     allocated = _allocated(work_folder(out))
@@ -276,18 +282,24 @@ def disk_rate(source: Source) -> float:
 
 
 def _prepare(
-    paths: Sequence[str | Path], targets: Sequence[Target], rules: Rules, memory_limit: int, workers: int | None
+    paths: Sequence[str | Path],
+    targets: Sequence[Target],
+    rules: Rules,
+    memory_limit: int,
+    workers: int | None,
+    tokens_per_step: int | None = None,
 ) -> _Job:
     if rules.optimizer is not None and len(targets) > 1:
         raise ConfigError(f"merge.optimizer = '{rules.optimizer}' is for a single result; merge those one by one")
-    sources = open_sources(paths, rename=rules.rename, training=rules.optimizer is not None)
+    training = rules.optimizer is not None
+    sources = open_sources(paths, rename=rules.rename, training=training, tokens_per_step=tokens_per_step)
     results = [_Result(target, target.config.weights(len(target.members))) for target in targets]
     for result in results:
         _check_order([sources[member] for member in result.target.members], result.weights)
     tied = [*rules.tied, *(pair for pair in tied_pairs(sources) if pair not in rules.tied)]
-    items, training = list_items(sources, rules, tied)
+    items, state = list_items(sources, rules, tied)
     _check_tied(sources, tied)
-    layout = make_layout(items, training, sources[-1], rules.format)
+    layout = make_layout(items, state, sources[-1], rules)
     extents = make_extents(layout.slots)
     wider = max([ITEM_BYTES[item.out_dtype] // ITEM_BYTES[item.dtype] for item in items], default=1)
     num_outputs = len(targets) * max(wider, 1)
@@ -317,12 +329,12 @@ def _check_order(opened: list[Source], weights: Weights) -> None:
     """Where order matters and the steps are known, they must rise."""
     if len(set(weights.values)) <= 1:
         return
-    known = [(source.path, source.meta) for source in opened if source.meta is not None]
+    known = [(source.path, source.step) for source in opened if source.step is not None]
     for (path_before, before), (path, after) in pairwise(known):
-        if after.step < before.step:
+        if after < before:
             raise ConfigError(
-                f"{path} (step {after.step}) comes after {path_before}"
-                f" (step {before.step}); name the checkpoints from oldest to newest"
+                f"{path} (step {after}) comes after {path_before} (step {before}); name the checkpoints from oldest to"
+                " newest"
             )
 
 
@@ -374,7 +386,7 @@ def _equal(one: Stored, other: Stored) -> bool:
         extents = make_extents([Slot(both, (0,) * len(one.shape), one.shape, "", 0)])
         buffers = _Buffers(2, _COMPARED_PIECE, 0, [])
         for piece in cut(extents, _COMPARED_PIECE):
-            left, right = (buffers.fill(piece, number, handles) for number in range(2))
+            left, right = (buffers.fill(piece, number, handles)[0] for number in range(2))
             if left != right:
                 return False
     return True
@@ -444,32 +456,34 @@ class _Buffers:
         room = _whole_pages(piece) + 2 * mmap.PAGESIZE
         self._inputs = [memoryview(mmap.mmap(-1, room)) for _ in range(num_sources)]
         self._spread = memoryview(mmap.mmap(-1, room))
+        self._spreading = threading.Lock()
         self.output = bytearray(piece * wider)
         self.averagers = averagers
 
-    def fill(
-        self, piece: Piece, source: int, handles: _Handles, parts: list[tuple[Read, int]] | None = None
-    ) -> memoryview:
-        """The piece's bytes of a source; CRC-32 of what was read of boxes that have one go to `parts`."""
+    def fill(self, piece: Piece, source: int, handles: _Handles) -> tuple[memoryview, list[tuple[Read, int]]]:
+        """The piece's bytes of a source, and the CRC-32 of what was read of boxes that have one.
+
+        Threads may fill the room of different sources at a time.
+        """
         size, width = piece.stop - piece.start, ITEM_BYTES[piece.extent.item.dtype]
         whole = self._inputs[source][:size]
         stored = piece.extent.item.stored[source].boxes
-        found = reads(piece, source)
-        for read in found:
+        crcs: list[tuple[Read, int]] = []
+        for read in reads(piece, source):
             in_place = read.into is None and read.size == size and read.start % width == 0
-            space = self._inputs[source] if in_place else self._spread
-            data = _read(read, space, handles)
-            if parts is not None and stored[read.box].crc is not None:
-                parts.append((read, zlib.crc32(data)))
-            if in_place:
-                whole = data
-            elif read.into is None:
-                whole[read.offset : read.offset + read.size] = data
-            else:
-                item = f"V{width}"
-                target = np.frombuffer(whole, item).reshape(piece.sizes)
-                target[read.into] = np.frombuffer(data, item).reshape(read.sizes)
-        return whole
+            with nullcontext() if in_place else self._spreading:
+                data = _read(read, self._inputs[source] if in_place else self._spread, handles)
+                if stored[read.box].crc is not None:
+                    crcs.append((read, zlib.crc32(data)))
+                if in_place:
+                    whole = data
+                elif read.into is None:
+                    whole[read.offset : read.offset + read.size] = data
+                else:
+                    item = f"V{width}"
+                    target = np.frombuffer(whole, item).reshape(piece.sizes)
+                    target[read.into] = np.frombuffer(data, item).reshape(read.sizes)
+        return whole, crcs
 
 
 def _read(read: Read, space: memoryview, handles: _Handles) -> memoryview:
@@ -498,6 +512,7 @@ class _Pass:
     def __init__(self, job: _Job, journal: Journal, progress: Progress | None) -> None:
         self._job, self._journal, self._progress = job, journal, progress
         self._handles = _Handles()
+        self._readers = ThreadPoolExecutor(min(_READERS, job.workers * len(job.sources)))
         self._local = threading.local()
         self._files: dict[tuple[int, str], int] = {}
         self._hashes = {
@@ -527,6 +542,7 @@ class _Pass:
             resumed = self._take_up(pieces)
             first = len(self._journal.done)
             syncer = stack.enter_context(ThreadPoolExecutor(1))
+            stack.enter_context(self._readers)
             pool = stack.enter_context(ThreadPoolExecutor(job.workers))
             stack.callback(pool.shutdown, cancel_futures=True)
             waiting: deque[tuple[Piece, Future[Done]]] = deque()
@@ -564,10 +580,11 @@ class _Pass:
         buffers: _Buffers = self._local.buffers
         parts: list[Part] = []
         inputs: dict[int, memoryview] = {}
-        for source in job.needed(extent.item):
-            found: list[tuple[Read, int]] = []
-            inputs[source] = buffers.fill(piece, source, self._handles, found)
-            parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in found]
+        needed = job.needed(extent.item)
+        filled = self._readers.map(lambda source: buffers.fill(piece, source, self._handles), needed)
+        for source, (data, crcs) in zip(needed, filled, strict=True):
+            inputs[source] = data
+            parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in crcs]
         written = []
         for number, result in enumerate(job.results):
             out = memoryview(buffers.output)[: _out_bytes(extent, piece.stop - piece.start)]
@@ -761,8 +778,8 @@ def _write_manifest(folder: Path, job: _Job, result: _Result, hashes: Mapping[st
             {
                 "path": str(source.path.resolve()),
                 "weight": weight,
-                "step": source.meta.step if source.meta else None,
-                "tokens": source.meta.tokens if source.meta else None,
+                "step": source.step,
+                "tokens": source.tokens,
                 "files": {
                     name: {"bytes": file.size, "mtime_ns": file.mtime_ns, "header_sha256": file.header_sha256}
                     for name, file in source.files.items()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as m
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from whimbrel.checkpoint import load_checkpoint, save_checkpoint
 from whimbrel.checkpoint.dcp import read_checkpoint
@@ -381,8 +388,136 @@ def test_training_state_that_cannot_be_merged(tmp_path: Path) -> None:
     merge_checkpoints(folders, tmp_path / "out", optimizer="newest")
     (tmp_path / "bare").mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "bare" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"bare holds no state of an optimizer; leave merge.optimizer out"):
+    with pytest.raises(
+        CheckpointError, match=r"bare holds no state of an optimizer \(a folder train/, optimizer.pt, or"
+    ):
         merge_checkpoints([tmp_path / "bare"], tmp_path / "no", optimizer="newest")
+
+
+def run_of_a_trainer(home: Path, optimizer_of=lambda p: torch.optim.AdamW(p, lr=0.1)) -> list[Path]:
+    """Three checkpoints as the Trainer of transformers leaves them: weights, optimizer.pt, and what else it needs."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 70)
+    optimizer = optimizer_of(model.parameters())
+    folders = []
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 300)).square().mean().backward()
+        optimizer.step()
+        folder = home / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        for name in ("scheduler.pt", "rng_state.pth", "training_args.bin"):
+            (folder / name).write_text(f"{name} of {step}")
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": step, "num_input_tokens_seen": step * 64})
+        )
+        folders.append(folder)
+    return folders
+
+
+@pytest.mark.parametrize("policy", ["average", "newest", "reset"])
+def test_optimizer_beside_a_model(policy: str, tmp_path: Path) -> None:
+    folders = run_of_a_trainer(tmp_path / "run")
+    states = [torch.load(folder / "optimizer.pt") for folder in folders]
+    merge_checkpoints(folders, tmp_path / "out", optimizer=policy)  # pyrefly: ignore
+    found = torch.load(tmp_path / "out" / "optimizer.pt")
+    assert found["param_groups"] == states[-1]["param_groups"]
+    for name in ("scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folders[-1] / name).read_bytes()
+    optimizer = torch.optim.AdamW(nn.Linear(300, 70).parameters())
+    optimizer.load_state_dict(found)
+    if policy == "reset":
+        assert found["state"] == {}
+    else:
+        read_archive(tmp_path / "out" / "optimizer.pt")
+        for number in (0, 1):
+            assert float(found["state"][number]["step"]) == 3
+            for key in ("exp_avg", "exp_avg_sq"):
+                own = [state["state"][number][key].double() for state in states]
+                wanted = torch.stack(own).mean(0).float() if policy == "average" else own[-1].float()
+                assert torch.equal(found["state"][number][key], wanted), key
+        with zipfile.ZipFile(tmp_path / "out" / "optimizer.pt") as archive:
+            assert archive.testzip() is None
+    # what was made is a source like any other
+    merge_checkpoints([folders[0], tmp_path / "out"], tmp_path / "again", optimizer="newest")
+    merge_checkpoints(folders, tmp_path / "weights")
+    assert not (tmp_path / "weights" / "optimizer.pt").exists()
+
+
+def test_optimizers_beside_a_model_that_do_not_fit(tmp_path: Path) -> None:
+    folders = run_of_a_trainer(tmp_path / "run")
+    state = torch.load(folders[0] / "optimizer.pt")
+    turned = {**state, "param_groups": [{**state["param_groups"][0], "params": [1, 0]}]}
+    torch.save(turned, folders[0] / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-1/optimizer.pt has other groups of parameters than .*point-3"
+    ):
+        merge_checkpoints(folders, tmp_path / "no", optimizer="average")
+    merge_checkpoints(folders, tmp_path / "newest", optimizer="newest")
+    (folders[0] / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer state 'state.0.step' is in .*|.*but not in .*checkpoint-1"):
+        merge_checkpoints(folders, tmp_path / "no", optimizer="average")
+    with pytest.raises(ConfigError, match=r"keeps its optimizer beside the weights, .*leave merge.format = dcp"):
+        merge_checkpoints(folders, tmp_path / "no", optimizer="newest", format="dcp")
+    torch.save([1], folders[-1] / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.pt is not the state of an optimizer: it holds no 'param_groups"
+    ):
+        merge_checkpoints(folders, tmp_path / "no", optimizer="newest")
+    torch.save({"model": {"w": torch.ones(2)}, "optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "all.pt")
+    with pytest.raises(
+        UnsupportedError, match=r"all.pt holds the state of an optimizer beside the weights, .*save it ap"
+    ):
+        merge_checkpoints([tmp_path / "all.pt"], tmp_path / "no", optimizer="newest")
+    merge_checkpoints([tmp_path / "all.pt"], tmp_path / "yes")
+    shared = torch.ones(4)
+    torch.save({"state": {0: {"a": shared[:2], "b": shared[2:]}}, "param_groups": []}, folders[-1] / "optimizer.pt")
+    with pytest.raises(
+        UnsupportedError, match=r"optimizer state 'state.0.a' in .* shares its memory with another tensor"
+    ):
+        merge_checkpoints(folders, tmp_path / "no", optimizer="newest")
+
+
+def test_flipped_byte_in_an_optimizer(tmp_path: Path) -> None:
+    folders = run_of_a_trainer(tmp_path / "run")
+    archive = read_archive(folders[1] / "optimizer.pt")
+    place = archive.payloads[archive.value["state"][0]["exp_avg"].key].start + 7
+    data = bytearray((folders[1] / "optimizer.pt").read_bytes())
+    data[place] ^= 4
+    (folders[1] / "optimizer.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"tensor 'state.0.exp_avg' of .*checkpoint-2 is damaged: the CRC-32"):
+        merge_checkpoints(folders, tmp_path / "out", optimizer="average")
+    assert not (tmp_path / "out").exists()
+
+
+def test_reset_of_a_run_on_torch_distributed_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    for step in range(3):
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=str(tmp_path / str(step)))
+    sources = [tmp_path / str(step) for step in range(3)]
+    with pytest.raises(
+        ConfigError, match=r"in one distributed checkpoint, so .* give merge.format = dcp \(--format dcp\)"
+    ):
+        merge_checkpoints(sources, tmp_path / "no", optimizer="average")
+    for policy in ("average", "reset"):
+        merge_checkpoints(sources, tmp_path / policy, optimizer=policy, format="dcp")  # pyrefly: ignore
+        fresh = nn.Linear(5, 3)
+        again = torch.optim.AdamW(fresh.parameters(), lr=9.0)
+        state = {"model": get_model_state_dict(fresh), "optim": get_optimizer_state_dict(fresh, again)}
+        planner = DefaultLoadPlanner(allow_partial_load=policy == "reset")
+        dcp.load(state, checkpoint_id=str(tmp_path / policy), planner=planner)
+        set_optimizer_state_dict(fresh, again, state["optim"])
+        assert again.param_groups[0]["lr"] == 0.25
+        names = {*read_checkpoint(tmp_path / policy).tensors, *read_checkpoint(tmp_path / policy).blobs}
+        assert any("exp_avg" in name for name in names) == (policy == "average")
+        assert any("param_groups" in name for name in names)
 
 
 def distributed_state(i: float) -> dict[str, dict]:

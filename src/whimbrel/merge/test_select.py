@@ -105,6 +105,16 @@ def test_folders_of_other_trainers(tmp_path: Path) -> None:
     assert select_window(bare, every=4000, count=2, tokens_per_step=4).off == 0
     (bare / "metrics.jsonl").write_text('{"step": 1000, "tokens": 11}\n{"step": 2000, "tokens": 22}\n')
     assert [c.tokens for c in list_candidates(bare)] == [11, 22]
+    for sources, options, wanted in (
+        ([run / "checkpoint-10", run / "checkpoint-20"], {}, [(10, 70), (20, 140)]),
+        ([bare / "iter_0001000", bare / "iter_0002000"], {}, [(1000, 11), (2000, 22)]),
+        ([bare / "iter_0001000", bare / "iter_0002000"], {"tokens_per_step": 4}, [(1000, 4000), (2000, 8000)]),
+    ):
+        merge_checkpoints(sources, tmp_path / "merged", overwrite=True, **options)
+        manifest = json.loads((tmp_path / "merged" / "merge.json").read_text())
+        assert [(source["step"], source["tokens"]) for source in manifest["sources"]] == wanted
+    with pytest.raises(ConfigError, match=r"checkpoint-10 \(step 10\) comes after .*checkpoint-20 \(step 20\)"):
+        merge_checkpoints([run / "checkpoint-20", run / "checkpoint-10"], tmp_path / "no", method="wma")
     with pytest.raises(CheckpointError, match="holds no checkpoints; name the folder of a run"):
         list_candidates(bare / "iter_0001000")
 
