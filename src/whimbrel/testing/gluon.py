@@ -320,7 +320,8 @@ def _modules() -> dict[str, ModuleType]:
         f"{_GLUON}.language",
         **dict.fromkeys(layouts, _nothing),
         constexpr=lambda value: value,
-        bfloat16=torch.float32,  # tests run in float32
+        float16=torch.float32,  # tests run in float32
+        bfloat16=torch.float32,
         int8=torch.int8,
         int32=torch.int32,
         int64=torch.int64,

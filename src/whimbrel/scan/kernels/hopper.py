@@ -12,8 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """Triton 3.7 renamed it."""
-END = gl.constexpr(1)
-MAP = gl.constexpr(2)
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -36,6 +34,11 @@ def opaque(x):
     Without it the addresses of all tiles are computed before a loop and kept, which is more than there are registers.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
 
 
 @gluon.jit

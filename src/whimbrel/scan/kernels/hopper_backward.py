@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from whimbrel.scan.kernels.hopper import (
     ROWS,
+    add,
     barrier,
     keep_rows,
     load_gates,
@@ -38,11 +39,6 @@ HALVES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 def multiply(a, b, L: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
     """a @ b in shared memory, started but not waited for."""
     return warpgroup_mma(a, b, gl.zeros([M, N], gl.float32, L), use_acc=False, is_async=True)
-
-
-@gluon.jit
-def add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -77,6 +73,7 @@ def backward_stream(
     q,
     k,
     x,
+    left,
     dy,
     tiles,
     saved,
@@ -117,8 +114,9 @@ def backward_stream(
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
-    q, k, x, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V]. x is what
-    the stream was given and dx its cotangent: the residual for the second stream, v for the first, or for the only one.
+    q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
+    x is what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first,
+    or for the only one. `clip` bounds residuals; without the delta rule, residuals as they are stored.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
     the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
     stretches behind ask for: `local`, of `reach`, and the `carried` decays.
@@ -139,7 +137,9 @@ def backward_stream(
     READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
     STREAM: gl.constexpr = 0 if FIRST else 1
     APART: gl.constexpr = WEIGHTED or (FIRST and not GATED)  # the queries' pairs count in a sum of their own too
+    LEFT: gl.constexpr = FIRST and not DELTA  # nothing asks what was read, but the residual, which tells it
     SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
+    MIDDLE: gl.constexpr = 256 * V + 2 * K * V + (128 * V if LEFT else 0)
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
     hv, s = pid % HV, pid // HV
@@ -224,7 +224,7 @@ def backward_stream(
     gate_row = gates + hv.to(gl.int64) * tokens
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     own_col = hv * K
     value_col = hv * V
@@ -234,10 +234,12 @@ def backward_stream(
         mbarrier.expect(outer, 256 * K)
         tma.async_copy_global_to_shared(k, [begin, key_col], outer, k_s.index(0))
         tma.async_copy_global_to_shared(q, [begin, key_col], outer, q_s.index(0))
-        mbarrier.expect(middle, 256 * V + 2 * K * V)
+        mbarrier.expect(middle, MIDDLE)
         tma.async_copy_global_to_shared(saved, [save_row + (n - 1) * HV * K, 0], middle, state_s.index(0))
         tma.async_copy_global_to_shared(x, [begin, value_col], middle, x_s.index(0))
         tma.async_copy_global_to_shared(dy, [begin, value_col], middle, dy_s.index(0))
+        if LEFT:
+            tma.async_copy_global_to_shared(left, [begin, value_col], middle, dx_s.index(0))
         if HAS_TILE:
             mbarrier.expect(side, SIDE)
             tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], side, l_s.index(0))
@@ -268,10 +270,12 @@ def backward_stream(
             keep_rows(dy_s.index(o), rows, 8)
             if FIRST:
                 keep_rows(work_s.index(o), rows, 8)
+            if LEFT:
+                keep_rows(dx_s.index(o), rows, 8)
         publish()
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
-        if HAS_TILE:
+        if DELTA:
             seen = multiply(k_s.index(o), state_s.index(o), LV, 64, V)
         pull = multiply(k_s.index(o), pull_s.index(o), LV, 64, V)
         one_s.index(o).store(
@@ -289,49 +293,46 @@ def backward_stream(
             fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
         else:
             fade = gl.where(row_c[:, None] >= col[None, :], fade, 0.0)
-        if HAS_TILE:
+        if DELTA:
             score = warpgroup_mma_wait(2, deps=(score,))
         else:
             score = warpgroup_mma_wait(1, deps=(score,))
         score = score * fade
         p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
-        if HAS_TILE:
+        if DELTA:
             work = x_s.index(o).load(LV)
             seen = warpgroup_mma_wait(1, deps=(seen,))
-            work = work.to(gl.float32)
-            if DELTA:
-                work = work - seen * table[GROW].index(phase).load(RV)[:, None]
-            else:
-                work = work * table[RATE].index(phase).load(RV)[:, None]
+            work = work.to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
             two_s.index(o).store(work.to(dtype))
         pull = warpgroup_mma_wait(0, deps=(pull,))
         pull = pull * table[TAIL].index(phase).load(RV)[:, None]
         publish()
 
         o = opaque(0)
-        if HAS_TILE:
+        if DELTA:
             inner = multiply(l_s.index(o), two_s.index(o), LV, 64, V)
         pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
         ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
         if HAS_TILE:
             alpha = table[ALPHA].index(phase).load(RV)
+        if DELTA:
             inner = warpgroup_mma_wait(2, deps=(inner,))
+            e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
+        if FIRST:
+            dseen = -work_s.index(o).load(LV).to(gl.float32)
+            given = x_s.index(o).load(LV).to(gl.float32)
             if DELTA:
-                e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
-            if FIRST:
-                seen = seen * table[FRESH].index(phase).load(RV)[:, None]
-                if DELTA:
-                    seen = seen - inner
-                else:
-                    seen = seen + inner
+                seen = seen * table[FRESH].index(phase).load(RV)[:, None] - inner
                 if DECAYED:
                     seen = seen * alpha[:, None]
-                dseen = -work_s.index(o).load(LV).to(gl.float32)
-                if CLIP:
-                    left = x_s.index(o).load(LV).to(gl.float32) - seen
-                    dseen = gl.where(gl.abs(left) <= clip, dseen, 0.0)
-                if not DECAYED:
-                    keep_sum(seen_s, seen * dseen, V)
+                kept = given - seen
+            else:
+                kept = dx_s.index(o).load(LV).to(gl.float32)
+                seen = given - kept
+            if CLIP:
+                dseen = gl.where(gl.abs(kept) <= clip, dseen, 0.0)
+            if not DECAYED:
+                keep_sum(seen_s, seen * dseen, V)
         pull = warpgroup_mma_wait(1, deps=(pull,))
         if DELTA or not FIRST:
             pull = pull * table[RATE].index(phase).load(RV)[:, None]
@@ -395,13 +396,14 @@ def backward_stream(
         o = opaque(0)
         put(dx_s.index(o), dx, dx_memory, first, value_col, rows, HV * V, V, 8)
         if HAS_TILE:
-            if more:
+            if more and not LEFT:
                 mbarrier.expect(side, SIDE)
                 tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
                 if FIRST:
                     tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
             z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
-            keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+            if not LEFT:
+                keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
             found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
@@ -409,7 +411,11 @@ def backward_stream(
         pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
         if HAS_TILE:
             ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
-            z, keys = warpgroup_mma_wait(3, deps=(z, keys))
+            if LEFT:
+                z = warpgroup_mma_wait(3, deps=(z,))
+                pairs += z * l_s.index(o).load(LC).to(gl.float32)
+            else:
+                z, keys = warpgroup_mma_wait(3, deps=(z, keys))
             row_c = gl.arange(0, 64, RC)
             col = gl.arange(0, 64, COL)
             rise: gl.constexpr = BEFORE if FIRST else UNTIL
@@ -421,7 +427,8 @@ def backward_stream(
             if not FIRST:
                 z = -z  # dx stands where the first stream has the other sign
             z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
-            pairs += z * keys
+            if not LEFT:
+                pairs += z * keys
             z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
             found = warpgroup_mma_wait(2, deps=(found,))
             keep_sum(found_s, found * k_s.index(o).load(LK).to(gl.float32), K)
@@ -449,10 +456,15 @@ def backward_stream(
             tma.async_copy_global_to_shared(dq, [first, own_col], shares, dq_s.index(o))
             tma.async_copy_global_to_shared(dk, [first, own_col], shares, dk_s.index(o))
         if more:
-            mbarrier.expect(middle, 256 * V + 2 * K * V)
+            mbarrier.expect(middle, MIDDLE)
             tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
             tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
             tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
+            if LEFT:
+                tma.async_copy_global_to_shared(left, [prior, value_col], middle, dx_s.index(o))
+                mbarrier.expect(side, SIDE)
+                tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
+                tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
         if HAS_TILE:
             query = warpgroup_mma_wait(3, deps=(query,))
         else:
@@ -525,7 +537,7 @@ def reach(
     gates,
     dstarts,
     dresidual,
-    inside,
+    clipped,
     stretch_start,
     stretch_end,
     stretch_chunk,
@@ -535,6 +547,7 @@ def reach(
     H,
     HV,
     scale,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -547,14 +560,15 @@ def reach(
     """Cotangents of the start states of one stream's stretches, as if there were none of their end states.
 
     Grid (stretches * HV * V / 64,), of one warpgroup each; q, k, dy and tiles are descriptors of [64, 64] blocks. The
-    first stream reads the residual's cotangent in `dresidual`, and in `inside` where the clip let it through.
+    first stream reads the residual in `clipped`, its cotangent in `dresidual`; the clip let through what is at most
+    `below`.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     TILE: gl.constexpr = q.layout
     KT: gl.constexpr = K // 64
     NV: gl.constexpr = V // 64
-    HAS_TILE: gl.constexpr = DELTA or FIRST
-    BYTES: gl.constexpr = 8192 * (2 * KT + 1 + (1 if HAS_TILE else 0))
+    HAS_KEYS: gl.constexpr = DELTA or FIRST  # a state that adds asks its keys only what the residual was taken from
+    BYTES: gl.constexpr = 8192 * ((2 if HAS_KEYS else 1) * KT + 1 + (1 if DELTA else 0))
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
@@ -597,10 +611,11 @@ def reach(
     begin = start + (n - 1) * 64
     mbarrier.expect(full.index(0), BYTES, pred=some)
     for j in gl.static_range(KT):
-        tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
+        if HAS_KEYS:
+            tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
         tma.async_copy_global_to_shared(q, [begin, key_col + j * 64], full.index(0), q_s.index(j), pred=some)
     tma.async_copy_global_to_shared(dy, [begin, value_col], full.index(0), dy_s.index(0), pred=some)
-    if HAS_TILE:
+    if DELTA:
         tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], full.index(0), l_s.index(0), pred=some)
 
     for back in range(n):
@@ -614,31 +629,39 @@ def reach(
         prior = first - 64
         t = first + row
         ok = t < end
-        tc = first + col
         last = gl.load(gate_row + gl.minimum(first + 64, end) - 1)
         until = gl.load(gate_row + t, mask=ok, other=0.0)
         before = gl.load(gate_row + t - 1, mask=ok & (row > 0), other=0.0)
         rate = gl.load(gate_row + (2 - FIRST) * gate_plane + t, mask=ok, other=0.0)
-        rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
-        if FIRST and not GATED:
-            rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+        if DELTA:
+            tc = first + col
+            rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
+            if FIRST and not GATED:
+                rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+        if FIRST:
+            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
+            passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0)
+            if CLIP:
+                left = gl.load(clipped + values, mask=ok[:, None], other=0.0)
 
         o = opaque(0)
-        state_s.index(o).store(s0.to(dtype))
-        if KT == 2:
-            state_s.index(o + 1).store(s1.to(dtype))
+        if DELTA:
+            state_s.index(o).store(s0.to(dtype))
+            if KT == 2:
+                state_s.index(o + 1).store(s1.to(dtype))
         publish()
         mbarrier.expect(then, BYTES, pred=more)
         for j in gl.static_range(KT):
-            tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
+            if HAS_KEYS:
+                tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
             tma.async_copy_global_to_shared(q, [prior, key_col + j * 64], then, q_s.index(there + j), pred=more)
         mbarrier.wait(full.index(par), (back >> 1) & 1)
-        # Scores [j, i]: how much of what token j writes token i reads.
-        score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
-        pull = product(k_s, state_s, KT, ACC, here + o, o)
+        if DELTA:
+            # Scores [j, i]: how much of what token j writes token i reads.
+            score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
+            pull = product(k_s, state_s, KT, ACC, here + o, o)
         until = gl.where(ok, until, last)
         before = gl.where(ok, before, last)
-        rise_c = gl.where(tc < end, rise_c, last)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
         tail, whole = gl.exp2(last - until), gl.exp2(last)
@@ -650,64 +673,61 @@ def reach(
             reads = start_decay
         else:
             reads = grow
-        one.index(o).store(given.to(dtype))
-        score = warpgroup_mma_wait(KT, deps=(score,))
-        fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+        if DELTA:
+            one.index(o).store(given.to(dtype))
+            rise_c = gl.where(tc < end, rise_c, last)
+            score = warpgroup_mma_wait(KT, deps=(score,))
+            fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+            if FIRST:
+                read_by = row[:, None] < col[None, :]
+            else:
+                read_by = row[:, None] <= col[None, :]
+            p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
+            pull = warpgroup_mma_wait(0, deps=(pull,))
+            pull = pull * tail[:, None]
+            barrier()
+            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
         if FIRST:
-            read_by = row[:, None] < col[None, :]
-        else:
-            read_by = row[:, None] <= col[None, :]
-        p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
-        pull = warpgroup_mma_wait(0, deps=(pull,))
-        pull = pull * tail[:, None]
-        barrier()
-        tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
+            dseen = -passed.to(gl.float32)
+            if CLIP:
+                dseen = gl.where(gl.abs(left.to(gl.float32)) <= below, dseen, 0.0)
+            if DECAYED:
+                dseen = dseen * alpha[:, None]
+            if not DELTA:
+                one.index(o).store((dseen * start_decay[:, None]).to(dtype))
         state_s.index(o).store((given * reads[:, None]).to(dtype))
         publish()
         o = opaque(0)
-        pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
+        if DELTA:
+            pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
+        else:
+            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
         s0 = warpgroup_mma(q_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(q_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
-        if FIRST:
-            values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
-            passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0).to(gl.float32)
-            if CLIP:
-                kept = gl.load(inside + values, mask=ok[:, None], other=0)
-                passed = gl.where(kept != 0, passed, 0.0)
-            dseen = -passed
-            if DECAYED:
-                dseen = dseen * alpha[:, None]
-        pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
-        if DELTA or not FIRST:
-            pull = pull * rate[:, None]
-        if HAS_TILE:
+        if DELTA:
+            pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
+            work = pull * (rate * alpha)[:, None]
             if FIRST:
-                if DELTA:
-                    work = pull * alpha[:, None] - dseen
-                else:
-                    work = dseen
-            else:
-                work = pull * alpha[:, None]
+                work = work - dseen
             barrier()
             one.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
-            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull, is_async=True)
+            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True)
             pull = warpgroup_mma_wait(0, deps=(pull,))
+            dread = -pull * grow[:, None]
             if FIRST:
-                if DELTA:
-                    dread = dseen * start_decay[:, None] - pull * grow[:, None]
-                else:
-                    pull = pull * rate[:, None]
-                    dread = dseen * start_decay[:, None]
-            else:
-                dread = -pull * grow[:, None]
+                dread = dread + dseen * start_decay[:, None]
             state_s.index(o).store(dread.to(dtype))
             publish()
             tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], then, l_s.index(0), pred=more)
             s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0, is_async=True)
             if KT == 2:
                 s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1, is_async=True)
-            s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
+        elif FIRST:
+            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), one.index(o), s0, is_async=True)
+            if KT == 2:
+                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), one.index(o), s1, is_async=True)
+        s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
     store_state(dstarts, at, s0, s1, V, KT)

@@ -14,8 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from whimbrel.scan.kernels.hopper import (
-    END,
-    MAP,
     ROWS,
     barrier,
     keep_rows,
@@ -26,7 +24,6 @@ from whimbrel.scan.kernels.hopper import (
     publish,
     put,
     store_state,
-    total_decay,
 )
 from whimbrel.scan.kernels.prepare import COUNTS
 
@@ -46,7 +43,6 @@ def walk(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     k_s,
     q_s,
@@ -80,6 +76,7 @@ def walk(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -91,8 +88,6 @@ def walk(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
-    ONLY: gl.constexpr,
     LINKED: gl.constexpr,
 ):
     """One stream of one value head over a stretch, for 64 value columns.
@@ -101,19 +96,22 @@ def walk(
     two places each, and says so in `ready`; the second says in `done` that it has read them, and asks for the keys and
     queries of later chunks when both are through with a place.
     GATHER: the start is put together from `starts`, of the sequence, and what the stretches before leave: `local` and
-    `decays` of ONLY = END. `ends` are those of sequences, or with ONLY those of stretches.
+    `decays` of `stretch_ends`. `ends` are those of sequences.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     KT: gl.constexpr = K // 64
     # A state that adds is written without looking at what is in it.
-    HAS_TILE: gl.constexpr = DELTA or (FIRST and not ONLY)
-    ADDS: gl.constexpr = TWO and not FIRST and not ONLY
-    HAS_X: gl.constexpr = ONLY != MAP and not (LINKED and not FIRST)
+    HAS_TILE: gl.constexpr = DELTA or FIRST
+    ADDS: gl.constexpr = TWO and not FIRST
+    HAS_X: gl.constexpr = not (LINKED and not FIRST)
     HAS_Y: gl.constexpr = ADDS and not LINKED
     OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
     KEYS: gl.constexpr = 3 if LINKED else 2
+    # Without the delta rule, what is written is known before the state is: its products need not wait. A second stream
+    # has too few of them to gain, and beside each other two streams fill the time already.
+    EARLY: gl.constexpr = not DELTA and FIRST and not LINKED
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     n = gl.cdiv(end - start, 64)
@@ -133,73 +131,48 @@ def walk(
     else:
         s0, s1 = load_state(starts, at, V, KT, FROM, ACC)
     gate_row = gates + hv.to(gl.int64) * tokens
-    begin = 0
-    if ONLY:
-        # What has decayed by 2^-32 is nothing: the end state needs only the chunks after that.
-        decay = 0.0
-        begin = n
-        while (begin > 0) & (decay > -32.0):
-            begin -= 1
-            decay += total_decay(gate_row, start, end, begin)
-        gone = decay <= -32.0
-        if ONLY == END and not DELTA:
-            place = (STREAM * stretches.to(gl.int64) + s) * HV + hv
-            gl.store(decays + place, gl.where(gone, 0.0, gl.exp2(decay)))
-        if ONLY == MAP:
-            begin = gl.where(gone, n, begin)
-            unit = gl.where(gone, 0.0, 1.0)
-            diagonal = gl.where(row[:, None] == col[None, :], unit, 0.0)
-            if i_v == 0:
-                s0 += diagonal
-            else:
-                s1 += diagonal
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
-    save_row = ((STREAM * chunks + chunk) * HV + hv) * K
+    save_row = (((STREAM if TWO else 0) * chunks + chunk) * HV + hv) * K
     key_col = hv // (HV // H) * K
     value_col = hv * V + i_v * 64
 
-    some = begin < n
-    entry = start + begin * 64
+    some = n > 0
     if FIRST or not LINKED:
         for p in gl.static_range(KEYS if LINKED else 1):
-            mbarrier.expect(keys.index(p), 8192 * KT, pred=begin + p < n)
-            if not ONLY:
-                mbarrier.expect(queries.index(p), 8192 * KT, pred=begin + p < n)
+            mbarrier.expect(keys.index(p), 8192 * KT, pred=p < n)
+            mbarrier.expect(queries.index(p), 8192 * KT, pred=p < n)
             for j in gl.static_range(KT):
-                spot = [entry + p * 64, key_col + j * 64]
-                tma.async_copy_global_to_shared(k, spot, keys.index(p), k_s.index(p * KT + j), pred=begin + p < n)
-                if not ONLY:
-                    tma.async_copy_global_to_shared(
-                        q, spot, queries.index(p), q_s.index(p * KT + j), pred=begin + p < n
-                    )
+                spot = [start + p * 64, key_col + j * 64]
+                tma.async_copy_global_to_shared(k, spot, keys.index(p), k_s.index(p * KT + j), pred=p < n)
+                tma.async_copy_global_to_shared(q, spot, queries.index(p), q_s.index(p * KT + j), pred=p < n)
     if OWN > 0:
         mbarrier.expect(own, OWN, pred=some)
         if HAS_X:
-            tma.async_copy_global_to_shared(x, [entry, value_col], own, x_s.index(0), pred=some)
+            tma.async_copy_global_to_shared(x, [start, value_col], own, x_s.index(0), pred=some)
         if HAS_TILE:
-            tma.async_copy_global_to_shared(tiles, [tile_row + begin * 64, 0], own, l_s.index(0), pred=some)
+            tma.async_copy_global_to_shared(tiles, [tile_row, 0], own, l_s.index(0), pred=some)
         if HAS_Y:
-            tma.async_copy_global_to_shared(y, [entry, value_col], own, y_s.index(0), pred=some)
-    entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, entry, end, LINE)
+            tma.async_copy_global_to_shared(y, [start, value_col], own, y_s.index(0), pred=some)
+    entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, start, end, LINE)
     until_s.index(0).store(entry_until)
     before_s.index(0).store(entry_before)
     rate_s.index(0).store(entry_rate)
-    for i in range(begin, n):
-        c = i - begin
-        par = c & 1
-        turn = (c >> 1) & 1
+    if EARLY:
+        barrier()
+    for i in range(n):
+        par = i & 1
+        turn = (i >> 1) & 1
         more = i + 1 < n
-        slot = c % KEYS
-        round = (c // KEYS) & 1
+        slot = i % KEYS
+        round = (i // KEYS) & 1
         here = slot * KT
         if LINKED:
             asked, queried = here, round
         else:
-            asked, queried = 0, c & 1
+            asked, queried = 0, par
         first = start + i * 64
         after = first + 64
-        t = first + row
         rows = end - first
         whole = gl.exp2(last)
 
@@ -207,8 +180,20 @@ def walk(
         state_s.index(o).store(s0.to(dtype))
         if KT == 2:
             state_s.index(o + 1).store(s1.to(dtype))
-        if FIRST and not ONLY:
+        if FIRST:
             tma.store_wait(1)
+        if LINKED and not FIRST:
+            given = left_s.index(par)
+        else:
+            given = x_s.index(o)
+        if EARLY:
+            mbarrier.wait(own, par)
+            if rows < 64:
+                keep_rows(x_s.index(0), rows, 4)
+                barrier()
+            rate = rate_s.index(o).load(ROW)
+            work = given.load(ACC).to(gl.float32) * rate[:, None]
+            one_s.index(o).store(work.to(dtype))
         publish()
         # Asked for here, to be there by the end of the chunk.
         next_until, next_before, next_rate, next_last, _ = load_gates(
@@ -227,90 +212,93 @@ def walk(
         if LINKED and not FIRST:
             mbarrier.wait(ready.index(par), turn)
         mbarrier.wait(keys.index(slot), round)
-        if not ONLY:
-            mbarrier.wait(queries.index(slot if LINKED else 0), queried)
-        if OWN > 0:
-            mbarrier.wait(own, c & 1)
+        mbarrier.wait(queries.index(slot if LINKED else 0), queried)
+        if OWN > 0 and not EARLY:
+            mbarrier.wait(own, par)
         if rows < 64:
             if FIRST or not LINKED:
                 for j in gl.static_range(KT):
                     keep_rows(k_s.index(here + j), rows, 4)
-                    if not ONLY:
-                        keep_rows(q_s.index(asked + j), rows, 4)
-            if HAS_X:
+                    keep_rows(q_s.index(asked + j), rows, 4)
+            if HAS_X and not EARLY:
                 keep_rows(x_s.index(0), rows, 4)
             publish()
+        if EARLY:
+            score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         if HAS_TILE:
             seen = product(k_s, state_s, KT, ACC, here + o, o)
-        if not ONLY:
+        if EARLY:
+            inner = warpgroup_mma(
+                l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
+            )
+            out = product(q_s, state_s, KT, ACC, asked + o, o)
+        else:
             score = product(q_s, k_s, KT, ACC, asked + o, here + o, B_T=True)
         until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
         start_decay = gl.exp2(before)
         tail = gl.exp2(last - until)
-        if LINKED and not FIRST:
-            given = left_s.index(par)
-        else:
-            given = x_s.index(o)
-        if HAS_TILE:
-            seen = warpgroup_mma_wait(0 if ONLY else KT, deps=(seen,))
-        if ONLY == MAP:
-            work = -seen * grow[:, None]
-        elif DELTA:
+        if HAS_TILE and not EARLY:
+            seen = warpgroup_mma_wait(KT, deps=(seen,))
+        if DELTA:
             work = given.load(ACC).to(gl.float32) - seen * grow[:, None]
-        else:
+        elif not EARLY:
             work = given.load(ACC).to(gl.float32) * rate[:, None]
-        if HAS_TILE:
+        if HAS_TILE and not EARLY:
             one_s.index(o).store(work.to(dtype))
             publish()
             o = opaque(0)
             inner = warpgroup_mma(
                 l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
             )
-        if not ONLY:
+        if EARLY:
+            score = warpgroup_mma_wait(2 * KT + 1, deps=(score,))
+        else:
             score = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(score,))
-            if FIRST:
-                if GATED:
-                    reads, rise = grow, until
-                else:
-                    reads, rise = start_decay, before
-                seen_by = row[:, None] > col[None, :]
-            else:
+        if FIRST:
+            if GATED:
                 reads, rise = grow, until
-                seen_by = row[:, None] >= col[None, :]
-            until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
-            fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
-            p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
-            out = product(q_s, state_s, KT, ACC, asked + o, o)
-            if HAS_TILE:
-                inner, out = warpgroup_mma_wait(0, deps=(inner, out))
             else:
-                out = warpgroup_mma_wait(0, deps=(out,))
-            out = out * reads[:, None]
-            if FIRST:
-                if DELTA:
-                    seen = seen * start_decay[:, None] - inner
-                else:
-                    seen = seen * start_decay[:, None] + inner
-                if DECAYED:
-                    seen = seen * alpha[:, None]
-                left = x_s.index(o).load(ACC).to(gl.float32) - seen
-                if CLIP:
-                    if MASK:
-                        values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
-                        gl.store(inside + values, (gl.abs(left) <= clip).to(gl.int8), mask=(t < end)[:, None])
-                    left = gl.minimum(gl.maximum(left, -clip), clip)
-                if LINKED:
-                    mbarrier.wait(done.index(par), 1 - turn, pred=c >= 2)
-                    left_s.index(par).store(left.to(dtype))
-                else:
-                    left_s.index(o).store(left.to(dtype))
+                reads, rise = start_decay, before
+            seen_by = row[:, None] > col[None, :]
+        else:
+            reads, rise = grow, until
+            seen_by = row[:, None] >= col[None, :]
+        until_c = until_s.index(o).load(gl.SliceLayout(0, ACC))
+        fade = gl.exp2(gl.minimum(rise[:, None] - until_c[None, :], 0.0))
+        p_s.index(o).store(gl.where(seen_by, score * fade, 0.0).to(dtype))
+        if not EARLY:
+            out = product(q_s, state_s, KT, ACC, asked + o, o)
+        if EARLY:
+            seen, inner, out = warpgroup_mma_wait(0, deps=(seen, inner, out))
         elif HAS_TILE:
-            inner = warpgroup_mma_wait(0, deps=(inner,))
+            inner, out = warpgroup_mma_wait(0, deps=(inner, out))
+        else:
+            out = warpgroup_mma_wait(0, deps=(out,))
+        out = out * reads[:, None]
+        if FIRST:
+            if DELTA:
+                seen = seen * start_decay[:, None] - inner
+            else:
+                seen = seen * start_decay[:, None] + inner
+            if DECAYED:
+                seen = seen * alpha[:, None]
+            left = x_s.index(o).load(ACC).to(gl.float32) - seen
+            if CLIP:
+                # None within the bound is rounded up to it, so that what is stored says where the clip was active.
+                most = gl.where(gl.abs(left) <= clip, below, clip)
+                left = gl.minimum(gl.maximum(left, -most), most)
+            if LINKED:
+                mbarrier.wait(done.index(par), 1 - turn, pred=i >= 2)
+                left_s.index(par).store(left.to(dtype))
+            else:
+                left_s.index(o).store(left.to(dtype))
         if DELTA:
             work = (work + inner * alpha[:, None]) * rate[:, None]
-        if not ONLY:
-            tma.store_wait(0)
+        if EARLY:
+            # Again, since it would take registers that products want.
+            work = given.load(ACC).to(gl.float32) * rate[:, None]
+        tma.store_wait(0)
         barrier()
         if OWN > 0:
             mbarrier.expect(own, OWN, pred=more)
@@ -320,15 +308,21 @@ def walk(
                 tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], own, l_s.index(0), pred=more)
             if HAS_Y:
                 tma.async_copy_global_to_shared(y, [after, value_col], own, y_s.index(1 - par), pred=more)
-        if not ONLY and not LINKED:
+        if not LINKED:
             mbarrier.expect(queries.index(0), 8192 * KT, pred=more)
             for j in gl.static_range(KT):
                 tma.async_copy_global_to_shared(q, [after, key_col + j * 64], queries.index(0), q_s.index(j), pred=more)
-        one_s.index(o).store(work.to(dtype))
+        if not EARLY:
+            one_s.index(o).store(work.to(dtype))
         state_s.index(o).store((work * tail[:, None]).to(dtype))
         publish()
         o = opaque(0)
-        if FIRST and not ONLY:
+        if EARLY:
+            # Every warp has read this chunk's; here, so that the next chunk finds its own from the start.
+            until_s.index(0).store(next_until)
+            before_s.index(0).store(next_before)
+            rate_s.index(0).store(next_rate)
+        if FIRST:
             if LINKED:
                 if SAVE:
                     put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
@@ -337,52 +331,47 @@ def walk(
         s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
-        if ONLY:
-            s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
+        out = warpgroup_mma(p_s.index(o), one_s.index(o), out, is_async=True)
+        out, s0, s1 = warpgroup_mma_wait(0, deps=(out, s0, s1))
+        out = out * scale
+        if ADDS and GATED:
+            out = out * rate[:, None]
+        if LINKED and FIRST:
+            share_s.index(par).store(out.to(dtype))
+            barrier()
+            mbarrier.arrive(ready.index(par), count=1)
         else:
-            out = warpgroup_mma(p_s.index(o), one_s.index(o), out, is_async=True)
-            out, s0, s1 = warpgroup_mma_wait(0, deps=(out, s0, s1))
-            out = out * scale
-            if ADDS and GATED:
-                out = out * rate[:, None]
-            if LINKED and FIRST:
-                share_s.index(par).store(out.to(dtype))
-                barrier()
-                mbarrier.arrive(ready.index(par), count=1)
+            if LINKED:
+                out += share_s.index(par).load(ACC).to(gl.float32)
+                y_s.index(o).store(out.to(dtype))
+                publish()
+                mbarrier.arrive(done.index(par), count=1)
+                o = opaque(0)
+                put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+                later = i + KEYS < n
+                mbarrier.expect(keys.index(slot), 8192 * KT, pred=later)
+                mbarrier.expect(queries.index(slot), 8192 * KT, pred=later)
+                for j in gl.static_range(KT):
+                    spot = [first + KEYS * 64, key_col + j * 64]
+                    tma.async_copy_global_to_shared(k, spot, keys.index(slot), k_s.index(here + j), pred=later)
+                    tma.async_copy_global_to_shared(q, spot, queries.index(slot), q_s.index(here + j), pred=later)
+            elif ADDS:
+                out += y_s.index(par).load(ACC).to(gl.float32)
+                y_s.index(par).store(out.to(dtype))
+                publish()
+                put(y_s.index(par), y, y_memory, first, value_col, rows, HV * V, 64, 4)
             else:
-                if LINKED:
-                    out += share_s.index(par).load(ACC).to(gl.float32)
-                    y_s.index(o).store(out.to(dtype))
-                    publish()
-                    mbarrier.arrive(done.index(par), count=1)
-                    o = opaque(0)
-                    put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-                    later = i + KEYS < n
-                    mbarrier.expect(keys.index(slot), 8192 * KT, pred=later)
-                    mbarrier.expect(queries.index(slot), 8192 * KT, pred=later)
-                    for j in gl.static_range(KT):
-                        spot = [first + KEYS * 64, key_col + j * 64]
-                        tma.async_copy_global_to_shared(k, spot, keys.index(slot), k_s.index(here + j), pred=later)
-                        tma.async_copy_global_to_shared(q, spot, queries.index(slot), q_s.index(here + j), pred=later)
-                elif ADDS:
-                    out += y_s.index(par).load(ACC).to(gl.float32)
-                    y_s.index(par).store(out.to(dtype))
-                    publish()
-                    put(y_s.index(par), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-                else:
-                    y_s.index(o).store(out.to(dtype))
-                    publish()
-                    o = opaque(0)
-                    put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-        until_s.index(0).store(next_until)
-        before_s.index(0).store(next_before)
-        rate_s.index(0).store(next_rate)
+                y_s.index(o).store(out.to(dtype))
+                publish()
+                o = opaque(0)
+                put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
+        if not EARLY:
+            until_s.index(0).store(next_until)
+            before_s.index(0).store(next_before)
+            rate_s.index(0).store(next_rate)
         last = next_last
-    if not ONLY:
-        tma.store_wait(0)
-    if ONLY:
-        store_state(ends, at, s0, s1, V, KT)
-    elif (s + 1) % parts == 0:
+    tma.store_wait(0)
+    if (s + 1) % parts == 0:
         # The end of the sequence; other stretches' ends were known before they were walked.
         place = ((STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv) * (K * V) + i_v * 64
         store_state(ends, place + row[:, None] * V + col[None, :], s0, s1, V, KT)
@@ -403,7 +392,6 @@ def forward_stream(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -416,6 +404,7 @@ def forward_stream(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
@@ -427,14 +416,11 @@ def forward_stream(
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE: gl.constexpr,
-    MASK: gl.constexpr,
-    ONLY: gl.constexpr,
 ):
     """One stream in chunks of 64; grid (stretches * HV * V / 64,); q, k, x, tiles, saved, y, residual are descriptors.
 
     x is v for the first or only stream, the residual for the second. The first leaves the residual and its share of
-    y; the second adds to that y. ONLY = END gives just the end states of the stretches, from zero, and their decays
-    [2, stretches, HV]; ONLY = MAP the matrices [K, V = K] that take a stretch's start state to its end.
+    y; the second adds to that y.
     """
     TILE: gl.constexpr = q.layout
     KT: gl.constexpr = K // 64
@@ -452,8 +438,8 @@ def forward_stream(
     state_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
     p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     one_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    y_s = gl.allocate_shared_memory(dtype, [2 if TWO and not FIRST and not ONLY else 1, 64, 64], TILE)
-    if FIRST and not ONLY:
+    y_s = gl.allocate_shared_memory(dtype, [2 if TWO and not FIRST else 1, 64, 64], TILE)
+    if FIRST:
         left_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     else:
         left_s = x_s
@@ -484,7 +470,6 @@ def forward_stream(
         ends,
         y_memory,
         residual_memory,
-        inside,
         decays,
         k_s,
         q_s,
@@ -518,6 +503,7 @@ def forward_stream(
         HV,
         scale,
         clip,
+        below,
         K,
         V,
         FIRST,
@@ -529,8 +515,6 @@ def forward_stream(
         FROM,
         GATHER,
         SAVE,
-        MASK,
-        ONLY,
         False,
     )
 
@@ -550,7 +534,6 @@ def forward_streams(
     ends,
     y_memory,
     residual_memory,
-    inside,
     decays,
     stretch_start,
     stretch_end,
@@ -563,6 +546,7 @@ def forward_streams(
     HV,
     scale,
     clip,
+    below,
     K: gl.constexpr,
     V: gl.constexpr,
     DELTA: gl.constexpr,
@@ -638,7 +622,6 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -672,6 +655,7 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(True),
@@ -683,8 +667,6 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
-                    gl.constexpr(False),
-                    gl.constexpr(0),
                     gl.constexpr(True),
                 ),
             ),
@@ -704,7 +686,6 @@ def forward_streams(
                     ends,
                     y_memory,
                     residual_memory,
-                    inside,
                     decays,
                     k_s,
                     q_s,
@@ -738,6 +719,7 @@ def forward_streams(
                     HV,
                     scale,
                     clip,
+                    below,
                     K,
                     V,
                     gl.constexpr(False),
@@ -749,8 +731,6 @@ def forward_streams(
                     FROM,
                     gl.constexpr(False),
                     SAVE,
-                    gl.constexpr(False),
-                    gl.constexpr(0),
                     gl.constexpr(True),
                 ),
             ),

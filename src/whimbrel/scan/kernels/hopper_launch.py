@@ -76,6 +76,15 @@ def scratch_shape(
     return (1 + delta, 2, sequences * splits, value_heads, key_dim, value_dim) if splits > 1 else (0,)
 
 
+@cache
+def _below(clip: float | None, dtype: torch.dtype) -> float:
+    """The largest number of a dtype below the clip as it is in that dtype."""
+    if clip is None:
+        return 0.0
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    return float((torch.tensor(clip, dtype=dtype).view(bits) - 1).view(dtype))
+
+
 def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Matrix]:
     """Blocks of [rows, columns] of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
     return [Matrix(x, x.shape[-1] * (x.shape[2] if x.dim() == 4 else 1), rows, columns) for x in tensors]
@@ -94,6 +103,41 @@ def cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Segments, int]
     return segments(cu_seqlens, batch, time, CHUNK, parts, q.device), parts
 
 
+def prepare(
+    k: Tensor,
+    log_decay: Tensor,
+    first_rate: Tensor | None,
+    second_rate: Tensor,
+    gates: Tensor,
+    tiles: Tensor,
+    table: Segments,
+) -> None:
+    """Fill gates and tiles, for the delta rule."""
+    from whimbrel.scan.kernels.hopper_prepare import prepare_delta
+
+    heads, key_dim = k.shape[2:]
+    value_heads, chunks = log_decay.shape[2], table.chunk_start.numel()
+    launch(
+        prepare_delta,
+        chunks * value_heads,
+        *_matrices(*_aligned(k), tiles),
+        log_decay,
+        second_rate if first_rate is None else first_rate,
+        second_rate,
+        gates,
+        table.chunk_start,
+        table.chunk_end,
+        gates.shape[2],
+        chunks,
+        heads,
+        value_heads,
+        K=key_dim,
+        TWO=first_rate is not None,
+        num_warps=4,
+        maxnreg=128,  # four programs on a multiprocessor
+    )
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -101,7 +145,6 @@ def forward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
-    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     start: Tensor | None,
@@ -116,6 +159,7 @@ def forward(
     save: bool,
 ) -> None:
     """Fill y, ends, and what the backward needs."""
+    from whimbrel.scan.kernels.hopper_ends import stretch_ends
     from whimbrel.scan.kernels.hopper_forward import forward_stream, forward_streams
 
     q, k, v = _aligned(q, k, v)
@@ -129,10 +173,10 @@ def forward(
     local = scratch[0] if splits > 1 else ends
     begins = scratch[1] if splits > 1 and flags.DELTA else start
 
-    def stream(kernel: Any, given: Any, starts: Tensor | None, out: Tensor, columns: int, **constants: Any) -> None:
+    def stream(kernel: Any, given: Any, **constants: Any) -> None:
         launch(
             kernel,
-            stretches * value_heads * (columns // 64),
+            stretches * value_heads * (value_dim // 64),
             queries,
             keys,
             given,
@@ -141,12 +185,11 @@ def forward(
             result,
             left,
             gates,
-            out if starts is None else starts,
+            ends if begins is None else begins,
             local,
-            out,
+            ends,
             y,
             residual,
-            inside,
             carried,
             table.stretch_start,
             table.stretch_end,
@@ -159,31 +202,56 @@ def forward(
             value_heads,
             scale,
             clip or 0.0,
+            _below(clip, q.dtype),
             K=key_dim,
-            V=columns,
-            FROM=starts is not None,
+            V=value_dim,
+            FROM=begins is not None,
+            SAVE=save,
             num_warps=4,
             **constants,
             **flags._asdict(),
         )
 
     if flags.TWO and splits == 1:
-        stream(forward_streams, values, begins, ends, value_dim, SAVE=save)
+        stream(forward_streams, values)
         return
     for first in (True, False) if flags.TWO else (False,):
         given = values if first or not flags.TWO else left
         if splits > 1:
             i = 0 if first else 1
-            part = {"FIRST": first, "SAVE": False, "MASK": False, "GATHER": False}
-            if flags.DELTA:
-                stream(forward_stream, given, None, carried, key_dim, ONLY=2, **part)
-            stream(forward_stream, given, None, local, value_dim, ONLY=1, **part)
+            # Matrices of both streams at once: they do not depend on what the first one leaves.
+            maps = (2 if first else 0) if flags.TWO else 1
+            maps = maps if flags.DELTA else 0
+            launch(
+                stretch_ends,
+                stretches * value_heads * (value_dim + maps * key_dim) // 64,
+                keys,
+                given,
+                solved,
+                gates,
+                local,
+                carried,
+                table.stretch_start,
+                table.stretch_end,
+                table.stretch_chunk,
+                q.shape[0] * q.shape[1],
+                table.chunk_start.numel(),
+                stretches,
+                heads,
+                value_heads,
+                K=key_dim,
+                V=value_dim,
+                FIRST=first,
+                DELTA=flags.DELTA,
+                TWO=flags.TWO,
+                MAPS=maps > 0,
+                num_warps=4,
+                maxnreg=168,  # three programs on a multiprocessor
+            )
             if flags.DELTA:
                 begin = None if start is None else start[i]
                 carry(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
-        whole = {"FIRST": first, "SAVE": save, "MASK": save and splits > 1, "ONLY": 0}
-        whole["GATHER"] = splits > 1 and not flags.DELTA
-        stream(forward_stream, given, begins, ends, value_dim, **whole)
+        stream(forward_stream, given, FIRST=first, GATHER=splits > 1 and not flags.DELTA)
 
 
 def backward(
@@ -194,7 +262,6 @@ def backward(
     gates: Tensor,
     tiles: Tensor,
     saved: Tensor,
-    inside: Tensor,
     residual: Tensor,
     carried: Tensor,
     dends: Tensor | None,
@@ -240,7 +307,7 @@ def backward(
                 gates,
                 local,
                 dv,
-                inside,
+                residual,
                 table.stretch_start,
                 table.stretch_end,
                 table.stretch_chunk,
@@ -250,6 +317,7 @@ def backward(
                 heads,
                 value_heads,
                 scale,
+                _below(clip, q.dtype),
                 K=key_dim,
                 V=value_dim,
                 FIRST=first,
@@ -265,6 +333,7 @@ def backward(
             queries,
             keys,
             values if first or not flags.TWO else left,
+            left,
             given,
             solved,
             kept,
@@ -291,7 +360,7 @@ def backward(
             heads,
             value_heads,
             scale,
-            clip or 0.0,
+            clip or 0.0 if flags.DELTA else _below(clip, q.dtype),
             K=key_dim,
             V=value_dim,
             FIRST=first,

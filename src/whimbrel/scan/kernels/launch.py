@@ -81,14 +81,23 @@ def _scan_forward(
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
     table, parts = _cut(q, v, cu_seqlens, hopper)
     tokens, chunks, sequences = batch * time, table.chunk_start.numel(), table.stretch_start.numel() // parts
+    gates = _empty(q, (3, value_heads, tokens), torch.float32)
+    tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
+    dtypes = [None if x is None else x.dtype for x in (q, log_decay, first_rate, second_rate, start)]
+    shapes = q.shape, v.shape, sequences, parts, *dtypes
+    if tokens:
+        # By itself and first, so that the device is at work while the host finds memory for the rest.
+        replay(
+            ("prepare", flags, *shapes),
+            (k, log_decay, first_rate, second_rate, gates, tiles, *table),
+            lambda: _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper),
+        )
     y = torch.empty_like(v)
     ends = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
     if not flags.TWO:
         ends[0].zero_()
-    gates = _empty(q, (3, value_heads, tokens), torch.float32)
-    tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
-    saved = _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8)
+    saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
+    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
     residual, carried, scratch = (
         _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save)
     )
@@ -98,18 +107,15 @@ def _scan_forward(
         return kept
 
     def run() -> None:
-        _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper)
         if hopper:
             _hopper.forward(
-                q, k, v, gates, tiles, saved, inside, residual, carried, start, ends, y, scratch,
+                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, scratch,
                 table, parts, flags, scale, clip, save,
             )  # fmt: skip
         else:
             _forward_anywhere(q, k, v, gates, tiles, saved, inside, start, ends, y, table, flags, scale, clip, save)
 
-    tensors = (q, k, v, log_decay, first_rate, second_rate, start, *kept, scratch, *table)
-    dtypes = [None if x is None else x.dtype for x in (q, log_decay, first_rate, second_rate, start)]
-    replay(("forward", flags, scale, clip, save, q.shape, v.shape, sequences, parts, *dtypes), tensors, run)
+    replay(("forward", flags, scale, clip, save, *shapes), (q, k, v, start, *kept, scratch, *table), run)
     return kept
 
 
@@ -132,6 +138,9 @@ def _prepare_chunks(
     hopper: bool,
 ) -> None:
     """Fill gates and tiles."""
+    if hopper and flags.DELTA:
+        _hopper.prepare(k, log_decay, first_rate, second_rate, gates, tiles, table)
+        return
     heads, key_dim = k.shape[2:]
     value_heads, chunks = log_decay.shape[2], table.chunk_start.numel()
     launch(
@@ -236,15 +245,10 @@ def _fake_forward(
         _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32),
         _empty(q, (3, value_heads, batch * time), torch.float32),
         _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
-        _empty(q, (2, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and _keeps_mask(hopper, flags, parts) else (0,), torch.int8),
+        _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
+        _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8),
         *(_empty(q, shape, dtype) for shape, dtype in (residual, carried)),
     )
-
-
-def _keeps_mask(hopper: bool, flags: Flags, parts: int) -> bool:
-    """Whether the backward reads where the clip was active; on Hopper only a walk that cannot see the states does."""
-    return flags.TWO and flags.CLIP and (not hopper or parts > 1)
 
 
 def _hopper_extras(
@@ -266,6 +270,11 @@ def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def _states(sequences: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
     return 2, sequences, heads, key_dim, value_dim
+
+
+def _saved(hopper: bool, flags: Flags, chunks: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
+    """States at the chunks' starts; the kernels that run anywhere leave the first plane of one state empty."""
+    return 1 if hopper and not flags.TWO else 2, chunks, heads, key_dim, value_dim
 
 
 def _tiles(flags: Flags, heads: int, chunks: int, chunk: int) -> tuple[int, ...]:
@@ -318,7 +327,7 @@ def _scan_backward(
     def run() -> None:
         if hopper:
             _hopper.backward(
-                q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends, dstarts,
+                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstarts,
                 dq, dk, dv, dlog, dfirst, dsecond, scratch, table, parts, flags, scale, clip,
             )  # fmt: skip
         else:

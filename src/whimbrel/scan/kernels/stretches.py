@@ -9,8 +9,8 @@ from torch import Tensor
 from whimbrel.launches import launch
 
 COLUMNS = 16
-ROWS = 32
-"""Columns of the state that a program carries, and rows of it in one product."""
+"""Columns of the state that a program carries: too few for Hopper's matrix instructions, which Triton miscompiles in
+places."""
 
 
 @triton.jit(do_not_specialize=["parts", "HV"])
@@ -24,58 +24,53 @@ def hand_over(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
     BV: tl.constexpr,
-    MATRIX: tl.constexpr,
     BACK: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
     """One sequence, value head and block of columns; grid (N * HV * V / BV,).
 
     out of the first stretch is `given` [N, HV, K, V], or zero; of each further one, local + by @ out of the one before,
-    with `by` and `local` of the one before. BACK goes from the last stretch to the first, with `by` transposed.
+    with `by` and `local` of the one before. BACK goes from the last stretch to the first, with `by` transposed. States
+    are held transposed, so that nothing but the matrices, which can be asked for early, goes through memory.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (V + BV - 1) // BV
     i_v, hv, n = pid % blocks, (pid // blocks) % HV, pid // (blocks * HV)
-    row, part, col = tl.arange(0, BK), tl.arange(0, BR), i_v * BV + tl.arange(0, BV)
-    tile = row[:, None] * V + col[None, :]
-    inside = (row[:, None] < K) & (col[None, :] < V)
-    state = tl.zeros([BK, BV], tl.float32)
+    col, row = i_v * BV + tl.arange(0, BV), tl.arange(0, BK)
+    tile = row[None, :] * V + col[:, None]
+    inside = (row[None, :] < K) & (col[:, None] < V)
+    inner, outer = row[:, None], row[None, :]
+    square = (inner < K) & (outer < K)
+    if BACK:
+        matrix = inner * K + outer
+    else:
+        matrix = outer * K + inner
+    state = tl.zeros([BV, BK], tl.float32)
     if GIVEN:
         state = tl.load(given + (n * HV + hv).to(tl.int64) * K * V + tile, mask=inside, other=0.0)
-    for step in range(parts):
+    for step in range(parts - 1):
         place = step
         if BACK:
             place = parts - 1 - step
         at = ((n * parts + place) * HV + hv).to(tl.int64)
+        by = tl.load(carried + at * K * K + matrix, mask=square, other=0.0)
+        total = tl.load(local + at * K * V + tile, mask=inside, other=0.0)
         tl.store(out + at * K * V + tile, state, mask=inside)
-        if step + 1 < parts:
-            total = tl.load(local + at * K * V + tile, mask=inside, other=0.0)
-            if MATRIX:
-                # Products take rows of the state, which other threads have written.
-                tl.debug_barrier()
-                for first in range(0, K, BR):
-                    inner = first + part
-                    if BACK:
-                        by = carried + at * K * K + inner[None, :] * K + row[:, None]
-                    else:
-                        by = carried + at * K * K + row[:, None] * K + inner[None, :]
-                    b_by = tl.load(by, mask=(row[:, None] < K) & (inner[None, :] < K), other=0.0)
-                    rows = out + at * K * V + inner[:, None] * V + col[None, :]
-                    b_rows = tl.load(rows, mask=(inner[:, None] < K) & (col[None, :] < V), other=0.0)
-                    total = tl.dot(b_by, b_rows, total, input_precision="tf32x3")
-                state = total
-            else:
-                state = total + tl.load(carried + at) * state
+        state = tl.dot(state, by, total, input_precision="tf32x3")
+    place = parts - 1
+    if BACK:
+        place = 0
+    at = ((n * parts + place) * HV + hv).to(tl.int64)
+    tl.store(out + at * K * V + tile, state, mask=inside)
 
 
 def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, back: bool, out: Tensor) -> None:
     """Fill `out` with the start states of all stretches, or with the cotangents of their end states when going `back`.
 
     local [N * parts, HV, K, V] fp32: the end states of the stretches from a start of zero (back: the cotangents of
-    their start states without one of their ends); carried [N * parts, HV, K, K] or [N * parts, HV] fp32: what takes a
-    start state to the end; given [N, HV, K, V] fp32: the first stretch's start (back: the last one's cotangent).
+    their start states without one of their ends); carried [N * parts, HV, K, K] fp32: what takes a start state to the
+    end; given [N, HV, K, V] fp32: the first stretch's start (back: the last one's cotangent).
     """
     stretches, value_heads, key_dim, value_dim = local.shape
     launch(
@@ -90,12 +85,9 @@ def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, b
         K=key_dim,
         V=value_dim,
         BK=max(16, triton.next_power_of_2(key_dim)),
-        BR=ROWS,
         BV=COLUMNS,
-        MATRIX=carried.dim() == 4,
         BACK=back,
         GIVEN=given is not None,
-        # With four, Triton would take Hopper's matrix instructions, which it miscompiles in places.
-        num_warps=2,
-        num_stages=1,
+        num_warps=8,
+        num_stages=2,
     )

@@ -10,7 +10,10 @@ from whimbrel.testing.gluon import emulated
 from whimbrel.testing.recurrence import Recurrence, Shape
 
 pytest.importorskip("triton.experimental.gluon")
-KERNELS = [f"whimbrel.scan.kernels.{name}" for name in ("hopper", "hopper_forward", "hopper_backward")]
+KERNELS = [
+    f"whimbrel.scan.kernels.{name}"
+    for name in ("hopper", "hopper_prepare", "hopper_ends", "hopper_forward", "hopper_backward")
+]
 EDGES = torch.tensor([0, 5, 5, 70, 140], dtype=torch.int32)
 SHAPES = [
     Shape(2, 70, 1, 2, 64, 64),
