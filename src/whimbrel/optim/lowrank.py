@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whimbrel.optim import counter
+from whimbrel.optim import counter, storage
 from whimbrel.optim.sharding import WHOLE, Split, Spread
 
 OVERSAMPLING = 8
@@ -33,6 +33,8 @@ FILL = 1e-6
 """Size of the noise that fills columns without rank, relative to a column: above the rounding of float32."""
 SHIFT = 2e-15
 """Added to the first Gram matrix, for each column, some ten roundings of float64."""
+COARSE_FILL = 2.0**-11
+"""Size of the noise for columns that are products of bfloat16. Its square is far above the rounding of float64."""
 WARM_ITERATIONS = 1
 """Multiplications with G G^T in a later fit, which starts from the basis before it. What a second one adds is far less
 than what a basis loses until its next refresh (benchmarks/refresh_quality.py)."""
@@ -64,15 +66,16 @@ def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> T
     return first @ second if add is None else add.baddbmm_(first, second)
 
 
-def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Tensor:
+def orthonormal(x: Tensor, *, rounds: int = 2, fill: float = FILL, split: Split = WHOLE.depth) -> Tensor:
     """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
 
     Cholesky QR: `rounds` of products and one triangular solve each, where Householder's takes k dependent steps,
     which leave a GPU idle. It squares the condition number, which plain CholeskyQR2 does not survive; here the
     columns are brought to norm 1, the work is done in float64, a first round is shifted (Fukaya et al. 2020), and a
-    little of fixed noise in every column bounds the condition by about 1 / FILL and completes the basis where x has
-    lost rank. One round is enough between two multiplications. Columns keep their signs, as moments that outlive a
-    refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
+    little of fixed noise in every column bounds the condition by about 1 / fill and completes the basis where x has
+    lost rank. One round is enough between two multiplications, and, for k <= d / 2, with COARSE_FILL, which needs no
+    shift. Columns keep their signs, as moments that
+    outlive a refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
     split: how the rows of x are split over processes, which add up the Gram matrices of their rows.
     """
     columns = x.shape[-1]
@@ -82,10 +85,10 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
     if split.groups:
         norm = split.sum(norm.square()).sqrt()
     y.div_(norm.clamp_min(torch.finfo(torch.float32).tiny))
-    y.add_(split.cut(_filling(rows, columns, x.device), -2), alpha=FILL / math.sqrt(rows) / (1 << 16))
+    y.add_(split.cut(_filling(rows, columns, x.device), -2), alpha=fill / math.sqrt(rows) / (1 << 16))
     for done in range(rounds):
         gram = split.sum(y.mT @ y)
-        if done == 0:
+        if done == 0 and fill < COARSE_FILL:
             gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * columns)
         lower, _ = torch.linalg.cholesky_ex(gram)
         y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
@@ -99,39 +102,46 @@ def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
     return counter.lattice(key, rows, columns).sub_(1 << 15).short()
 
 
-def times(matrices: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
-    """Products [B, m, k] of matrices [B, m, n], or of B matrices that lie anywhere, with x [B, n, k]."""
+Matrices = Tensor | Sequence[Tensor]
+"""[B, m, n], or B matrices [m, n] that lie anywhere."""
+
+
+def times(matrices: Matrices, x: Tensor) -> Tensor:
+    """Products [B, m, k] with x [B, n, k], rounded to their dtype, in float32 also where that is bfloat16."""
     if isinstance(matrices, Tensor):
-        return matrices @ x
-    return torch.stack([matrix @ columns for matrix, columns in zip(matrices, x.unbind(), strict=True)])
+        return _product(matrices, x)
+    return storage.stack([_product(matrix, columns) for matrix, columns in zip(matrices, x.unbind(), strict=True)])
 
 
-def iterate(
-    grad: Tensor | Sequence[Tensor],
-    start: Tensor,
-    side: str,
-    iterations: int,
-    *,
-    products: torch.dtype = torch.float32,
-    spread: Spread = WHOLE,
-) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    b = b.to(a.dtype)
+    if a.dtype == torch.float32:
+        return a @ b
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)
+
+
+def _both_ways(grad: Matrices, side: str, dtype: torch.dtype) -> tuple[Matrices, Matrices]:
+    """The gradients with the dimension of their bases first, and with it last."""
+    if isinstance(grad, Tensor):
+        g = (grad if side == "left" else grad.mT).to(dtype)
+        return g, g.mT
+    found = [(x if side == "left" else x.mT).to(dtype) for x in grad]
+    return found, [x.mT for x in found]
+
+
+def iterate(grad: Matrices, start: Tensor, side: str, iterations: int, *, spread: Spread = WHOLE) -> Tensor:
     """Block power iteration from `start` [B, d, k], orthonormalised after every multiplication.
 
     Without the orthonormalisation between grad and grad^T the condition number is squared, and directions
     below about 3e-4 of the largest are lost in float32. All but the last only keep the columns apart.
-    products: dtype of the factors; in that of a gradient in bfloat16 they run on its matrix units.
     """
-    g: Tensor | list[Tensor]
-    if isinstance(grad, Tensor):
-        g = (grad if side == "left" else grad.mT).to(products)
-        transposed = g.mT
-    else:
-        g = [(x if side == "left" else x.mT).to(products) for x in grad]
-        transposed = [x.mT for x in g]
+    g, transposed = _both_ways(grad, side, torch.float32)
     for done in range(1, iterations + 1):
-        middle = spread.depth.sum(times(transposed, start.to(products)).to(start.dtype))
-        middle = orthonormal(middle, rounds=1, split=spread.slices)
-        start = spread.slices.sum(times(g, middle.to(products)).to(start.dtype))
+        middle = orthonormal(spread.depth.sum(times(transposed, start)), rounds=1, split=spread.slices)
+        start = spread.slices.sum(times(g, middle))
         start = orthonormal(start, rounds=2 if done == iterations else 1, split=spread.depth)
     return start
 
@@ -147,7 +157,7 @@ def fit_first(grad: Tensor, noise: Tensor, side: str, rank: int, *, spread: Spre
 
 
 def fit_warm(
-    grad: Tensor | Sequence[Tensor],
+    grad: Matrices,
     basis: Tensor,
     side: str,
     *,
@@ -156,9 +166,19 @@ def fit_warm(
 ) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps.
 
-    grad: [B, m, n], or B matrices, which are then not stacked.
+    grad: [B, m, n], or B matrices, which are then not stacked. products: dtype of the factors, for a gradient in
+    bfloat16 its own. That gradient is rounded by 2^-9 of its elements, so directions that would be lost without an
+    orthonormalisation between the two products are mostly rounding, and one round does in place of three.
     """
-    return iterate(grad, basis, side, WARM_ITERATIONS, products=products, spread=spread)
+    if products == torch.float32:
+        return iterate(grad, basis, side, WARM_ITERATIONS, spread=spread)
+    g, transposed = _both_ways(grad, side, products)
+    middle = spread.depth.sum(times(transposed, basis))
+    new = spread.slices.sum(times(g, middle))
+    rows = new.shape[-2] if spread.depth.part is None else spread.depth.count
+    if 2 * new.shape[-1] > rows:
+        return orthonormal(new, split=spread.depth)
+    return orthonormal(new, rounds=1, fill=COARSE_FILL, split=spread.depth)
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:

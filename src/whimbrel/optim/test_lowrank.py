@@ -103,6 +103,34 @@ def test_steep_spectra_do_not_break_the_power_iteration():
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_gradients_in_bfloat16_need_one_round(side, decay):
+    """Strong directions in every column, so that both products between two orthonormalisations are badly conditioned.
+
+    What is lost against an orthonormalisation between them are directions that hold next to nothing.
+    """
+    grad = with_spectrum(2, 120, 150, torch.arange(1.0, 121.0) ** -decay, seed=4)
+    later = (1e-5 * (grad + 0.3 * with_spectrum(2, 120, 150, torch.arange(1.0, 121.0) ** -decay, seed=5))).bfloat16()
+    exact = lowrank.fit_exact(grad.float(), side, 40)
+    mixed = exact @ lowrank.orthonormal(torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0)))
+    found = lowrank.fit_warm(list(later), mixed, side, products=torch.bfloat16)
+    careful = lowrank.fit_warm(later.float(), mixed, side)
+    assert (energy(later, found, side) > energy(later, careful, side) - 2e-4).all()
+    assert_close("gram", torch.eye(40).expand(2, -1, -1), found.mT @ found, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [8, 20])
+def test_bases_of_a_gradient_in_bfloat16_that_has_lost_rank_are_orthonormal(rank):
+    grad = torch.zeros(2, 20, 31)
+    grad[:, :2, :2] = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    start = lowrank.orthonormal(torch.randn(2, 20, rank, generator=torch.Generator().manual_seed(0)))
+    for lost in (grad, torch.zeros_like(grad)):
+        found = lowrank.fit_warm(lost.bfloat16(), start, "left", products=torch.bfloat16)
+        assert_close("gram", torch.eye(rank).expand(2, -1, -1), found.mT @ found, 1e-5)
+    assert energy(grad, lowrank.fit_warm(grad.bfloat16(), start, "left", products=torch.bfloat16), "left").min() > 0.9999
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_full_rank_fits_span_everything(side):
     grad = with_spectrum(1, 7, 11, torch.arange(1.0, 8.0)).float()
     for basis in (
