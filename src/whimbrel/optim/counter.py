@@ -54,15 +54,16 @@ def words(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
 
 
 def lattice(keys: Tensor, rows: int, columns: int, *, first: int = 0, first_column: int = 0) -> Tensor:
-    """16 random bits for each element of matrices, [..., rows, columns], int64, under each of `keys` [...].
+    """16 random bits for each element of matrices, [..., rows, columns], int32, under each of `keys` [...].
 
     A row has a word of its own, a column one from an arithmetic sequence, and one product mixes the two: a quarter of
     the operations of `words`, which are what a kernel that writes weights would otherwise spend most of its time on.
+    Words are cut to 32 bits before, as the product wraps there by itself and takes half of the memory.
     """
     row = words(keys, rows, first=first)[..., :, None]
     start = words(keys, 1, first=COLUMNS)
     column = ((start + first_column + torch.arange(columns, device=keys.device)) * GOLDEN & WORD)[..., None, :]
-    return (row ^ column).mul_(SPREAD).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return (row.int() ^ column.int()).mul_(SPREAD - (WORD + 1)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
@@ -73,12 +74,10 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16, up with a chance equal to the part that is cut off; `bits`, 16 or more of x's shape, decide.
+    """float32 to bfloat16, up with a chance equal to the part that is cut off; 16 `bits` of x's shape decide.
 
     The mean over bits is x, so that small updates are not lost on the way to weights of 8 bits. Infinities and NaN
     stay what they are.
     """
-    raised = ((x.contiguous().view(torch.int32).long() & WORD) + (bits & 0xFFFF)) & 0xFFFF0000
-    # back into the signed range without a cast that overflows
-    signed = torch.where(raised > 0x7FFFFFFF, raised - (WORD + 1), raised).to(torch.int32)
-    return torch.where(x.isfinite(), signed.view(torch.float32), x).to(torch.bfloat16)
+    raised = (x.contiguous().view(torch.int32) + bits.int()).bitwise_and_(-1 << 16)
+    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)

@@ -249,3 +249,21 @@ def test_columns_that_nearly_coincide_become_orthonormal():
     # one round keeps columns apart, which is what the products between two iterations ask for
     once = lowrank.orthonormal(x, rounds=1)
     assert torch.linalg.cond(once).item() < 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(300, 683), (683, 300), (257, 257)])
+@pytest.mark.parametrize("rank", [32, 200])
+def test_bases_fitted_on_a_gpu_are_those_of_the_processor(shape, rank):
+    """Gradients in bfloat16, whose products run on the GPU's matrix units; rows at any multiple of two bytes."""
+    side = resolve_side("std", shape)
+    values = torch.arange(1.0, min(shape) + 1) ** -0.7
+    grad = with_spectrum(2, *shape, values, seed=1).bfloat16()
+    start = lowrank.fit_exact((grad.float() + 0.1 * with_spectrum(2, *shape, values, seed=2)).float(), side, rank)
+    want = lowrank.fit_warm(grad, start, side, products=torch.bfloat16)
+    for grads in (grad.cuda(), list(grad.cuda())):
+        got = [lowrank.fit_warm(grads, start.cuda(), side, products=torch.bfloat16) for _ in range(2)]
+        assert torch.equal(*got)
+        assert_close("gram", torch.eye(rank).expand(2, -1, -1), (got[0].mT @ got[0]).cpu(), 1e-5)
+        assert (energy(grad, got[0].cpu(), side) - energy(grad, want, side)).abs().max() < 1e-5
+        assert lowrank.overlap(want, got[0].cpu()).min() > 0.999
