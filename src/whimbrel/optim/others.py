@@ -60,7 +60,7 @@ def _step_rows(
         first = row + start * math.prod(weight.shape[1:-1]), column
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             storage.write_moment([part], key, moment[None], keys, amp.usable(), first=first)
-        storage.write_weight(weight[rows], value, keys[0], stochastic, first)
+        storage.write_weights([weight[rows]], value[None], keys, stochastic=stochastic, first=first)
     state["step"].copy_(counted)
 
 

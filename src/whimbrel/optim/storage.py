@@ -141,14 +141,19 @@ def write_basis(states: Sequence[dict[str, Tensor]], basis: Tensor) -> None:
     store(states, "basis_scale", encoded.scale)
 
 
-def write_weight(weight: Tensor, value: Tensor, key: Tensor, stochastic: bool, first: tuple[int, int]) -> None:
-    """Write a parameter, or the part of one that begins at this row and column, by which its rounding is counted."""
-    if weight.dtype == torch.bfloat16 and stochastic and value.numel():
-        columns = value.shape[-1] if value.ndim else 1
-        rows = counter.WEIGHTS + first[0]
-        bits = counter.lattice(key, value.numel() // columns, columns, first=rows, first_column=first[1])
-        value = counter.round_to_bfloat16(value, bits.view(value.shape))
-    weight.copy_(value)
+def write_weights(
+    weights: Sequence[Tensor], values: Tensor, keys: Tensor, *, stochastic: bool, first: tuple[int, int]
+) -> None:
+    """Write values [B, ...] into B equal parameters; keys [B] (`counter.key`) decide the rounding to bfloat16.
+
+    first: row and column at which the parts that these are begin, by which the rounding is counted.
+    """
+    if weights[0].dtype == torch.bfloat16 and stochastic and values.numel():
+        columns = values.shape[-1] if values.ndim > 1 else 1
+        rows, count = counter.WEIGHTS + first[0], values[0].numel() // columns
+        bits = counter.lattice(keys, count, columns, first=rows, first_column=first[1])
+        values = counter.round_to_bfloat16(values, bits.view(values.shape))
+    torch._foreach_copy_(list(weights), list(values.unbind()))
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
