@@ -127,7 +127,8 @@ def test_bases_of_a_gradient_in_bfloat16_that_has_lost_rank_are_orthonormal(rank
     for lost in (grad, torch.zeros_like(grad)):
         found = lowrank.fit_warm(lost.bfloat16(), start, "left", products=torch.bfloat16)
         assert_close("gram", torch.eye(rank).expand(2, -1, -1), found.mT @ found, 1e-5)
-    assert energy(grad, lowrank.fit_warm(grad.bfloat16(), start, "left", products=torch.bfloat16), "left").min() > 0.9999
+        if lost is grad:
+            assert energy(grad, found, "left").min() > 0.9999
 
 
 @pytest.mark.parametrize("side", SIDES)
