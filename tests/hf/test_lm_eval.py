@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
+import datasets
 import torch
 import transformers
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.fda import task as fda
 
 from whimbrel.cli import main
 from whimbrel.config import load_config
@@ -22,7 +26,8 @@ from whimbrel.evals.score import score
 from whimbrel.evals.tasks import TASKS, make_task
 from whimbrel.infer.load import load_model, load_tokenizer
 from whimbrel.integrations.hf import convert_checkpoint
-from whimbrel.integrations.lm_eval import TASK_FOLDER
+from whimbrel.integrations.lm_eval import TASK_FOLDER, harness
+from whimbrel.integrations.lm_eval.copies import copies_at
 from whimbrel.integrations.lm_eval.dataset import choices, documents, process_results
 from whimbrel.integrations.lm_eval.essays import essays_from
 from whimbrel.integrations.lm_eval.harness import evaluate_folder
@@ -160,8 +165,6 @@ def test_the_task_folder_holds_every_task() -> None:
 
 
 def test_essays_of_ones_own_are_the_haystack(tmp_path, monkeypatch) -> None:
-    import datasets
-
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk, "download", lambda *_args, **_kwargs: False)  # lm-eval tries as it is imported
     from lm_eval.tasks.ruler import niah_utils
@@ -198,6 +201,99 @@ def test_essays_of_ones_own_are_the_haystack(tmp_path, monkeypatch) -> None:
         pass
 
 
+ROWS = [{"text": f"The device weighs {n} grams. Weight:", "value": f"{n} grams"} for n in range(5)]
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "The sea was calm.",
+                    "qas": [{"question": "What was calm?", "is_impossible": False, "answers": [{"text": "The sea"}]}],
+                }
+            ]
+        }
+    ]
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder"])
+def test_a_copy_stands_in_for_a_data_set(form, tmp_path) -> None:
+    from lm_eval.tasks.fda.task import FDA
+    from lm_eval.tasks.squad_completion.task import SQUADCompletion
+    from lm_eval.tasks.swde.task import SWDE
+
+    path = tmp_path / ("data" if form == "folder" else f"data.{form}")
+    if form == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(str(path))
+    else:
+        path.mkdir() if form == "folder" else None
+        lines = "\n".join(map(json.dumps, ROWS)) + "\n"
+        (path / "validation.jsonl" if form == "folder" else path).write_text(lines)
+    for task in (FDA, SQUADCompletion, SWDE):
+        with copies_at({task.DATASET_PATH: path}):
+            made = task()
+        assert [(made.doc_to_text(doc), made.doc_to_target(doc)) for doc in made.validation_docs()] == [
+            (row["text"], row["value"]) for row in ROWS
+        ]
+
+
+def test_a_copy_stands_in_for_a_download(tmp_path, monkeypatch) -> None:
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_args, **_kwargs: False)  # lm-eval tries as it is imported
+    from lm_eval.tasks.ruler import qa_utils
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(qa_utils, "download_json", refuse)
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(SQUAD))
+    with copies_at({"dev-v2.0.json": path}):
+        questions, texts = qa_utils.read_squad()
+        with pytest.raises(ConnectionError):
+            qa_utils.read_hotpotqa()
+    assert (questions[0]["query"], questions[0]["outputs"], texts) == (
+        "What was calm?",
+        ["The sea"],
+        ["The sea was calm."],
+    )
+    with pytest.raises(ConnectionError):
+        qa_utils.read_squad()
+
+
+def test_the_command_takes_copies(run, tmp_path, capsys, monkeypatch) -> None:
+    def of_one_task(**given):  # the index of all tasks takes seconds to read, and this is called often
+        return TaskManager(**given | {"include_path": str(Path(fda.__file__).parent), "include_defaults": False})
+
+    monkeypatch.setattr(harness, "TaskManager", of_one_task)
+    path = tmp_path / "fda.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    call = ["eval", str(run), "--lm-eval", "fda", "--lengths", "64", "--limit", "2", "--json", "--datasets"]
+    assert main([*call, f"hazyresearch/based-fda={path}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n-samples"]["fda"] == {"original": 5, "effective": 2}
+    assert 0 <= found["results"]["fda"]["contains,none"] <= 1
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": 1}\n{')
+    for given, message in (
+        ("fda.jsonl", "--datasets fda.jsonl is not understood; write NAME=FILE"),
+        (f"hazyresearch/based-fda={tmp_path / 'none'}", "given as the copy of hazyresearch/based-fda, does not exist"),
+        (f"hazyresearch/based-fda={broken}", "broken.jsonl, line 2 is not valid JSON"),
+    ):
+        assert main([*call, given]) != 0
+        assert message in capsys.readouterr().err
+
+
+def test_a_copy_that_nothing_asks_for_is_named(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    with (
+        pytest.raises(ConfigError, match="no task asked for the data set hazyresearch/fda"),
+        copies_at({"hazyresearch/fda": path}),
+    ):
+        pass
+
+
 def test_mistakes_are_named(run, converted, capsys) -> None:
     with pytest.raises(
         ConfigError, match=r"unknown task 'whimbrel_copyng' of lm-eval; did you mean 'whimbrel_copying'\?"
@@ -209,6 +305,7 @@ def test_mistakes_are_named(run, converted, capsys) -> None:
         (["--lm-eval", "whimbrel", "--methods", "window"], "--methods is not used with --lm-eval; leave it out"),
         (["--limit", "3"], "--limit belongs to --lm-eval; use --num-sequences"),
         (["--essays", "text"], "--essays belongs to --lm-eval; leave it out"),
+        (["--datasets", "a=b"], "--datasets belongs to --lm-eval; leave it out"),
     ):
         assert main(["eval", str(run), *arguments]) == 2
         assert message in capsys.readouterr().err

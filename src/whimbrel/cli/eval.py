@@ -35,6 +35,8 @@ class Args:
     """Documents of each task of lm-eval, at most; default: all."""
     essays: Path | None = None
     """Text in place of the essays that RULER's needles lie in, for --lm-eval: a .txt or .jsonl file, or a folder."""
+    datasets: tuple[str, ...] = ()
+    """NAME=FILE: local copies of data sets that tasks of --lm-eval ask for, .jsonl, .parquet or a folder of splits."""
     data: Path | None = None
     """Folder of token shards; default: the corpus the model was trained on."""
     seq_len: int | None = None
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
 
         return evaluate(args)
     _refuse(args, "limit", why="belongs to --lm-eval; use --num-sequences")
-    _refuse(args, "essays", why="belongs to --lm-eval; leave it out")
+    _refuse(args, "essays", "datasets", why="belongs to --lm-eval; leave it out")
     methods = [_method(text) for text in args.methods]
     import dataclasses
 

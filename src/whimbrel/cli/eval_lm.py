@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whimbrel.cli.args import print_table
+from whimbrel.errors import ConfigError
 
 if TYPE_CHECKING:
     from whimbrel.cli.eval import Args
@@ -40,6 +41,7 @@ def evaluate(args: Args) -> int:
             limit=args.limit,
             device=str(pick_device(args.device)),
             essays=args.essays,
+            copies=_copies(args.datasets),
         )
     if args.json:
         print(json.dumps(found, default=str))
@@ -48,6 +50,16 @@ def evaluate(args: Args) -> int:
             print(f"Tasks with essays take them from {args.essays}; do not compare them with published scores.")
         _print(found)
     return 0
+
+
+def _copies(given: Sequence[str]) -> dict[str, str]:
+    copies = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--datasets {text} is not understood; write NAME=FILE, NAME as the task calls its data")
+        copies[name] = path
+    return copies
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from whimbrel.data.corpus import read_documents
 from whimbrel.errors import DataError
+from whimbrel.integrations.lm_eval.copies import datasets_from
 
 PUBLISHED = "baber/paul_graham_essays"
 """The data set that lm-eval 0.4.13 takes essays from."""
@@ -33,13 +35,9 @@ def essays_from(path: str | Path, count: Callable[[str], int], longest: int) -> 
             "lengths"
         )
     logging.getLogger("nltk").setLevel(logging.ERROR)
-    import datasets
     from lm_eval.tasks.ruler import prepare_niah
 
-    load, split = datasets.load_dataset, prepare_niah.sent_tokenize
-
-    def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
-        return {"text": [text]} if name == PUBLISHED else load(name, *args, **kwargs)
+    split = prepare_niah.sent_tokenize
 
     def sentences(text: str) -> list[str]:
         try:
@@ -47,12 +45,14 @@ def essays_from(path: str | Path, count: Callable[[str], int], longest: int) -> 
         except LookupError:
             return _SENTENCE_END.split(text)
 
-    datasets.load_dataset, prepare_niah.sent_tokenize = load_dataset, sentences
     _forget(prepare_niah)
     try:
-        yield
+        with (
+            datasets_from({PUBLISHED: lambda: {"text": [text]}}),
+            patch.object(prepare_niah, "sent_tokenize", sentences),
+        ):
+            yield
     finally:
-        datasets.load_dataset, prepare_niah.sent_tokenize = load, split
         _forget(prepare_niah)
 
 

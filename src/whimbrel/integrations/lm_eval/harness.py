@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from whimbrel.data.tokenizer import KEY_TOKENS, VALUE_TOKENS
 from whimbrel.errors import ConfigError, DataError, nearest
 from whimbrel.integrations.lm_eval import TASK_FOLDER
+from whimbrel.integrations.lm_eval.copies import copies_at
 from whimbrel.integrations.lm_eval.essays import essays_from
 
 _OWN = "whimbrel"
@@ -36,6 +37,7 @@ def evaluate_folder(
     max_length: int | None = None,
     batch_size: int = 1,
     essays: str | Path | None = None,
+    copies: Mapping[str, str | Path] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results of the model and tokenizer in `folder`: `results`, `groups`, `n-samples`, `versions`.
@@ -45,10 +47,12 @@ def evaluate_folder(
     for RULER by the model's tokenizer. num_samples, seed: of TASK_FOLDER's. limit: documents of each task, at most.
     max_length: most tokens of a prompt, beyond which lm-eval cuts it from the left; LONGEST_WORD times the longest of
     `lengths`, or what the model names, whichever is more. essays: a text that stands in for Paul Graham's in
-    RULER's tasks (see `whimbrel.integrations.lm_eval.essays`). metadata: further settings of the tasks.
+    RULER's tasks (see `whimbrel.integrations.lm_eval.essays`). copies: name of a data set -> file in its place (see
+    `whimbrel.integrations.lm_eval.copies`). metadata: further settings of the tasks.
 
     Whimbrel's tasks are written in reserved tokens where the tokenizer has them, otherwise in English words. Raises
-    ConfigError for an unknown task, DataError for one whose data is not on this machine, or for too few essays.
+    ConfigError for an unknown task or a copy that no task asks for, DataError for a task whose data is not on this
+    machine, for a copy that cannot be read, or for too few essays.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     # Reserved tokens that are spelt out in a prompt are meant.
@@ -70,6 +74,8 @@ def evaluate_folder(
     with ExitStack() as stack:
         if essays is not None:
             stack.enter_context(essays_from(essays, lambda text: len(tokenizer(text).input_ids), max(lengths)))
+        if copies:
+            stack.enter_context(copies_at(copies))
         found = _evaluate(wrapped, tasks, manager, seed, limit)
     return {name: found[name] for name in ("results", "groups", "n-samples", "versions") if name in found}
 
@@ -93,7 +99,7 @@ def _evaluate(
     except (ConnectionError, OSError, LookupError) as error:
         raise DataError(
             f"lm-eval cannot load what one of the tasks {', '.join(tasks)} needs: {_first_line(error)}; leave that "
-            "task out, or load it once with a network and HF_HUB_OFFLINE=0"
+            "task out, give a copy with --datasets NAME=FILE, or load it once with a network and HF_HUB_OFFLINE=0"
         ) from error
     assert found is not None
     return found
