@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +146,17 @@ def test_merge_by_a_decay_curve_and_by_fractions(capsys, tmp_path) -> None:
     status, _, err = run(capsys, "merge", *folders, "--curve", "cosine", "--out", str(tmp_path / "c"))
     assert status == 2
     assert "--curve is for --method decay, not 'sma'" in err
+
+
+def test_a_benchmark_that_is_terminated_leaves_no_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "whimbrel", "bench", "merge", "--quick"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        for _ in range(600):
+            if any(tmp_path.rglob("*.safetensors")) or running.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert any(tmp_path.rglob("*.safetensors"))
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert not any(tmp_path.iterdir())

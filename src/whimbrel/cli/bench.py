@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
@@ -41,6 +42,19 @@ class Args:
 def main(argv: list[str]) -> int:
     """Time one case."""
     args = parse(Args, argv, verb="bench")
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        return _time(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End as at Ctrl-C: temporary files, which may take gigabytes, and processes of rivals do not stay behind."""
+    raise SystemExit(128 + number)
+
+
+def _time(args: Args) -> int:
     from whimbrel.bench import CASES
 
     if args.case not in CASES:
