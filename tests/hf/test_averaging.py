@@ -70,6 +70,18 @@ def test_average_in_trainer(tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], parts[name]) for name in expected)
 
 
+def test_training_goes_on_from_a_merge(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", AveragingCallback(every=2), steps=4).train()
+    merge_checkpoints([tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4)], tmp_path / "on", optimizer="average")
+    callback = AveragingCallback(every=2)
+    job = trainer(tmp_path / "next", callback, steps=6)
+    with pytest.warns(UserWarning, match=r"the average begins anew: .*checkpoint-4 holds none; where training resumes"):
+        job.train(resume_from_checkpoint=str(tmp_path / "on"))
+    assert job.state.global_step == 6
+    assert callback.average.steps == (6,)
+    assert {float(state["step"]) for state in job.optimizer.optimizer.state.values()} == {6.0}
+
+
 def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     trainer(tmp_path, AveragingCallback(every=2, count=3), steps=2).train()
     other = AveragingCallback(every=2, count=5)

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from whimbrel.checkpoint.dcp import METADATA
 from whimbrel.checkpoint.together import is_joined, on_first
 from whimbrel.errors import CheckpointError
 from whimbrel.merge import OnlineAverage
@@ -56,6 +57,13 @@ class AveragingCallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         given = args.resume_from_checkpoint
         folder = Path(given) if isinstance(given, str) else _checkpoint(args, state)
+        if not (folder / STATE_DIR / METADATA).is_file():
+            warnings.warn(
+                f"the average begins anew: {folder} holds none; where training resumes from another folder, name it in"
+                " TrainingArguments(resume_from_checkpoint=...) too",
+                stacklevel=2,
+            )
+            return
         saved = self.average.state_dict()
         try:
             with _alone():
