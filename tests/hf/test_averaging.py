@@ -72,7 +72,8 @@ def test_average_in_trainer(tmp_path: Path) -> None:
 
 def test_training_goes_on_from_a_merge(tmp_path: Path) -> None:
     trainer(tmp_path / "run", AveragingCallback(every=2), steps=4).train()
-    merge_checkpoints([tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4)], tmp_path / "on", optimizer="average")
+    sources = [tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4)]
+    merge_checkpoints(sources, tmp_path / "on", optimizer="average")
     callback = AveragingCallback(every=2)
     job = trainer(tmp_path / "next", callback, steps=6)
     with pytest.warns(UserWarning, match=r"the average begins anew: .*checkpoint-4 holds none; where training resumes"):
