@@ -64,7 +64,7 @@ def comparison_page(results: Path) -> str:
     if not on_gpu(results, "comparison"):
         return "Nothing has been measured on a GPU yet."
     parts = [*_losses(results), *_on_the_way(results), *images["loss"], *_recall(results), *images["needle"]]
-    parts += [*_speed(results), *images["decoding"], *_held(results)]
+    parts += [*_recall_alone(results), *_speed(results), *images["decoding"], *_held(results)]
     return "\n".join(parts).rstrip("\n")
 
 
@@ -121,7 +121,12 @@ def _recall(results: Path) -> list[str]:
     rows: list[str] = []
     for metric, along, title in (
         ("mqar", "pairs", "Multi-query associative recall**, share right by the number of pairs"),
-        ("needle", "length", "One of four needles in held-out text**, share right by the length of the context"),
+        (
+            "needle",
+            "length",
+            "One of four needles in held-out text**, share right by the length of the context, each behind 90, 50 and "
+            "10 % of the text",
+        ),
     ):
         own = [x for x in lines if x["metric"] == metric]
         if not own:
@@ -129,15 +134,55 @@ def _recall(results: Path) -> list[str]:
         places = sorted({int(x["params"][along]) for x in own})
         chance = own[0]["params"]["chance"]
         rows += [
-            f"**{title}, mean of seeds{' and depths' if metric == 'needle' else ''} (chance {chance:.1%}):",
+            f"**{title}, mean of seeds (chance {chance:.1%}):",
             "",
             *header("blocks", *map(power_count, places)),
         ]
         for name in _named(own):
             cells = [[x for x in own if x["impl"] == name and x["params"][along] == place] for place in places]
-            rows.append(row([name, *(f"{_mean(cell):.0%}" if cell else "" for cell in cells)]))
+            rows.append(row([name, *map(_shares, cells)]))
         rows.append("")
     return rows
+
+
+def _shares(cell: Sequence[ResultLine]) -> str:
+    """The mean of seeds; of needles at each depth, the nearest to the question first."""
+    depths = sorted({x["params"].get("depth", 0) for x in cell}, reverse=True)
+    return ", ".join(f"{_mean([x for x in cell if x['params'].get('depth', 0) == depth]):.0%}" for depth in depths)
+
+
+def _recall_alone(results: Path) -> list[str]:
+    """Small models trained on recall alone, each at the rate with the lowest loss at the end of its training."""
+    lines = on_gpu(results, "recall")
+    if not lines:
+        return []
+    given = lines[0]["params"]
+    places = sorted({int(x["params"]["pairs"]) for x in lines if x["metric"] == "accuracy"})
+    seeds = sorted({int(x["params"]["seed"]) for x in lines})
+    chance = next(x["params"]["chance"] for x in lines if x["metric"] == "accuracy")
+    rows = [
+        f"**Trained on recall alone**, share right by the number of pairs, {given['layers']} blocks of width "
+        f"{given['hidden_size']}, {int(given['tokens']) / 1e6:.0f} M tokens in sequences of {given['T']}, up to "
+        f"{places[-2]} pairs in training, seeds {', '.join(map(str, seeds))}, each at its better rate "
+        f"(chance {chance:.1%}; {lines[0]['device']}, [lines]({LINKS[COMPARISON]}/recall.jsonl)):",
+        "",
+        *header("blocks", "head dim", "state", "rate", *map(str, places)),
+    ]
+    for dim in sorted({int(x["params"]["head_dim"]) for x in lines}):
+        for name in _named(lines):
+            own = [x for x in lines if x["impl"] == name and x["params"]["head_dim"] == dim]
+            if not own:
+                continue
+            losses: dict[float, list[ResultLine]] = {}
+            for x in own:
+                if x["metric"] == "loss":
+                    losses.setdefault(float(x["params"]["lr"]), []).append(x)
+            best = min(losses, key=lambda rate: _mean(losses[rate]))
+            shown = [x for x in own if x["params"]["lr"] == best and x["metric"] == "accuracy"]
+            cells = [f"{_mean([x for x in shown if x['params']['pairs'] == place]):.0%}" for place in places]
+            state = size(own[0]["params"]["state_bytes"])
+            rows.append(row([name, str(dim), state, f"{best:g}", *cells]))
+    return [*rows, ""]
 
 
 def _speed(results: Path) -> list[str]:

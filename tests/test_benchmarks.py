@@ -506,6 +506,13 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
             for length in (1024, 2048):
                 write(impl, "needle", 0.5 + seed / 4, length=length, depth=0.1, **given)
                 write(impl, "needle", 1.0, length=length, depth=0.9, **given)
+    # Of recall alone, the rate with the lower loss, though the other happens to be right more often.
+    for impl, lr, loss, right in (("RDN", 1e-3, 0.5, 0.25), ("RDN", 3e-3, 0.25, 0.125), ("GDN", 1e-3, 0.5, 0.75)):
+        small = {"layers": 2, "hidden_size": 128, "head_dim": 16, "state_bytes": 2**14, "tokens": 1e6, "T": 256}
+        small |= {"lr": lr, "seed": 0}
+        record("recall", impl, small, "loss", loss, "", out=tmp_path)
+        for pairs in (4, 8):
+            record("recall", impl, small | {"pairs": pairs, "chance": 1 / 256}, "accuracy", right, "", out=tmp_path)
     write("RDN", "train_rate", 50_000.0, T=1024)
     write("RDN", "decode_rate", 4000.0, context=1024, B=16)
     write("RDN", "train_peak", 2**33, T=1024)
@@ -524,7 +531,8 @@ def test_mixers_are_compared_by_the_longest_training_and_in_the_order_of_their_l
     assert "**At 2.0 M tokens**" in text
     assert "cut off by time: RDN at 3.0 M, softmax at 3.0 M, GDN at 2.0 M" in text
     assert "| GDN | 3.0000 | +0.0000 |\n| RDN | 4.0000 | +1.0000 |" in text
-    assert "| RDN | 81% | 81% |" in text
+    assert "| RDN | 100%, 62% | 100%, 62% |" in text
+    assert "| RDN | 16 | 16.0 KiB | 0.003 | 12% | 12% |\n| GDN | 16 | 16.0 KiB | 0.001 | 75% | 75% |" in text
     assert "| RDN | 50 | 4 | 8.00 GiB |" in text
     assert "| RDN | 2.00 MiB |" in text
     assert "9.0000" not in text
@@ -590,3 +598,39 @@ def test_roofline_table_names_the_kernels_that_take_most(tables, tmp_path, monke
     assert "| RDN | 1, 16K | forward and backward | 1.51 | 0.4 | `walk` 1.5 |" in text
     assert "700 TFLOP/s" in text
     assert tables.mixers._roofline(tmp_path / "none", links="results") == []
+
+
+def test_recall_alone_is_trained_and_judged(tmp_path):
+    recall = script("recall")
+    args = argparse.Namespace(
+        mixers=["RDN hybrid", "softmax"],
+        hidden_size=32,
+        layers=2,
+        head_dims=[16],
+        steps=2,
+        batch_tokens=512,
+        seq_len=256,
+        rates=[1e-2, 1e-3],
+        seeds=[0],
+        num_sequences=2,
+        threads=1,
+        log_every=0,
+        device="cpu",
+        out=tmp_path,
+        end=math.inf,
+    )
+    jobs = recall.jobs(args)
+    assert [(job.name, job.lr) for job in jobs] == [(name, lr) for lr in args.rates for name in args.mixers]
+    assert [type(mixer).__name__ for mixer in jobs[0].model.layers()] == ["RDNConfig", "SoftmaxConfig"]
+    tokens, targets = recall.batch(0, 0, args)
+    asked = targets != -100
+    # A question's key stands before, with the answer behind it.
+    for row, column in asked.nonzero().tolist():
+        key, before = tokens[row, column], tokens[row, :column]
+        assert targets[row, column] == tokens[row, int((before == key).nonzero()[0, 0]) + 1]
+    recall.write(jobs[1], recall.work(jobs[1]))
+    lines = read_lines(tmp_path / "recall.jsonl")
+    assert [x["params"]["pairs"] for x in lines if x["metric"] == "accuracy"] == list(recall.JUDGED)
+    assert lines[0]["metric"] == "loss"
+    args.end = 0.0
+    assert recall.work(jobs[0]) is None
