@@ -75,3 +75,18 @@ def test_what_follows_a_sequence_cannot_be_seen_in_it(hopper, recurrence: Recurr
         for name, x in part.items():
             mine = x[0] if "state" in name else x[:, :70]
             assert mine.isfinite().all(), name
+
+
+@pytest.mark.parametrize("signs", [(1.0,), (1.0, -1.0)], ids=["equal", "opposite"])
+def test_solves_of_keys_in_one_direction(hopper, signs: tuple[float, ...]):
+    """No triangle is worse for a solve: with equal keys and rates of 1 it is full of ones."""
+    from whimbrel.mixers.rdn import rdn
+    from whimbrel.testing.budget import assert_close
+
+    random = torch.Generator().manual_seed(0)
+    shape = (1, 90, 1, 64)
+    q, v, one = (torch.randn(shape, generator=random) for _ in range(3))
+    k = torch.nn.functional.normalize(one[:, :1], dim=-1) * torch.tensor(signs * 90)[:90, None, None]
+    tensors = (q, k, v, torch.zeros(shape[:3]), torch.ones(shape[:3]), torch.rand(shape[:3], generator=random))
+    wanted = rdn(*tensors, impl="reference").y
+    assert_close("y", wanted, rdn(*tensors, impl="triton").y, 1e-5)
