@@ -38,6 +38,8 @@ class Matrix(NamedTuple):
     rows: int
     columns: int
     """Of a block."""
+    step: int = 0
+    """Elements from one row to the next, where data is no contiguous tensor but a matrix of other strides."""
 
     def kind(self) -> tuple[Any, ...]:
         """What kernels are compiled for."""
@@ -45,8 +47,8 @@ class Matrix(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """All that a descriptor says."""
-        data, width, rows, columns = self
-        return data.data_ptr(), data.numel(), data.dtype, width, rows, columns
+        data, *sizes = self
+        return data.data_ptr(), data.numel(), data.dtype, *sizes
 
     def descriptor(self) -> Any:
         """The same as Triton wants it."""
@@ -54,7 +56,8 @@ class Matrix(NamedTuple):
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         layout = gl.NVMMASharedLayout(128, 16, 2)
-        return TensorDescriptor.from_tensor(self.data.view(-1, self.width), [self.rows, self.columns], layout)
+        flat = self.data if self.step else self.data.view(-1, self.width)
+        return TensorDescriptor.from_tensor(flat, [self.rows, self.columns], layout)
 
 
 class Address(NamedTuple):

@@ -231,6 +231,6 @@ def test_long_prompts_on_a_gpu():
     assert_close("in chunks", whole, chunked, 2e-2)
 
     narrow = WindowConfig(window_tokens=1024, sink_tokens=128)
-    enabled = enable_sparse_prefill(model, narrow, repair=True, audit_rows=64)
+    enabled = enable_sparse_prefill(model, narrow, min_length=0, repair=True, audit_rows=64)
     model(ids)
     assert all(layer.coverage["p5"] > 0.93 and layer.repaired > 0.5 for layer in enabled.layers.values())

@@ -97,6 +97,8 @@ def test_short_calls_on_a_gpu_equal_dense_attention(dtype):
     out = apply_selector(*(x.cuda() for x in heads), WindowConfig(window_tokens=128).build(), dense_below=2000)
     want = causal_attention(*(x.double() for x in heads))
     assert_close("y", want, out.y.cpu(), 6e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
 
 
 @pytest.mark.parametrize("q_len", [203, 70])

@@ -44,8 +44,7 @@ def bring(
     k,
     v,
     table,
-    starts,
-    stops,
+    offsets,
     indices,
     taken,
     q_s,
@@ -89,8 +88,8 @@ def bring(
         key = gl.load(entry + 4)
         own = gl.load(entry + 5)
         h = gl.load(entry + 6)
-        start = gl.load(starts + row)
-        stop = gl.load(stops + row)
+        start = gl.load(offsets + row)
+        stop = gl.load(offsets + row + 1)
         count = (stop - start).to(gl.int32)
         last = gl.load(indices + gl.maximum(stop - 1, 0), mask=count > 0, other=-1)
         diagonal = (last == own).to(gl.int32)
@@ -298,8 +297,7 @@ def forward(
     y,
     lse,
     table,
-    starts,
-    stops,
+    offsets,
     indices,
     taken,
     jobs,
@@ -319,9 +317,10 @@ def forward(
 ):
     """y [tokens, H, V] and lse fp32 [tokens, H]; q, k, v and to_y are descriptors, `scale` holds log2(e).
 
-    table int32 [jobs, 8]: for each row of the plan, in the order in which they are taken, its number, its first query,
-    negative where the block begins before the queries, the queries from there to the sequence's end, the first query as
-    a row of the tensors, the sequence's first key, the diagonal block, and the head. taken int32 [1] is 0.
+    table int32 [jobs, 8]: for each row of the plan, in the order in which they are taken, its place in offsets int64,
+    whose next number is where its blocks end, its first query, negative where the block begins before the queries, the
+    queries from there to the sequence's end, the first query as a row of the tensors, the sequence's first key, the
+    diagonal block, and the head. taken int32 [1] is 0.
     """
     q_s = gl.allocate_shared_memory(q.dtype, [4, 64, D], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, 128, D], k.layout)
@@ -364,7 +363,7 @@ def forward(
             (
                 bring,
                 (
-                    q, k, v, table, starts, stops, indices, taken, q_s, k_s, v_s, notes, q_full, q_free, k_full,
+                    q, k, v, table, offsets, indices, taken, q_s, k_s, v_s, notes, q_full, q_free, k_full,
                     k_free, v_full, v_free, jobs, programs, pid, q_row, q_col, k_row, k_col, v_row, v_col, GROUP,
                     D, V, STAGES,
                 ),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from whimbrel.launches import Matrix, launch, replay
 
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 BLOCK = 128
@@ -41,40 +43,33 @@ def attend_hopper(
     y: Tensor,
     lse: Tensor,
     sequences: Sequences,
-    starts: Tensor,
-    stops: Tensor,
+    offsets: Tensor,
     indices: Tensor,
     scale: float,
+    *,
+    packed: bool,
 ) -> None:
-    """Fill y and lse, as `attend_triton` describes them; `scale` holds log2(e)."""
-    from whimbrel.attend.kernels.hopper import forward
+    """Fill y and lse, as `attend_triton` describes them; `scale` holds log2(e).
 
+    offsets int64: where each row's blocks begin in `indices`, and the last one's end; if `packed`, of each sequence.
+    """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    jobs = _jobs(sequences, heads, group, q.device)
-    programs = min(len(jobs), _multiprocessors(q.device))
-    matrices = [matrix(x, rows) for x, rows in ((q, BLOCK // 2), (k, BLOCK), (v, BLOCK), (y, BLOCK // 2))]
-    apart = [step for _, *steps in matrices[:3] for step in steps]
+    jobs = _jobs(sequences, heads, group, q.device, packed)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
-    forward[(programs,)](
-        *(matrix for matrix, *_ in matrices),
-        y,
-        lse,
-        jobs,
-        starts,
-        stops,
-        indices,
-        taken,
-        len(jobs),
-        programs,
-        *apart,
-        scale,
-        H=heads,
-        GROUP=group,
-        D=q.shape[2],
-        V=v.shape[2],
-        STAGES=STAGES,
-        num_warps=4,
-    )
+
+    def run() -> None:
+        from whimbrel.attend.kernels.hopper import forward
+
+        programs = min(len(jobs), _multiprocessors(q.device))
+        found = [matrix(x, rows) for x, rows in ((q, BLOCK // 2), (k, BLOCK), (v, BLOCK), (y, BLOCK // 2))]
+        apart = [step for x in found[:3] for step in (x.row, x.column)]
+        launch(
+            forward, programs, *(x.matrix for x in found), y, lse, jobs, offsets, indices, taken, len(jobs), programs,
+            *apart, scale, H=heads, GROUP=group, D=q.shape[2], V=v.shape[2], STAGES=STAGES, num_warps=4,
+        )  # fmt: skip
+
+    layouts = [(x.shape, x.stride(), x.dtype) for x in (q, k, v)]
+    replay(("attend", sequences, packed, scale, *layouts), (q, k, v, y, lse, jobs, offsets, indices, taken), run)
 
 
 @functools.cache
@@ -83,7 +78,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _jobs(sequences: Sequences, heads: int, group: int, device: torch.device) -> Tensor:
+def _jobs(sequences: Sequences, heads: int, group: int, device: torch.device, packed: bool = False) -> Tensor:
     """The kernel's table. All layers of a model ask for the same, and a copy to a GPU is a wait.
 
     Heads that share keys come together, and of them the last query blocks first: what runs at a time reads the same
@@ -100,15 +95,23 @@ def _jobs(sequences: Sequences, heads: int, group: int, device: torch.device) ->
         number = row + h * (len(own) // heads) + own - before // BLOCK
         same = torch.full_like(t, key)
         parts.append(torch.stack([number, t, q_len - t, query + t, same, own, h, torch.zeros_like(t)], 1))
-        row, query, key = row + len(own), query + q_len, key + k_len
+        row, query, key = row + len(own) + packed, query + q_len, key + k_len
     return torch.cat(parts).int().to(device)
 
 
-def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
-    """A descriptor of blocks of `rows` tokens of one head of x [tokens, heads, D], and how many rows and columns its
-    heads lie apart. Heads that are neither side by side nor whole rows apart are copied."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+class Heads(NamedTuple):
+    """A tensor [tokens, heads, D] as one matrix of which kernels copy blocks of one head."""
 
+    matrix: Matrix
+    row: int
+    """How many rows the heads lie apart."""
+    column: int
+    """How many columns."""
+
+
+def matrix(x: Tensor, rows: int) -> Heads:
+    """Blocks of `rows` tokens of one head of x [tokens, heads, D]. Heads that are neither side by side nor whole rows
+    apart are copied."""
     tokens, heads, dim = x.shape
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) > 0 and x.stride(0) * x.element_size() % 16 == 0
     beside = x.stride(1) == dim or heads == 1
@@ -116,13 +119,5 @@ def matrix(x: Tensor, rows: int) -> tuple[Any, int, int]:
         x, beside = x.clone(memory_format=torch.contiguous_format), True
     row, column = (0, dim) if beside else (x.stride(1) // x.stride(0), 0)
     size = (tokens, heads * dim) if beside else ((heads - 1) * row + tokens, dim)
-    flat = x.as_strided(size, (x.stride(0), 1))
-    return TensorDescriptor.from_tensor(flat, [rows, dim], _layout()), row, column
-
-
-@functools.cache
-def _layout() -> Any:
-    """Rows of 128 bytes as the matrix units want them. Making it takes as long as a launch."""
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(128, 16, 2)
+    step = x.stride(0)
+    return Heads(Matrix(x.as_strided(size, (step, 1)), size[1], rows, dim, step), row, column)

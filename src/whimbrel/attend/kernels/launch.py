@@ -54,12 +54,14 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
     y = torch.empty(len(q), heads, value_dim, dtype=dtype, device=q.device)
     lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
     sequences = tuple((plan.q_len, plan.k_len) for plan in plans for _ in range(plan.batch))
-    rows = _joined(plans)
+    offsets, indices = _joined(plans)
     if hopper_launch.fits(q, v, size):
-        hopper_launch.attend_hopper(q, k, v, y, lse, sequences, *rows, scale * math.log2(math.e))
+        factor, packed = scale * math.log2(math.e), len(plans) > 1
+        bounds = torch.cat(offsets) if packed else offsets[0]
+        hopper_launch.attend_hopper(q, k, v, y, lse, sequences, bounds, indices, factor, packed=packed)
         return y, lse
     table, owner = _places(sequences, heads, size, q.device)
-    starts, stops, indices = rows
+    starts, stops = (torch.cat(parts) for parts in zip(*((x[:-1], x[1:]) for x in offsets)))
     # Long rows first, so that no long one is left when the others are done; equal ones in their order, which keeps
     # the heads that share keys together.
     work = (stops - starts).argsort(descending=True, stable=True).int()
@@ -116,11 +118,10 @@ def _places(
     return torch.tensor(table, dtype=torch.int64).to(device), owners.to(device)
 
 
-def _joined(plans: Sequence[Plan]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the rows of all plans start and stop, and the indices of all."""
+def _joined(plans: Sequence[Plan]) -> tuple[list[Tensor], Tensor]:
+    """The offsets of each plan, as places in the indices of all, and these."""
     if len(plans) == 1:
-        return plans[0].offsets[:-1], plans[0].offsets[1:], plans[0].indices
-    bases = [0, *itertools.accumulate(len(plan.indices) for plan in plans)]
-    starts = torch.cat([plan.offsets[:-1] + base for plan, base in zip(plans, bases)])
-    stops = torch.cat([plan.offsets[1:] + base for plan, base in zip(plans, bases)])
-    return starts, stops, torch.cat([plan.indices for plan in plans])
+        return [plans[0].offsets], plans[0].indices
+    bases = itertools.accumulate((len(plan.indices) for plan in plans[:-1]), initial=0)
+    offsets = [plan.offsets + base for plan, base in zip(plans, bases)]
+    return offsets, torch.cat([plan.indices for plan in plans])

@@ -101,6 +101,8 @@ def test_heads_that_share_keys_run_together_and_the_last_blocks_first():
     number, t, valid, first, key, own, h, _ = table[12]
     assert (number, t, valid, first, key, own, h) == (12 + 2, 156, 44, 384 + 156, 384, 2, 0)
     assert sorted(row[0] for row in table) == list(range(24))
+    table = hopper_launch._jobs(((384, 384), (200, 300)), 4, 2, torch.device("cpu"), packed=True).tolist()
+    assert sorted(row[0] for row in table) == [*range(12), *range(13, 25)]
 
 
 def test_two_runs_give_equal_bits(hopper):
@@ -126,7 +128,7 @@ from whimbrel.attend.kernels.hopper import forward
 tile = gl.NVMMASharedLayout(128, 16, 2)
 matrix = "tensordesc<bf16[{},128],{!r}>"
 types = dict.fromkeys(("q", "to_y"), matrix.format(64, tile)) | dict.fromkeys("kv", matrix.format(128, tile))
-types |= {"y": "*bf16", "lse": "*fp32", "starts": "*i64", "stops": "*i64", "scale": "fp32"}
+types |= {"y": "*bf16", "lse": "*fp32", "offsets": "*i64", "scale": "fp32"}
 types |= dict.fromkeys(("table", "indices", "taken"), "*i32")
 constants = {"H": 32, "GROUP": 4, "D": 128, "V": 128, "STAGES": 2}
 signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in forward.arg_names}

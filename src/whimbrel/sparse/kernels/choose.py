@@ -60,7 +60,7 @@ def choose(at, sums, shares, bits, counts, units, filled, wanting, rows, room, b
            wanted, row_share, least, most, slack, LISTED: tl.constexpr, PILOT: tl.constexpr, HKV: tl.constexpr,
            GROUP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
            UNIT_BITS: tl.constexpr, SHIFT: tl.constexpr, BUDGET: tl.constexpr):  # fmt: skip
-    """bits int32 [B * H, rows, words] and counts int64 [B * H, rows] of rows from `begin` on.
+    """bits int32 [B * H, rows, words] and counts int32 [B * H, rows] of rows from `begin` on.
 
     sums fp32 [B * HKV, room * S, blocks, GROUP, P], at, units and filled as for `estimate.scores`; shares is the same
     memory as int32, and holds shares afterwards where S > 1. The first block, a row's own and the one before it are
@@ -164,7 +164,7 @@ def choose(at, sums, shares, bits, counts, units, filled, wanting, rows, room, b
             earlier = chosen + tl.cumsum(level, 0) - level
             keep += ((level > 0) & (enough(covered, needed, earlier, least, most, BUDGET) == 0)).to(tl.int32)
         chosen = tl.sum(keep)
-        tl.store(counts + pair * rows + row, chosen.to(tl.int64))
+        tl.store(counts + pair * rows + row, chosen)
         packed = tl.sum(tl.reshape(keep, [N // 32, 32]) << tl.arange(0, 32)[None, :], 1)
         w = tl.arange(0, N // 32)
         tl.store(bits + (pair * rows + row) * words + w, packed, mask=w < words)
@@ -179,7 +179,19 @@ def choose(at, sums, shares, bits, counts, units, filled, wanting, rows, room, b
                     tl.store(units + group * rows + tl.atomic_add(filled + group, 1), row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
+def place(counts, offsets, rows, N: tl.constexpr):
+    """offsets int64 [rows + 1]: sums of the counts, int32 [rows], of all rows before. One program does it."""
+    n = tl.arange(0, N)
+    before = tl.full([], 0, tl.int64)
+    tl.store(offsets, before)
+    for first in range(0, rows, N):
+        found = tl.load(counts + first + n, mask=first + n < rows, other=0).to(tl.int64)
+        tl.store(offsets + 1 + first + n, before + tl.cumsum(found, 0), mask=first + n < rows)
+        before += tl.sum(found, 0)
+
+
+@triton.jit(do_not_specialize=["width"])
 def compact(chosen, offsets, indices, width, N: tl.constexpr, PACKED: tl.constexpr):
     """indices int32: the chosen blocks of each row, from offsets[row] on.
 

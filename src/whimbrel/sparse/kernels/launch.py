@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from whimbrel.attend.kernels import hopper_launch
 from whimbrel.attend.plan import Grid, Plan
+from whimbrel.launches import launch, replay
 from whimbrel.sparse.blocks import JUDGED_AT, PILOT_ROWS, PROBE_ROWS, margin, per_million
-from whimbrel.sparse.kernels.choose import choose, compact
+from whimbrel.sparse.kernels.choose import choose, compact, place
 from whimbrel.sparse.kernels.estimate import scores
 
 UNIT_BITS = 30
@@ -43,202 +45,269 @@ WAITING_BYTES = 1 << 28
 every causal block is cheaper."""
 MOST_LOOKS = 4
 """Launches for second looks, beyond which it pays to wait until their number is known."""
+MOST_TOGETHER = 8192
+"""Rows whose blocks are added up at a time."""
+MOST_SELECTIONS = 64
+"""Selections kept, by shapes and settings; when there are more, all are forgotten."""
 
 
-class Looks(NamedTuple):
-    """Query blocks that deserve a second look."""
+class Memory(NamedTuple):
+    """Tensors of one call, in parts that begin at multiples of 16 bytes."""
 
-    units: Tensor
-    """int32 [B * Hkv, rows]: which."""
+    q: Tensor
+    k: Tensor
+    zeros: Tensor
+    """int32: what is cleared at first, in one piece."""
+    others: Tensor
+    """int32: what is not, in one piece."""
+    bits: Tensor
+    """int32 [B * H, rows, words]: chosen blocks, 32 in a word. Zeros at first: early rows are chosen in fewer words."""
     filled: Tensor
-    """int32 [B * Hkv]: how many."""
+    """int32 [B * Hkv]: how many query blocks deserve a second look. Zeros at first."""
     wanting: Tensor
-    """int32 [B * Hkv, rows]: a bit for each head of those that share a key head."""
+    """int32 [B * Hkv, rows]: of these, a bit for each head of those that share a key head. Zeros at first."""
+    units: Tensor
+    """int32 [B * Hkv, rows]: which they are."""
+    counts: Tensor
+    """int32 [B * H, rows]: how many blocks are chosen."""
+    sums: Tensor
+    """fp32: what sampled queries see of each block, for the query blocks that are under way."""
+    offsets: Tensor
+    """int64 [B * H * rows + 1]: of the plan."""
+    indices: Tensor | None
+    """int32: of the plan, or None where how many it needs is not known beforehand."""
 
 
 class Selection:
-    """A plan for q [B, Tq, H, D] and k [B, Tk, Hkv, D] in the making."""
+    """How blocks are chosen for all q [B, Tq, H, D] and k [B, Tk, Hkv, D] of the same shapes and strides."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, grid: Grid, *, row_share: float, least: int, most: int | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        grid: Grid,
+        *,
+        probe_rows: int | None,
+        coverage: float,
+        row_share: float,
+        least: int,
+        most: int | None,
+        scale: float,
     ):
-        if not q.is_cuda and q.dtype == torch.bfloat16:
-            q, k = q.float(), k.float()  # products in bf16 are wrong in Triton's interpreter
-        self.q, self.k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         self.grid = grid
-        self.row_share, self.least, self.most = row_share, least, most
+        self.coverage, self.row_share, self.least, self.most = coverage, row_share, least, most
         self.scale = scale * math.log2(math.e)
         self.batch, _, self.heads, self.dim = q.shape
         self.kv_heads = k.shape[2]
         self.group = self.heads // self.kv_heads
         self.rows, self.blocks = grid.query_blocks, grid.key_blocks
-        size = self.batch * self.heads, self.rows
-        # Zeros: early rows are chosen in fewer words.
-        self.bits = torch.zeros(*size, triton.cdiv(self.blocks, 32), dtype=torch.int32, device=q.device)
-        self.counts = torch.empty(*size, dtype=torch.int64, device=q.device)
+        self.words = triton.cdiv(self.blocks, 32)
+        self.strides = *q.stride()[:3], *k.stride()[:3]
+        self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+        self.at = sample_positions(grid, PILOT_ROWS if probe_rows is None else probe_rows, q.device)
+        self.again = sample_positions(grid, PROBE_ROWS, q.device) if probe_rows is None else None
+        self.on_hopper = hopper_launch.fits(q, q, grid.block_size)
         elements = (q.numel() + k.numel()) * q.element_size()
         self.scratch = min(MOST_SCRATCH, max(LEAST_SCRATCH, elements // 15)) // 4
+        self.strips = list(self._strips())
+        self.looked_at = max(1, min(self.rows, self.scratch // (self.batch * self.heads * self.blocks * PROBE_ROWS)))
+        """Query blocks whose second looks are under way together."""
+        rows = self.batch * self.heads * self.rows
+        self.waits = self.again is not None and self.rows > self.looked_at * MOST_LOOKS
+        """Whether the host is to know how many second looks there are."""
+        room = rows * (grid.first_block + 1 + self.blocks) // 2
+        room = room if most is None else min(room, rows * max(most, 3))
+        self.room = room if 4 * room <= WAITING_BYTES else None
+        pairs, looks = self.batch * self.kv_heads, self.rows if self.again is not None else 0
+        self.zeros = [_whole(n) for n in (rows * self.words, pairs, pairs * looks)]
+        sums = max((stop - first) * (grid.first_block + stop) * self.at.shape[1] for first, stop in self.strips)
+        if self.again is not None:
+            sums = max(sums, self.looked_at * self.blocks * self.again.shape[1])
+        self.others = [_whole(n) for n in (pairs * looks, rows)]
+        self.sums = self.batch * self.heads * sums
 
-    def look(self, probe_rows: int, coverage: float) -> None:
-        """Choose for all rows from so many queries of each."""
-        at = sample_positions(self.grid, probe_rows, self.q.device)
-        for first, stop in self.strips(at.shape[1]):
-            sums = self.scores(at, first, stop - first)
-            self.choose(at, sums, first, coverage)
-            del sums
+    def memory(self, q: Tensor, k: Tensor) -> Memory:
+        """New tensors for a call."""
+        zeros = torch.zeros(sum(self.zeros), dtype=torch.int32, device=q.device)
+        others = torch.empty(sum(self.others), dtype=torch.int32, device=q.device)
+        sums = torch.empty(self.sums, dtype=torch.float32, device=q.device)
+        rows = self.batch * self.heads * self.rows
+        offsets = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
+        indices = None if self.room is None else torch.empty(self.room, dtype=torch.int32, device=q.device)
+        parts = *zeros.split(self.zeros), *others.split(self.others)
+        return Memory(q, k, zeros, others, *parts, sums, offsets, indices)
 
-    def look_twice(self, coverage: float) -> None:
-        """Choose from few queries, and once more from many where few do not tell."""
-        at = sample_positions(self.grid, PILOT_ROWS, self.q.device)
-        pairs = self.batch * self.kv_heads
-        counters = torch.zeros(pairs * (self.rows + 1), dtype=torch.int32, device=self.q.device)
-        filled, wanting = counters.split([pairs, pairs * self.rows])
-        looks = Looks(torch.empty_like(wanting), filled, wanting)
-        for first, stop in self.strips(at.shape[1]):
-            sums = self.scores(at, first, stop - first)
-            self.choose(at, sums, first, JUDGED_AT + margin(JUDGED_AT), looks, slack=2 * margin(JUDGED_AT))
-            if coverage != JUDGED_AT:
-                self.choose(at, sums, first, coverage + margin(coverage))
-            del sums  # or the next ones would lie beside them
-        at = sample_positions(self.grid, PROBE_ROWS, self.q.device)
-        room = max(1, min(self.rows, self.scratch // (self.batch * self.heads * self.blocks * at.shape[1])))
-        most = self.rows if self.rows <= room * MOST_LOOKS else int(filled.max())
-        for first in range(0, most, room):
-            sums = self.scores(at, first, min(room, self.rows - first), looks)
-            self.choose(at, sums, first, coverage, looks)
-            del sums
+    def plan(self, q: Tensor, k: Tensor) -> Plan:
+        """The plan for q and k."""
+        memory = self.memory(q, k)
+        if self.waits or memory.indices is None:
+            self.look(memory)
+            if self.again is not None:
+                self.look_again(memory, int(memory.filled.max()) if self.waits else self.rows)
+            memory = memory._replace(indices=self.write(memory))
+        else:
+            held = q, k, self.at, self.again, memory.zeros, memory.others, memory.sums, memory.offsets, memory.indices
+            replay(self, held, partial(self.run, memory))
+        sizes = self.grid.block_size, self.grid.q_len, self.grid.k_len
+        return Plan(memory.offsets, memory.indices, *sizes, self.heads, self.batch, is_checked=True)
 
-    def strips(self, slots: int) -> Iterator[tuple[int, int]]:
+    def run(self, memory: Memory) -> None:
+        """All launches, where nothing needs to be known in between."""
+        self.look(memory)
+        if self.again is not None:
+            self.look_again(memory, self.rows)
+        self.write(memory)
+
+    def look(self, memory: Memory) -> None:
+        """Choose for all rows, and where there is a second look note which rows deserve it."""
+        for first, stop in self.strips:
+            blocks = self.grid.first_block + stop
+            self.score(memory, self.at, first, stop - first, blocks)
+            choose = partial(self.choose, memory, self.at, first, stop - first, blocks)
+            if self.again is None:
+                choose(self.coverage)
+            else:
+                choose(JUDGED_AT + margin(JUDGED_AT), slack=2 * margin(JUDGED_AT))
+                if self.coverage != JUDGED_AT:
+                    choose(self.coverage + margin(self.coverage))
+
+    def look_again(self, memory: Memory, most: int) -> None:
+        """Choose once more where few queries do not tell: for at most so many rows of each key head."""
+        for first in range(0, most, self.looked_at):
+            room = min(self.looked_at, self.rows - first)
+            self.score(memory, self.again, first, room, self.blocks, listed=True)
+            self.choose(memory, self.again, first, room, self.blocks, self.coverage, listed=True)
+
+    def write(self, memory: Memory) -> Tensor:
+        """Offsets and indices of the plan."""
+        return _write(memory.bits, memory.counts, memory.offsets, memory.indices, self.words, self.blocks, packed=True)
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
         """Rows whose sums fit the scratch at a time."""
         first = 0
         before = self.grid.first_block
         while first < self.rows:
-            room = self.scratch // (self.batch * self.heads * slots)
+            room = self.scratch // (self.batch * self.heads * self.at.shape[1])
             # As many rows as there may be if each holds sums for all blocks up to the last of them.
             most = int(((before + first) ** 2 + 4 * room) ** 0.5 - before - first) // 2
             most = max(1, most - most % 16 if most > 16 else most)  # programs take up to 16 query blocks and more
             yield first, min(self.rows, first + most)
             first += most
 
-    def scores(self, at: Tensor, begin: int, room: int, looks: Looks | None = None) -> Tensor:
-        """`estimate.scores` of the rows from `begin` on, or of those in `looks`; at int32 [rows, slots], slots a power
-        of two or a multiple of MOST_SLOTS."""
+    def score(self, memory: Memory, at: Tensor, begin: int, room: int, blocks: int, *, listed: bool = False) -> None:
+        """`estimate.scores` of `room` rows from `begin` on, or of so many that were noted.
+
+        at int32 [rows, slots], slots a power of two or a multiple of MOST_SLOTS.
+        """
         slots = min(at.shape[1], MOST_SLOTS)
         sub = at.shape[1] // slots
-        blocks = self.blocks if looks else self.grid.first_block + begin + room
         pairs, size = self.batch * self.kv_heads, self.group * slots
-        sums = torch.empty(pairs, room * sub, blocks, size, dtype=torch.float32, device=self.q.device)
-        lists = (looks.units, looks.filled) if looks else (at, at)
-        tensors = self.q, self.k, at, *lists, sums
-        strides = *self.q.stride()[:3], *self.k.stride()[:3]
+        lists = (memory.units, memory.filled) if listed else (at, at)
+        tensors = at, *lists, memory.sums
         numbers = self.grid.offset, self.grid.k_len, self.rows, room * sub, begin * sub, blocks, self.grid.first_block
-        constants = {"LISTED": looks is not None, "HKV": self.kv_heads, "GROUP": self.group, "P": slots, "S": sub}
-        constants["D"] = self.dim
-        if size <= 128 * HOPPER_TILES and hopper_launch.fits(self.q, self.q, self.grid.block_size):
-            self._scores_on_hopper(tensors, strides, numbers, constants)
-            return sums
+        constants = {"LISTED": listed, "HKV": self.kv_heads, "GROUP": self.group, "P": slots, "S": sub}
+        q, k = memory.q, memory.k
+        if size <= 128 * HOPPER_TILES and self.on_hopper:
+            from whimbrel.sparse.kernels import hopper
+
+            together = 128 * HOPPER_TILES // size
+            groups, runs = triton.cdiv(room * sub, together), triton.cdiv(blocks, HOPPER_RUN)
+            keys = hopper_launch.matrix(k.flatten(0, 1), hopper_launch.BLOCK)
+            launch(
+                hopper.scores, pairs * groups * runs, q, k, keys.matrix, *tensors, *self.strides, *numbers, groups,
+                runs, keys.row, keys.column, self.scale, **constants, Q=together, D=self.dim, TILES=HOPPER_TILES,
+                KEYS=HOPPER_KEYS, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
+            )  # fmt: skip
+            return
         together = max(1, PROGRAM_ROWS // size)
         block_dim, packed = (max(16, triton.next_power_of_2(x)) for x in (self.dim, size * together))
-        scores[(triton.cdiv(room * sub, together), triton.cdiv(blocks, RUN), pairs)](
-            *tensors, *strides, *numbers, self.scale, **constants, Q=together, M=packed, BD=block_dim,
-            SIZE=self.grid.block_size, RUN=RUN, PRECISION="tf32x3" if self.q.dtype == torch.float32 else "tf32",
-            num_warps=8, num_stages=2,
-        )  # fmt: skip
-        return sums
-
-    def _scores_on_hopper(
-        self, tensors: tuple[Tensor, ...], strides: tuple[int, ...], numbers: tuple[int, ...], constants: dict[str, int]
-    ) -> None:
-        from whimbrel.sparse.kernels import hopper
-
-        q, k, *others = tensors
-        together = 128 * HOPPER_TILES // (self.group * constants["P"])
-        *_, room, _, blocks, _ = numbers
-        groups, runs = triton.cdiv(room, together), triton.cdiv(blocks, HOPPER_RUN)
-        keys, k_row, k_col = hopper_launch.matrix(k.flatten(0, 1), hopper_launch.BLOCK)
-        hopper.scores[(self.batch * self.kv_heads * groups * runs,)](
-            q, k, keys, *others, *strides, *numbers, groups, runs, k_row, k_col, self.scale, **constants, Q=together,
-            TILES=HOPPER_TILES, KEYS=HOPPER_KEYS, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
+        launch(
+            scores, (triton.cdiv(room * sub, together), triton.cdiv(blocks, RUN), pairs), q, k, *tensors, *self.strides,
+            *numbers, self.scale, **constants, Q=together, M=packed, D=self.dim, BD=block_dim,
+            SIZE=self.grid.block_size, RUN=RUN, PRECISION=self.precision, num_warps=8, num_stages=2,
         )  # fmt: skip
 
     def choose(
         self,
+        memory: Memory,
         at: Tensor,
-        sums: Tensor,
         begin: int,
+        room: int,
+        blocks: int,
         coverage: float,
-        looks: Looks | None = None,
+        *,
+        listed: bool = False,
         slack: float | None = None,
     ) -> None:
-        """Fill `bits` and `counts` of the rows of `sums`: of those in `looks`, or of all, and with `slack` note there
-        which deserve a second look."""
+        """Fill `bits` and `counts` of the rows that were scored, and with `slack` note which deserve a second look."""
         slots = min(at.shape[1], MOST_SLOTS)
         sub = at.shape[1] // slots
-        room = sums.shape[1] // sub
-        width = max(32, triton.next_power_of_2(sums.shape[2]))
+        width = max(32, triton.next_power_of_2(blocks))
         # Coverage 1 keeps all blocks, whatever rounding does to sums.
         wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * 2**UNIT_BITS)
         most = 2**31 - 1 if self.most is None else self.most
-        choose[(room, self.batch * self.heads)](
-            at, sums, sums.view(torch.int32), self.bits, self.counts, *(looks or (at, at, at)), self.rows, room, begin,
-            sums.shape[2], self.bits.shape[2], self.grid.first_block, wanted, per_million(self.row_share), self.least,
-            most, int((slack or 0) * 2**UNIT_BITS), LISTED=looks is not None and slack is None, PILOT=slack is not None,
-            HKV=self.kv_heads, GROUP=self.group, P=slots, S=sub, N=width, UNIT=2**UNIT_BITS, UNIT_BITS=UNIT_BITS,
-            SHIFT=(slots * sub - 1).bit_length(), BUDGET=self.least > 0 or self.most is not None,
+        looks = (at, at, at) if self.again is None else (memory.units, memory.filled, memory.wanting)
+        launch(
+            choose, (room, self.batch * self.heads), at, memory.sums, memory.sums.view(torch.int32), memory.bits,
+            memory.counts, *looks, self.rows, room, begin, blocks, self.words, self.grid.first_block, wanted,
+            per_million(self.row_share), self.least, most, int((slack or 0) * 2**UNIT_BITS), LISTED=listed,
+            PILOT=slack is not None, HKV=self.kv_heads, GROUP=self.group, P=slots, S=sub, N=width, UNIT=2**UNIT_BITS,
+            UNIT_BITS=UNIT_BITS, SHIFT=(slots * sub - 1).bit_length(), BUDGET=self.least > 0 or self.most is not None,
             num_warps=max(1, min(16, width * slots // WARP_SHARES)),
         )  # fmt: skip
 
-    def plan(self) -> Plan:
-        """The plan of what was chosen."""
-        return _plan(self.bits, self.counts, self.grid, self.batch, self.most)
+
+_selections: dict[Any, Selection] = {}
 
 
-def sampled_plan(
-    q: Tensor,
-    k: Tensor,
-    grid: Grid,
-    *,
-    probe_rows: int | None,
-    coverage: float,
-    row_share: float,
-    least: int,
-    most: int | None,
-    scale: float,
-) -> Plan:
-    """The plan for q [B, Tq, H, D] and k [B, Tk, Hkv, D] from the exact masses of sampled queries: so many of each
-    block, or PILOT_ROWS and PROBE_ROWS where these do not tell.
+def sampled_plan(q: Tensor, k: Tensor, grid: Grid, **settings: Any) -> Plan:
+    """The plan for q [B, Tq, H, D] and k [B, Tk, Hkv, D] from the exact masses of sampled queries.
 
-    `least` and `most` are blocks per row. A row is chosen alike, to the bit, whatever follows it and wherever, on a
-    block border, the prompt is cut.
+    settings: as `Selection` takes them. probe_rows queries of each block are sampled, or PILOT_ROWS, and PROBE_ROWS
+    where these do not tell; `least` and `most` are blocks per row. A row is chosen alike, to the bit, whatever follows
+    it and wherever, on a block border, the prompt is cut.
     """
-    selection = Selection(q, k, grid, row_share=row_share, least=least, most=most, scale=scale)
-    if probe_rows is None:
-        selection.look_twice(coverage)
-    else:
-        selection.look(probe_rows, coverage)
-    return selection.plan()
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        q, k = q.float(), k.float()  # products in bf16 are wrong in Triton's interpreter
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    key = (q.shape, k.shape, q.stride(), k.stride(), q.dtype, q.device, grid.block_size, *settings.items())
+    found = _selections.get(key)
+    if found is None:
+        if len(_selections) >= MOST_SELECTIONS:
+            _selections.clear()
+        found = _selections[key] = Selection(q, k, grid, **settings)
+    return found.plan(q, k)
 
 
 def plan_of_mask(mask: Tensor, grid: Grid) -> Plan:
     """`Plan.from_mask` of a mask that is known to be right, without a wait for its number of blocks."""
-    return _plan(mask.flatten(0, 1).to(torch.int8), mask.sum(-1).flatten(0, 1), grid, len(mask), None)
+    batch, heads, rows, blocks = mask.shape
+    offsets = torch.empty(batch * heads * rows + 1, dtype=torch.int64, device=mask.device)
+    room = batch * heads * rows * (grid.first_block + 1 + grid.key_blocks) // 2
+    indices = torch.empty(room, dtype=torch.int32, device=mask.device) if 4 * room <= WAITING_BYTES else None
+    counts = mask.sum(-1, dtype=torch.int32)
+    indices = _write(mask.to(torch.int8).contiguous(), counts, offsets, indices, blocks, blocks, packed=False)
+    return Plan(
+        offsets, indices, grid.block_size, grid.q_len, grid.k_len, num_heads=heads, batch=batch, is_checked=True
+    )
 
 
-def _plan(chosen: Tensor, counts: Tensor, grid: Grid, batch: int, most: int | None) -> Plan:
-    """The plan of blocks that are chosen as `compact` takes them, [B * H, rows, .], counts [B * H, rows]."""
-    offsets = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
-    rows = counts.numel()
-    room = rows * (grid.first_block + 1 + grid.key_blocks) // 2
-    if most is not None:
-        room = min(room, rows * max(most, 3))
-    if 4 * room > WAITING_BYTES:
-        room = int(offsets[-1])
-    indices = torch.empty(room, dtype=torch.int32, device=chosen.device)
-    packed = chosen.dtype == torch.int32
-    width = max(32, triton.next_power_of_2(grid.key_blocks))
-    compact[(rows,)](chosen, offsets, indices, chosen.shape[-1], N=width, PACKED=packed)
-    sizes = grid.block_size, grid.q_len, grid.k_len
-    return Plan(offsets, indices, *sizes, num_heads=len(counts) // batch, batch=batch, is_checked=True)
+def _write(
+    chosen: Tensor, counts: Tensor, offsets: Tensor, indices: Tensor | None, width: int, blocks: int, *, packed: bool
+) -> Tensor:
+    """Fill the offsets and indices of a plan from what `compact` takes; waits for the device without `indices`."""
+    rows = len(offsets) - 1
+    together = min(MOST_TOGETHER, max(32, triton.next_power_of_2(rows)))
+    launch(place, 1, counts, offsets, rows, N=together, num_warps=max(1, together // 512))
+    if indices is None:
+        indices = torch.empty(int(offsets[-1]), dtype=torch.int32, device=offsets.device)
+    launch(compact, rows, chosen, offsets, indices, width, N=max(32, triton.next_power_of_2(blocks)), PACKED=packed)
+    return indices
+
+
+def _whole(numbers: int) -> int:
+    """So many numbers, rounded up to 16 bytes."""
+    return -(-numbers // 4) * 4
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,6 +25,7 @@ def hopper(monkeypatch):
     """All calls go to the kernel for Hopper, two key blocks to a program."""
     monkeypatch.setattr(hopper_launch, "fits", lambda q, v, block_size: True)
     monkeypatch.setattr(launch, "HOPPER_RUN", 2)
+    monkeypatch.setattr(launch, "_selections", {})
     with emulated("whimbrel.attend.kernels.hopper", "whimbrel.sparse.kernels.hopper"):
         yield
 
@@ -94,6 +95,20 @@ def test_compiled_rows_do_not_depend_on_cuts_nor_on_the_run(probe, kind):
     else:
         q, k, _ = structured(5, tokens=9000, dim=128, dtype=torch.bfloat16)
     check_cuts(q.cuda(), k.cuda(), probe, (0, 2048, 3072, 8192, 9000))
+
+
+@pytest.mark.gpu
+def test_replayed_selections_are_those_of_their_own_tensors():
+    """Launches of one shape are kept, and put at work on other tensors."""
+    select = RowLocalConfig(impl="triton").build()
+    inputs = [[x.cuda() for x in mixed(seed, tokens=5000, heads=8, kv_heads=2)[:2]] for seed in range(5)]
+    launched = []
+    for q, k in inputs:
+        launch._selections.clear()  # and with it what was kept
+        launched.append(select(q, k).check().to_mask())
+    for _ in range(2):
+        for (q, k), want in zip(inputs, launched, strict=True):
+            assert torch.equal(want, select(q, k).check().to_mask())
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from whimbrel.attend import Grid
+from whimbrel.attend import Grid, Plan
 from whimbrel.attend.kernels.test_kernel import PoisonedTorch
 from whimbrel.attend.test_plan import random_mask
 from whimbrel.errors import ConfigError, UnsupportedError
@@ -26,11 +26,13 @@ from whimbrel.sparse.kernels import launch
 from whimbrel.sparse.kernels.choose import choose
 
 UNIT = 2**launch.UNIT_BITS
+DEFAULTS = {"coverage": 0.95, "row_share": 0.95, "least": 0, "most": None}
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     monkeypatch.setattr(launch, "torch", PoisonedTorch())
+    monkeypatch.setattr(launch, "_selections", {})
 
 
 @pytest.mark.parametrize(("q_len", "k_len", "size", "probe"), [(391, 391, 32, 5), (77, 200, 16, 16), (3, 40, 128, 16)])
@@ -63,11 +65,14 @@ def test_masses_are_exact(probe, dtype, rows, monkeypatch):
 def check_masses(q, k, probe, error, *, block_size):
     """What kernels sum up for every sampled query and key block, as shares, against the definition."""
     grid = Grid(block_size, q.shape[1], k.shape[1])
-    positions = launch.sample_positions(grid, probe, q.device)
-    selection = launch.Selection(q, k, grid, row_share=0.95, least=0, most=None, scale=0.2)
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        q, k = q.float(), k.float()  # as `sampled_plan` does
+    selection = launch.Selection(q, k, grid, probe_rows=probe, **DEFAULTS, scale=0.2)
+    positions, memory = selection.at, selection.memory(q, k)
     group, slots = selection.group, min(positions.shape[1], launch.MOST_SLOTS)
-    sums = selection.scores(positions, 0, grid.query_blocks).double()
-    sums = sums.unflatten(1, (grid.query_blocks, -1)).unflatten(-1, (group, slots))  # pairs, rows, S, blocks, group, P
+    selection.score(memory, positions, 0, grid.query_blocks, grid.key_blocks)
+    sizes = len(q) * k.shape[2], grid.query_blocks, positions.shape[1] // slots, grid.key_blocks, group, slots
+    sums = memory.sums[: math.prod(sizes)].view(sizes).double()
     sums = sums.permute(0, 4, 1, 2, 5, 3).flatten(3, 4).reshape(len(q), -1, *positions.shape, grid.key_blocks)
     for row in range(grid.query_blocks):
         there = positions[row] >= 0
@@ -107,7 +112,7 @@ def test_choice_is_that_of_the_slow_path(coverage, row_share, least, most, tiles
     sums[:, 1, 2:] = torch.nan  # nobody writes the sums of queries that are not there
     sums = sums.unflatten(2, (tiles_of_a_row, slots)).permute(1, 2, 4, 0, 3).contiguous()  # tiles, blocks, group, P
     bits = torch.full((heads, rows, 2), -1, dtype=torch.int32)
-    counts = torch.full((heads, rows), -1)
+    counts = torch.full((heads, rows), -1, dtype=torch.int32)
     wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * UNIT)
     choose[(rows, heads)](
         at, sums, sums.view(torch.int32), bits, counts, at, at, at, rows, rows, 0, blocks, 2, grid.first_block, wanted,
@@ -117,16 +122,20 @@ def test_choice_is_that_of_the_slow_path(coverage, row_share, least, most, tiles
     )  # fmt: skip
     got = (bits[..., None] >> torch.arange(32) & 1).flatten(-2)[..., :blocks].bool()
     assert torch.equal(got, want)
-    assert torch.equal(counts, want.sum(-1))
-    assert torch.equal(launch._plan(bits, counts, grid, 1, most).check().to_mask()[0], want)
+    assert torch.equal(counts, want.sum(-1).int())
+    offsets = torch.empty(heads * rows + 1, dtype=torch.int64)
+    indices = launch._write(bits, counts, offsets, None, 2, blocks, packed=True)
+    plan = Plan(offsets, indices, 16, grid.q_len, grid.k_len, heads, 1).check()
+    assert torch.equal(plan.to_mask()[0], want)
 
 
 def test_early_rows_leave_nothing_in_the_words_of_late_blocks():
     q, k, _ = gaussian(3, tokens=16 * 40, heads=1, dim=16)
-    selection = launch.Selection(q, k, Grid(16, 640, 640), row_share=0.95, least=0, most=None, scale=1.0)
-    at = launch.sample_positions(selection.grid, 4, q.device)
-    selection.choose(at, selection.scores(at, 0, 3), 0, 0.95)
-    assert selection.bits[0, :3].tolist() == [[1, 0], [3, 0], [7, 0]]
+    selection = launch.Selection(q, k, Grid(16, 640, 640), probe_rows=4, **DEFAULTS, scale=1.0)
+    memory = selection.memory(q, k)
+    selection.score(memory, selection.at, 0, 3, 3)
+    selection.choose(memory, selection.at, 0, 3, 3, 0.95)
+    assert memory.bits[:6].tolist() == [1, 0, 3, 0, 7, 0]
 
 
 def test_a_mask_becomes_a_plan():
@@ -161,6 +170,7 @@ def test_second_looks_are_those_of_the_slow_path(monkeypatch):
     for scratch, looks in ((1 << 23, 4), (4 * 4 * 13 * 16 * 4, 0)):
         monkeypatch.setattr(launch, "MOST_SCRATCH", scratch)
         monkeypatch.setattr(launch, "MOST_LOOKS", looks)
+        launch._selections.clear()
         fast = RowLocalConfig(impl="triton", **settings).build()(q, k).check().to_mask()
         assert torch.equal(slow, fast)
 
@@ -220,12 +230,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from whimbrel.sparse.kernels import choose, estimate
 
-types = dict.fromkeys("at shares bits units filled wanting chosen indices".split(), "*i32")
-types |= {"q": "*bf16", "k": "*bf16", "offsets": "*i64", "counts": "*i64", "scale": "fp32"}
+types = dict.fromkeys("at shares bits counts units filled wanting chosen indices".split(), "*i32")
+types |= {"q": "*bf16", "k": "*bf16", "offsets": "*i64", "scale": "fp32"}
 types |= dict.fromkeys(("out", "sums"), "*fp32")
 flags = dict(LISTED=False, PILOT=True, HKV=8, GROUP=4, P=4, S=1, Q=8, M=128, D=128, BD=128, SIZE=128, RUN=16)
 flags |= dict(PRECISION="tf32", BUDGET=True, N=1024, UNIT=2**30, UNIT_BITS=30, SHIFT=2, PACKED=True)
-for function in (estimate.scores, choose.choose, choose.compact):
+for function in (estimate.scores, choose.choose, choose.place, choose.compact):
     constants = {n: v for n, v in flags.items() if n in function.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in function.arg_names}
     even = [n for n in "q k out sums q_time q_head k_time k_head".split() if n in function.arg_names]

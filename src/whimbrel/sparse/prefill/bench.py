@@ -40,11 +40,14 @@ THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
 LEAST_THRESHOLD = 1e-5
 """Below which no threshold of equal error is looked for."""
+AS_SERVED = "row_local, dense where short"
 CHUNK = 8192
 """Tokens of a chunk, where a prompt comes in chunks."""
 FADING = {"fading, 10 %": 0.1, "fading, 5 %": 0.05}
 """Input -> share of the causal pairs that holds 95 % of the attention: what is gained where little is needed."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
+SHORT_LENGTHS = (2048, 4096)
+"""At which dense attention is the faster one everywhere, and what matters is what it takes to say so."""
 CAPTURED = Path("runs/smollm2/heads.safetensors")
 """Where `benchmarks/smollm2.py capture` leaves queries, keys and values of a real model, below the working directory:
 tensors "LENGTH.LAYER.q", "k" and "v". Where it is, its layers are the input `smollm2`."""
@@ -182,6 +185,9 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
                 found += _equal_error(problem, share) if problem.on_gpu else []
                 found += [_in_chunks(problem, share)] if length > CHUNK else []
     if device == "cuda" and not quick:
+        for problem in (Problem("mixed", length, device) for length in SHORT_LENGTHS):
+            case = Case(name="prefill", params=problem.params | {"coverage": 0.95}, check=lambda: None, metric="time")
+            found += [_dense(problem), replace(case, impls={AS_SERVED: partial(_as_served, problem, 0.95)})]
         for problem in (Problem(kind, length, device) for kind in FADING for length in (32_768, 131_072)):
             found += [_dense(problem), *_sparse(problem, 0.95)]
     for problem in captured(device):
@@ -225,7 +231,7 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
     if problem.on_gpu and problem.length < max(SPARSE_FROM.values()):
-        whole["row_local, dense where short"] = partial(_as_served, problem, share)
+        whole[AS_SERVED] = partial(_as_served, problem, share)
     official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
     extra = {
