@@ -14,10 +14,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 
 
 def fastest_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """The same by cuDNN where it takes the call: on Hopper torch prefers FlashAttention 2, which takes 1.7 times as long.
+    """The same by cuDNN where it takes the call.
 
-    Other backends are switched off for the call, as `torch.nn.attention.sdpa_kernel` does it, which takes three times as
-    long to do so: as long as some calls.
+    On Hopper torch prefers FlashAttention 2, which takes 1.7 times as long. It is switched off for the call as
+    `torch.nn.attention.sdpa_kernel` does, which takes three times as long for that: much beside a short call.
     """
     others = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
     if not q.is_cuda or not _cudnn_takes(q, k, v):
