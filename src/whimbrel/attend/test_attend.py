@@ -166,9 +166,12 @@ def test_the_measured_crossover_is_said(caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with caplog.at_level(logging.INFO, logger="whimbrel.attend"):
         assert choice.sparse_from(torch.device("cuda")) == 16_384
+        assert choice.sparse_from(torch.device("cuda"), 64) == 16_384
+        assert choice.sparse_from(torch.device("cuda"), 8) == 32_768
         assert choice.sparse_from(torch.device("cpu")) == 0
     assert [r.message for r in caplog.records] == [
         "attend: below 16384 keys dense attention is the faster one on this device, as measured",
+        "attend: below 32768 keys dense attention is the faster one on this device, as measured",
         "attend: on cpu nothing says below which length dense attention is the faster one",
     ]
 

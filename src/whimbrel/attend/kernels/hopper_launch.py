@@ -13,6 +13,8 @@ from whimbrel.launches import Matrix, launch, replay
 
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 BLOCK = 128
+DIMS = (64, 128)
+"""Elements of a head."""
 STAGES = 2
 """Key blocks that are in shared memory at a time; with two tiles of queries they take 192 of 227 KB."""
 Sequences = tuple[tuple[int, int], ...]
@@ -21,14 +23,22 @@ Sequences = tuple[tuple[int, int], ...]
 
 def fits(q: Tensor, v: Tensor, block_size: int) -> bool:
     """Whether the kernel takes a call: Hopper, bf16 or fp16, heads of 64 or 128 elements, blocks of 128."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and block_size == BLOCK
-        and q.shape[-1] in (64, 128)
-        and v.shape[-1] in (64, 128)
-        and _is_hopper(q.device)
-    )
+    return _suits(q, block_size) and q.shape[-1] in DIMS and v.shape[-1] in DIMS
+
+
+def fits_padded(q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether it takes a call once its heads, of more than 64 and fewer than 128 elements, are `padded`."""
+    between = all(DIMS[0] < x.shape[-1] <= DIMS[1] for x in (q, v))
+    return between and not fits(q, v, block_size) and _suits(q, block_size)
+
+
+def padded(x: Tensor) -> Tensor:
+    """Heads of 128 elements, with zeros behind those of x [..., D]."""
+    return torch.nn.functional.pad(x, (0, DIMS[1] - x.shape[-1]))
+
+
+def _suits(q: Tensor, block_size: int) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and block_size == BLOCK and _is_hopper(q.device)
 
 
 @functools.cache

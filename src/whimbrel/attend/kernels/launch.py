@@ -49,8 +49,12 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
         # Products in bf16 are wrong in Triton's interpreter.
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    size = plans[0].block_size
+    if hopper_launch.fits_padded(q, v, size):
+        y, lse = attend_triton(*(hopper_launch.padded(x) for x in (q, k, v)), plans, scale)
+        return y[..., : v.shape[2]].contiguous(), lse
     heads, dim = q.shape[1:]
-    value_dim, size = v.shape[2], plans[0].block_size
+    value_dim = v.shape[2]
     y = torch.empty(len(q), heads, value_dim, dtype=dtype, device=q.device)
     lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
     sequences = tuple((plan.q_len, plan.k_len) for plan in plans for _ in range(plan.batch))

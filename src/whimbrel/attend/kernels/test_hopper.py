@@ -55,6 +55,18 @@ def test_parts_without_diagonals_or_blocks(hopper):
     assert_close("y", attend(q, k, v, plan, impl="reference").y, merged.y, 2e-6)
 
 
+@pytest.mark.parametrize("value_dim", [96, 128])
+def test_heads_between_its_sizes_are_padded(monkeypatch, value_dim):
+    q, k, v = gaussian(11, tokens=300, heads=2, kv_heads=1, dim=96)
+    v = torch.cat([v, v], -1)[..., :value_dim].contiguous()
+    monkeypatch.setattr(hopper_launch, "_suits", lambda q, block_size: True)
+    assert not hopper_launch.fits(q, v, 128)
+    assert hopper_launch.fits_padded(q, v, 128)
+    assert not hopper_launch.fits_padded(q, v[..., :64], 128)
+    with emulated("whimbrel.attend.kernels.hopper"):
+        compare((q, k, v), random_plan(q, k, block_size=128))
+
+
 def test_packed_sequences_cannot_see_one_another(hopper):
     lengths = [(200, 200), (1, 333), (140, 397), (16, 16)]
     tensors, _, plans = packed(3, lengths, heads=4, kv_heads=2, dim=64, block_size=128)
@@ -160,12 +172,13 @@ def on_gpu(inputs):
         {"tokens": 2000, "q_len": 777, "heads": 4, "kv_heads": 1, "dim": 64, "batch": 2},
         {"tokens": 3000, "q_len": 1, "heads": 4, "kv_heads": 2, "dim": 128},
         {"tokens": 100, "heads": 2, "kv_heads": 2, "dim": 128},
+        {"tokens": 1000, "q_len": 500, "heads": 4, "kv_heads": 2, "dim": 96},
     ],
     ids=str,
 )
 def test_compiled_equals_the_reference(sizes, dtype):
     inputs = on_gpu(gaussian(6, dtype=dtype, **sizes))
-    assert hopper_launch.fits(inputs.q, inputs.v, 128)
+    assert hopper_launch.fits(inputs.q, inputs.v, 128) != hopper_launch.fits_padded(inputs.q, inputs.v, 128)
     plan = random_plan(inputs.q.cpu(), inputs.k.cpu(), block_size=128)
     plan = Plan.from_mask(plan.to_mask().cuda(), block_size=128, q_len=plan.q_len, k_len=plan.k_len)
     compare(inputs, plan)

@@ -180,7 +180,7 @@ def sparse_attention_forward(
     record = module.__dict__.setdefault("_whimbrel_prefill", _Record())
     settings, table = _settings(module)
     reason = _why_dense(module, query, key, attention_mask, causal=causal, dropout=dropout, options=kwargs)
-    reason = reason or _why_not_worth_it(key, settings, table)
+    reason = reason or _why_not_worth_it(query, key, settings, table)
     record.calls[reason or "sparse"] += 1
     if reason is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -301,9 +301,10 @@ def _how(options: Options, table: str) -> dict[str, Any]:
     return {"selector": config.build(), "audit_rows": options.audit_rows, "repair": target}
 
 
-def _why_not_worth_it(key: Tensor, options: Options, table: str) -> str | None:
+def _why_not_worth_it(query: Tensor, key: Tensor, options: Options, table: str) -> str | None:
     """Why a prefill that could be sparse shall not be."""
     if isinstance(_config(table), DenseConfig):
         return "dense by setting"
-    least = sparse_from(key.device) if options.min_length is None else options.min_length
+    heads = query.shape[0] * query.shape[1]
+    least = sparse_from(key.device, heads) if options.min_length is None else options.min_length
     return f"fewer than {least} keys" if key.shape[2] < least else None

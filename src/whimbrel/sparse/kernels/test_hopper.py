@@ -50,6 +50,15 @@ def test_rows_do_not_depend_on_cuts(hopper):
         assert torch.equal(part, whole[:, :, start // 128 : -(-stop // 128), : -(-stop // 128)])
 
 
+def test_heads_between_its_sizes_are_padded(monkeypatch):
+    q, k, _ = gaussian(4, tokens=400, heads=2, dim=96)
+    monkeypatch.setattr(launch, "_selections", {})
+    monkeypatch.setattr(hopper_launch, "_suits", lambda q, block_size: True)
+    slow = RowLocalConfig(coverage=0.7, impl="torch").build()(4 * q, k).to_mask()
+    with emulated("whimbrel.attend.kernels.hopper", "whimbrel.sparse.kernels.hopper"):
+        assert torch.equal(slow, RowLocalConfig(coverage=0.7, impl="triton").build()(4 * q, k).to_mask())
+
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile

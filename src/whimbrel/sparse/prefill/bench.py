@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from whimbrel.attend.choice import SPARSE_FROM, sparse_from
+from whimbrel.attend.choice import SPARSE_FROM, at_heads, sparse_from
 from whimbrel.attend.dense import dense_attention
 from whimbrel.attend.op import attend
 from whimbrel.attend.plan import Plan
@@ -230,7 +230,7 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     for name, selector in problem.selectors(share).items():
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
-    if problem.on_gpu and problem.length < max(SPARSE_FROM.values()):
+    if problem.on_gpu and problem.length < at_heads(max(SPARSE_FROM.values()), int(problem.params["H"])):
         whole[AS_SERVED] = partial(_as_served, problem, share)
     official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
@@ -256,7 +256,8 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
 
 def _as_served(problem: Problem, share: float) -> Callable[[], object]:
     """`row_local` as it is to be used: dense below the length from which selecting pays on this device."""
-    selector, least = problem.selectors(share)["row_local"], sparse_from(torch.device(problem.device))
+    selector = problem.selectors(share)["row_local"]
+    least = sparse_from(torch.device(problem.device), int(problem.params["H"]))
     return _call(problem, partial(apply_selector, selector=selector, dense_below=least))
 
 
