@@ -51,7 +51,8 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     size = plans[0].block_size
     if hopper_launch.fits_padded(q, v, size):
-        y, lse = attend_triton(*(hopper_launch.padded(x) for x in (q, k, v)), plans, scale)
+        wide = [hopper_launch.padded(x) for x in (q, k, v)]
+        y, lse = attend_triton(wide[0], wide[1], wide[2], plans, scale)
         return y[..., : v.shape[2]].contiguous(), lse
     heads, dim = q.shape[1:]
     value_dim = v.shape[2]

@@ -106,7 +106,8 @@ class Selection:
         self.strides = *q.stride()[:3], *k.stride()[:3]
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.at = sample_positions(grid, PILOT_ROWS if probe_rows is None else probe_rows, q.device)
-        self.again = sample_positions(grid, PROBE_ROWS, q.device) if probe_rows is None else None
+        self.twice = probe_rows is None
+        self.again = sample_positions(grid, PROBE_ROWS, q.device) if self.twice else self.at
         self.on_hopper = hopper_launch.fits(q, q, grid.block_size)
         elements = (q.numel() + k.numel()) * q.element_size()
         self.scratch = min(MOST_SCRATCH, max(LEAST_SCRATCH, elements // 15)) // 4
@@ -114,15 +115,15 @@ class Selection:
         self.looked_at = max(1, min(self.rows, self.scratch // (self.batch * self.heads * self.blocks * PROBE_ROWS)))
         """Query blocks whose second looks are under way together."""
         rows = self.batch * self.heads * self.rows
-        self.waits = self.again is not None and self.rows > self.looked_at * MOST_LOOKS
+        self.waits = self.twice and self.rows > self.looked_at * MOST_LOOKS
         """Whether the host is to know how many second looks there are."""
         room = rows * (grid.first_block + 1 + self.blocks) // 2
         room = room if most is None else min(room, rows * max(most, 3))
         self.room = room if 4 * room <= WAITING_BYTES else None
-        pairs, looks = self.batch * self.kv_heads, self.rows if self.again is not None else 0
+        pairs, looks = self.batch * self.kv_heads, self.rows if self.twice else 0
         self.zeros = [_whole(n) for n in (rows * self.words, pairs, pairs * looks)]
         sums = max((stop - first) * (grid.first_block + stop) * self.at.shape[1] for first, stop in self.strips)
-        if self.again is not None:
+        if self.twice:
             sums = max(sums, self.looked_at * self.blocks * self.again.shape[1])
         self.others = [_whole(n) for n in (pairs * looks, rows)]
         self.sums = self.batch * self.heads * sums
@@ -135,27 +136,30 @@ class Selection:
         rows = self.batch * self.heads * self.rows
         offsets = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
         indices = None if self.room is None else torch.empty(self.room, dtype=torch.int32, device=q.device)
-        parts = *zeros.split(self.zeros), *others.split(self.others)
-        return Memory(q, k, zeros, others, *parts, sums, offsets, indices)
+        bits, filled, wanting = zeros.split(self.zeros)
+        units, counts = others.split(self.others)
+        return Memory(q, k, zeros, others, bits, filled, wanting, units, counts, sums, offsets, indices)
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         """The plan for q and k."""
         memory = self.memory(q, k)
-        if self.waits or memory.indices is None:
+        indices = memory.indices
+        if self.waits or indices is None:
             self.look(memory)
-            if self.again is not None:
+            if self.twice:
                 self.look_again(memory, int(memory.filled.max()) if self.waits else self.rows)
-            memory = memory._replace(indices=self.write(memory))
+            indices = self.write(memory)
         else:
-            held = q, k, self.at, self.again, memory.zeros, memory.others, memory.sums, memory.offsets, memory.indices
+            again = self.again if self.twice else None
+            held = q, k, self.at, again, memory.zeros, memory.others, memory.sums, memory.offsets, indices
             replay(self, held, partial(self.run, memory))
         sizes = self.grid.block_size, self.grid.q_len, self.grid.k_len
-        return Plan(memory.offsets, memory.indices, *sizes, self.heads, self.batch, is_checked=True)
+        return Plan(memory.offsets, indices, *sizes, self.heads, self.batch, is_checked=True)
 
     def run(self, memory: Memory) -> None:
         """All launches, where nothing needs to be known in between."""
         self.look(memory)
-        if self.again is not None:
+        if self.twice:
             self.look_again(memory, self.rows)
         self.write(memory)
 
@@ -165,7 +169,7 @@ class Selection:
             blocks = self.grid.first_block + stop
             self.score(memory, self.at, first, stop - first, blocks)
             choose = partial(self.choose, memory, self.at, first, stop - first, blocks)
-            if self.again is None:
+            if not self.twice:
                 choose(self.coverage)
             else:
                 choose(JUDGED_AT + margin(JUDGED_AT), slack=2 * margin(JUDGED_AT))
@@ -247,7 +251,7 @@ class Selection:
         # Coverage 1 keeps all blocks, whatever rounding does to sums.
         wanted = 2**31 - 1 if coverage >= 1 else math.ceil(coverage * 2**UNIT_BITS)
         most = 2**31 - 1 if self.most is None else self.most
-        looks = (at, at, at) if self.again is None else (memory.units, memory.filled, memory.wanting)
+        looks = (at, at, at) if not self.twice else (memory.units, memory.filled, memory.wanting)
         launch(
             choose, (room, self.batch * self.heads), at, memory.sums, memory.sums.view(torch.int32), memory.bits,
             memory.counts, *looks, self.rows, room, begin, blocks, self.words, self.grid.first_block, wanted,
