@@ -31,5 +31,5 @@ class GradScale(NamedTuple):
 
     def active(self, total: Tensor) -> Tensor:
         """Which matrices [B] are stepped, by the squares of their norms."""
-        active, usable = total.isfinite() & (total > 0), self.usable()
+        active, usable = (total > 0) & (total < float("inf")), self.usable()
         return active if usable is None else active & usable

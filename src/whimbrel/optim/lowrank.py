@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from whimbrel.optim import counter, storage
+from whimbrel.optim.device import beside
 from whimbrel.optim.sharding import WHOLE, Split, Spread
 
 OVERSAMPLING = 8
@@ -66,33 +68,51 @@ def up(low: Tensor, basis: Tensor, side: str, *, add: Tensor | None = None) -> T
     return first @ second if add is None else add.baddbmm_(first, second)
 
 
-def orthonormal(x: Tensor, *, rounds: int = 2, fill: float = FILL, split: Split = WHOLE.depth) -> Tensor:
+def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Tensor:
     """An orthonormal basis of the columns of x [B, d, k], k <= d, each column on the side of its column of x.
 
     Cholesky QR: `rounds` of products and one triangular solve each, where Householder's takes k dependent steps,
     which leave a GPU idle. It squares the condition number, which plain CholeskyQR2 does not survive; here the
     columns are brought to norm 1, the work is done in float64, a first round is shifted (Fukaya et al. 2020), and a
-    little of fixed noise in every column bounds the condition by about 1 / fill and completes the basis where x has
-    lost rank. One round is enough between two multiplications, and, for k <= d / 2, with COARSE_FILL, which needs no
-    shift. Columns keep their signs, as moments that
-    outlive a refresh need: the triangle has a positive diagonal. A failure would leave NaN, without asking the device.
+    little of fixed noise in every column bounds the condition by about 1 / FILL and completes the basis where x has
+    lost rank. One round is enough between two multiplications. Columns keep their signs, as moments that outlive a
+    refresh need: the triangle has a positive diagonal. A failure leaves NaN, without asking the device.
     split: how the rows of x are split over processes, which add up the Gram matrices of their rows.
     """
-    columns = x.shape[-1]
-    rows = x.shape[-2] if split.part is None else split.count
-    y = x.to(torch.float64, copy=True)
-    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
-    if split.groups:
-        norm = split.sum(norm.square()).sqrt()
-    y.div_(norm.clamp_min(torch.finfo(torch.float32).tiny))
-    y.add_(split.cut(_filling(rows, columns, x.device), -2), alpha=fill / math.sqrt(rows) / (1 << 16))
+    y = _filled(x.to(torch.float64, copy=True), FILL, split)
     for done in range(rounds):
         gram = split.sum(y.mT @ y)
-        if done == 0 and fill < COARSE_FILL:
-            gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * columns)
-        lower, _ = torch.linalg.cholesky_ex(gram)
-        y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
+        if done == 0:
+            gram.diagonal(dim1=-2, dim2=-1).add_(SHIFT * x.shape[-1])
+        y = torch.linalg.solve_triangular(_factor(gram).mT, y, upper=True, left=False)
     return y.to(x.dtype)
+
+
+def _begin_orthonormal(x: Tensor, split: Split) -> Callable[[], Tensor]:
+    """The same of products of bfloat16, k <= d / 2, float32, in one round; the call that is returned ends it.
+
+    With COARSE_FILL the condition is far from what float64 survives without a shift. x is overwritten.
+    """
+    y = _filled(x, COARSE_FILL, split)
+    wide = y.double()
+    lower = beside(_factor, split.sum(wide.mT @ wide))
+    return lambda: torch.linalg.solve_triangular(lower().mT, y.double(), upper=True, left=False).float()
+
+
+def _filled(x: Tensor, fill: float, split: Split) -> Tensor:
+    """x with columns of norm 1 and `fill` of fixed noise, in its place."""
+    norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True, dtype=torch.float64)
+    if split.groups:
+        norm = split.sum(norm.square()).sqrt()
+    x.div_(norm.clamp_min(torch.finfo(torch.float32).tiny).to(x.dtype))
+    rows = split.rows(x)
+    return x.add_(split.cut(_filling(rows, x.shape[-1], x.device), -2), alpha=fill / math.sqrt(rows) / (1 << 16))
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """Cholesky's lower triangles of matrices [B, k, k]; NaN where one is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    return lower.masked_fill_((failed != 0)[..., None, None], math.nan)
 
 
 @functools.lru_cache(maxsize=16)
@@ -170,15 +190,32 @@ def fit_warm(
     bfloat16 its own. That gradient is rounded by 2^-9 of its elements, so directions that would be lost without an
     orthonormalisation between the two products are mostly rounding, and one round does in place of three.
     """
+    return begin_warm(grad, basis, side, products=products, spread=spread)()
+
+
+def begin_warm(
+    grad: Matrices,
+    basis: Tensor,
+    side: str,
+    *,
+    products: torch.dtype = torch.float32,
+    spread: Spread = WHOLE,
+) -> Callable[[], Tensor]:
+    """Begin `fit_warm`; the call that is returned ends it.
+
+    On a GPU the factorisation, a chain of k steps on a single multiprocessor, runs beside other fits begun before it
+    is waited for.
+    """
     if products == torch.float32:
-        return iterate(grad, basis, side, WARM_ITERATIONS, spread=spread)
+        return partial(iterate, grad, basis, side, WARM_ITERATIONS, spread=spread)
     g, transposed = _both_ways(grad, side, products)
     middle = spread.depth.sum(times(transposed, basis))
-    new = spread.slices.sum(times(g, middle))
-    rows = new.shape[-2] if spread.depth.part is None else spread.depth.count
-    if 2 * new.shape[-1] > rows:
-        return orthonormal(new, split=spread.depth)
-    return orthonormal(new, rounds=1, fill=COARSE_FILL, split=spread.depth)
+    # a product more would leave the range of float32 for gradients that are still in it
+    size = spread.slices.sum(torch.linalg.vector_norm(middle, dim=(-2, -1), keepdim=True, dtype=torch.float64))
+    new = spread.slices.sum(times(g, middle.div_(size.clamp_min(torch.finfo(torch.float32).tiny).float())))
+    if 2 * new.shape[-1] > spread.depth.rows(new):
+        return partial(orthonormal, new, split=spread.depth)
+    return _begin_orthonormal(new, spread.depth)
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:

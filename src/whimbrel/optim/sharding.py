@@ -93,6 +93,10 @@ class Split:
                 dist.all_reduce(x, group=group)
         return x
 
+    def rows(self, x: Tensor) -> int:
+        """Rows of the whole of which x [..., rows, k] holds those that are here."""
+        return x.shape[-2] if self.part is None else self.count
+
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """The part of `x` that is here."""
         return x if self.part is None else self.part.of(x, dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -250,6 +252,39 @@ def test_columns_that_nearly_coincide_become_orthonormal():
     # one round keeps columns apart, which is what the products between two iterations ask for
     once = lowrank.orthonormal(x, rounds=1)
     assert torch.linalg.cond(once).item() < 100
+
+
+def test_a_factorisation_that_fails_leaves_nan():
+    grams = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, -1.0, 1.0]))]).double()
+    found = lowrank._factor(grams)
+    assert torch.equal(found[0], grams[0])
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_gradients_in_bfloat16_of_any_size_give_the_same_basis(side):
+    grad = with_spectrum(1, 40, 60, torch.arange(1.0, 41.0) ** -1)
+    start = lowrank.fit_exact(grad.float(), side, 10)
+    large, small = (lowrank.fit_warm((x * grad).bfloat16(), start, side, products=torch.bfloat16) for x in (1, 2**-100))
+    assert_close("basis", large, small, 1e-6)
+
+
+@pytest.mark.gpu
+def test_fits_begun_beside_each_other_are_the_fits_alone():
+    grads = [torch.randn(shape, device="cuda").bfloat16() for shape in [(512, 700), (700, 512), (512, 512)] * 3]
+    sides = [resolve_side("std", grad.shape) for grad in grads]
+    starts = [lowrank.orthonormal(torch.randn(1, 512, 128, device="cuda")) for _ in grads]
+    torch.cuda.synchronize()
+    fits = [
+        partial(lowrank.begin_warm, [g], b, side, products=torch.bfloat16)
+        for g, b, side in zip(grads, starts, sides, strict=True)
+    ]
+    alone = [fit()() for fit in fits]
+    for _ in range(5):
+        for first in range(0, len(fits), 4):
+            ends = [fit() for fit in fits[first : first + 4]]
+            for i, end in enumerate(ends):
+                assert torch.equal(end(), alone[first + i])
 
 
 @pytest.mark.gpu

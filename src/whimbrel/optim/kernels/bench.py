@@ -2,7 +2,7 @@
 
 Weights and gradients are in bfloat16. Each run builds the optimizer anew and takes one refresh gap outside of the
 clock, in which kernels are loaded. Then each step of the next gap is timed by itself for the mean and the longest, and
-some steps without a refresh after it for `time`.
+some steps without a refresh after it for `time`; `gpu_*` are what kernels take in one of these, by a profile.
 
 Published packages decompose all matrices in one step, which at 1.2 B takes most of a minute. That step is measured on
 the matrices of one layer and scaled by the number of layers (`refresh_layers` in the params says so); their other
@@ -37,6 +37,8 @@ Make = Callable[[Params], Optimizer]
 
 PLAIN_STEPS = 40
 """Steps timed of what has no refresh, or whose refresh is measured apart."""
+KERNELS = ("project", "project_unaligned", "settle", "adam", "coefficients", "blend", "unpack", "write")
+"""Those of a step, in their order."""
 
 
 class Layers(NamedTuple):
@@ -49,6 +51,7 @@ class Layers(NamedTuple):
 MODELS = {
     "1.2b": Layers((((2048, 2048), 4), ((5461, 2048), 2), ((2048, 5461), 1)), 24),
     "7b": Layers((((4096, 4096), 4), ((11008, 4096), 2), ((4096, 11008), 1)), 32),
+    "60m": Layers((((512, 512), 4), ((1376, 512), 2), ((512, 1376), 1)), 8),
     "tiny": Layers((((64, 64), 4), ((171, 64), 2), ((64, 171), 1)), 2),
 }
 STATES = {
@@ -84,6 +87,23 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
                     check=partial(_check, rank, state, device),
                 )
             )
+    if model != "tiny":
+        measure = partial(_measure, model="60m", device=device, gap=PLAIN_STEPS)
+        step = partial(_ours, Fira, 128, "bfloat16", PLAIN_STEPS)
+        found.append(
+            Case(
+                name="optim_step",
+                params={"model": "60m", "rank": 128, "state": "bfloat16", "refresh_steps": PLAIN_STEPS},
+                figures={
+                    "torch-adamw-fused": partial(measure, _adamw, refreshes=False),
+                    "fira": partial(measure, partial(step, "triton")),
+                    "fira, in PyTorch": partial(measure, partial(step, "eager")),
+                },
+                rounds=1,
+                metric="time",
+                check=partial(_check, 128, "bfloat16", device),
+            )
+        )
     return found
 
 
@@ -167,9 +187,19 @@ def _measure(make: Make, *, model: str, device: str, gap: int, refreshes: bool =
     }
     if peak is not None:
         figures["peak_bytes"] = (float(peak - before), "bytes")
+        figures |= {f"gpu_{name}": (time, "ms") for name, time in _kernel_times(optimizer).items()}
     del optimizer, params
     _free(device)
     return figures
+
+
+def _kernel_times(optimizer: Optimizer) -> dict[str, float]:
+    """Milliseconds of the GPU in each of our kernels in the next step; nothing of other optimizers."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    spent = {event.key: event.device_time_total / 1e3 for event in profile.key_averages()}
+    return {name: spent[name] for name in KERNELS if name in spent}
 
 
 def _measure_published(make: Make, model: str, device: str, gap: int) -> Figures:
