@@ -206,3 +206,17 @@ def test_missing_corpus_exits_3(tiny: Config, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(to_toml(load_config_with(tiny, {"data.corpus": str(tmp_path / "none")})))
     assert main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 3
+
+
+def test_texts_of_one_name_in_two_places_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = load_config("tiny-rdn", {"data.corpus": "my-text", "model.vocab_size": 512})
+    found = []
+    for place, words in (("a", "the cat sat "), ("b", "a dog ran ")):
+        (tmp_path / place / "my-text").mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / place / "my-text" / f"{number}.txt").write_text(words * 40 + str(number))
+        monkeypatch.chdir(tmp_path / place)
+        found.append(loop.shards_for(config, quiet=True))
+        assert loop.shards_for(config, quiet=True) == found[-1]
+    assert found[0] != found[1]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from whimbrel import checkpoint as checkpoints
 from whimbrel.config import Config, encode, parse_toml, to_toml
 from whimbrel.data import Loader, TokenShards, default_cache, prepare
+from whimbrel.data.pipeline import DEMO
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.files import atomic_write
@@ -347,9 +348,12 @@ def _write_config(config: Config, run_dir: Path, processes: Processes) -> None:
 
 def shards_for(config: Config, *, quiet: bool = False) -> Path:
     """The folder of token shards for `config`, made at the first call and kept in the cache folder."""
-    settings = f"{config.data.corpus} {config.data.validation_fraction} {config.model.vocab_size}"
+    corpus = Path(config.data.corpus)
+    # A relative path names another text in another working directory.
+    place = config.data.corpus if config.data.corpus == DEMO else corpus.resolve()
+    settings = f"{place} {config.data.validation_fraction} {config.model.vocab_size}"
     digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
-    out = default_cache() / "shards" / f"{Path(config.data.corpus).name}-{config.model.vocab_size}-{digest}"
+    out = default_cache() / "shards" / f"{corpus.name}-{config.model.vocab_size}-{digest}"
     return prepare(config.data, out, vocab_size=config.model.vocab_size, quiet=quiet).parent
 
 
