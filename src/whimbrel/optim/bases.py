@@ -124,14 +124,19 @@ class Bases:
                 for i, (matrix, grad, is_left) in enumerate(zip(round, grads, left, strict=True)):
                     side = "left" if is_left else "right"
                     if i == rank:
-                        fit = self._begin_fit(group, [matrix], grad[None].float(), side, fresh, WHOLE)
-                        found[matrix.key] = fit()[0].contiguous()
+                        found[matrix.key] = self.fit(group, [matrix], grad[None].float(), side, fresh)[0].contiguous()
                     else:
                         shape = lowrank.basis_shape(matrix.shape, group["rank"], side)
                         found[matrix.key] = torch.empty(shape, device=grad.device)
                 for i, matrix in enumerate(round):
                     dist.broadcast(found[matrix.key], group=processes, group_src=i)
         return found
+
+    def fit(
+        self, group: dict[str, Any], chosen: Sequence[Matrix], grad: Tensor | list[Tensor], side: str, fresh: set[Key]
+    ) -> Tensor:
+        """Bases [B, d, r] of B whole gradients; all first ones, or all later ones."""
+        return self._begin_fit(group, chosen, grad, side, fresh, WHOLE)()
 
     def _begin_fit(
         self,
