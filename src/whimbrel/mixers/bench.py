@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from whimbrel.mixers import two_state
+from whimbrel.mixers.two_state.rule import Rule
+from whimbrel.mixers.two_state.step import step as one_token
 from whimbrel.scan.base import Out, State
 
 
@@ -14,7 +15,5 @@ def step(*tensors: Tensor, states: Sequence[Tensor], kernel: bool, delta: bool) 
     """One token with the options of the paper, the states updated in place."""
     state = State(*states)
     q, k, v, log_decay, beta, gamma = tensors
-    rule = two_state.Rule(clip=1.0, scale=q.shape[-1] ** -0.5, gated=True, decayed=False)
-    return two_state.step(
-        q, k, v, log_decay, beta, gamma, rule=rule, delta=delta, state=state, out=state, kernel=kernel
-    )
+    rule = Rule(clip=1.0, scale=q.shape[-1] ** -0.5, gated=True, decayed=False)
+    return one_token(q, k, v, log_decay, beta, gamma, rule=rule, delta=delta, state=state, out=state, kernel=kernel)

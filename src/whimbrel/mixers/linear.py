@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from whimbrel.mixers import kernels
 from whimbrel.mixers.base import LayerState, Out, State
 from whimbrel.mixers.kernels import ops
 from whimbrel.mixers.norm import GatedRMSNorm, l2_norm
-from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
+from whimbrel.scan.common import check_cu_seqlens
 
 UNIT_EPS = 1e-6
 """Added to the squared length of q and k before they are scaled to unit length."""
@@ -97,6 +98,44 @@ class LinearMixer(nn.Module):
         decay, *rates = _at_least_fp32(x).split(self.A_log.shape[0], dim=-1)
         decay = -_at_least_fp32(self.A_log).exp() * F.softplus(decay + self.dt_bias)
         return [decay, *(rate.sigmoid() for rate in rates)]
+
+
+class OneStateMixer(LinearMixer):
+    """A linear mixer with the recurrence `op` of the subclass, over one state.
+
+    Arguments as in LinearMixerConfig, where they are described; None for `num_value_heads` and `value_head_dim` takes
+    `num_heads` and `head_dim`.
+    """
+
+    op: ClassVar[Callable[..., Out]]
+    """Takes what `LinearMixer` gives its recurrence, and `impl`."""
+    gate_sets: ClassVar[int] = 1
+    """Sets of gates that a value head has."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_value_heads: int | None = None,
+        value_head_dim: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            partial(type(self).op, impl=impl),
+            num_gates=2,
+            gate_sets=self.gate_sets,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_value_heads=num_value_heads,
+            value_head_dim=value_head_dim,
+            conv_size=conv_size,
+            norm_eps=norm_eps,
+        )
 
 
 def one_state(

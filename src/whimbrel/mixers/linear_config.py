@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from whimbrel.config import MixerConfig, require
 
@@ -55,6 +55,17 @@ class LinearMixerConfig(MixerConfig):
     def value_dim(self) -> int:
         """Channels of a value head, with 0 resolved."""
         return self.value_head_dim or self.head_dim
+
+    def layer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the layer, but for `norm_eps`."""
+        return {
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "num_value_heads": self.value_heads,
+            "value_head_dim": self.value_dim,
+            "conv_size": self.conv_size,
+            "impl": self.impl,
+        }
 
     def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the layer."""

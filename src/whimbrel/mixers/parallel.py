@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from whimbrel.mixers.rdn.op import rdn as rdn_whole
 from whimbrel.mixers.rla.op import rla as rla_whole
-from whimbrel.mixers.two_state import checked_rule
+from whimbrel.mixers.two_state.rule import checked_rule
 from whimbrel.scan.base import Out, State
 from whimbrel.scan.parallel import Group, Line, Rule, line_of, over_stretches
 

@@ -136,7 +136,7 @@ def check_inputs(
         )
     sequences = q.shape[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
+        check_cu_seqlens(op, cu_seqlens, q.shape[0], q.shape[1])
         sequences = cu_seqlens.numel() - 1
     wanted = [sequences, value_heads, q.shape[3], v.shape[3]]
     for name, state in states.items():
@@ -150,7 +150,8 @@ def check_inputs(
             raise ConfigError(f"{op}: {name} is on {x.device}, q is on {q.device}; move them to one device")
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, time: int) -> None:
+    """Raise ConfigError unless cu_seqlens, int32 or int64 [N + 1], rises from 0 to `time` in a batch of 1."""
     if not isinstance(cu_seqlens, Tensor):
         raise ConfigError(
             f"{op}: cu_seqlens is of type {type(cu_seqlens).__name__}; give a tensor, int32 or int64 [sequences + 1]"

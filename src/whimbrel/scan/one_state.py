@@ -5,6 +5,7 @@ The two differ only in the rule by which the state is written (`delta`). Derivat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,74 @@ from torch.autograd.function import once_differentiable
 
 from whimbrel.scan import chunks
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import compute_dtype, needs_grad, spread_heads
+from whimbrel.scan.common import (
+    by_sequence,
+    check_inputs,
+    checked_scale,
+    choose,
+    compute_dtype,
+    in_rows,
+    needs_grad,
+    one_token,
+    spread_heads,
+)
 from whimbrel.scan.kernels import HAS_TRITON
 from whimbrel.scan.opaque import opaque
+
+
+def run(
+    op: str,
+    recur: Callable[..., tuple[Tensor, Tensor]],
+    *tensors: Tensor,
+    delta: bool,
+    scale: float | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: str,
+) -> Out:
+    """`decay_scan` or `delta_scan`: their checks, the choice of code, and the call.
+
+    tensors: q, k, v, log_decay, beta. recur: one sequence token by token, as `reference` takes it. delta: whether the
+    state is written by the delta rule.
+    """
+    q, k, v, log_decay, beta = tensors
+    check_inputs(op, q, k, v, {"log_decay": log_decay, "beta": beta}, {"state": state}, cu_seqlens)
+    scale = checked_scale(op, scale, q.shape[3])
+    code = choose(op, impl, q, v, log_decay, beta, state, one_step=one_token(cu_seqlens, *tensors, state))
+    if code == "step":
+        kernel = True if impl == "triton" else None
+        return step(*tensors, scale=scale, delta=delta, state=state, kernel=kernel)
+    if code == "reference":
+        return reference(recur, *tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    form = in_kernels if code == "triton" else chunked
+    return form(*tensors, scale=scale, delta=delta, state=state, cu_seqlens=cu_seqlens)
+
+
+def reference(
+    recur: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Out:
+    """The recurrence token by token in fp64, with checked arguments; autograd differentiates it.
+
+    recur(q, k, v, alpha, beta, S) -> (y, S) takes q, k, v [N, T, HV, 1, ...], gates [N, T, HV, 1, 1] and states
+    [N, HV, K, V].
+    """
+    heads, dtype = v.shape[2], compute_dtype(q, log_decay, beta, state)
+    gates = (x[..., None, None] for x in (log_decay.double().exp(), beta.double()))
+    if state is None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        state = q.new_zeros(sequences, heads, q.shape[3], v.shape[3])
+    tensors = (*in_rows(heads, q.double() * scale, k, v), *gates)
+    y, final = by_sequence(recur, tensors, [state.double()], cu_seqlens)
+    return Out(y.to(v.dtype), final.to(dtype))
 
 
 def step_in_kernel(asked: bool | None, *tensors: Tensor | None) -> bool:
@@ -93,7 +159,7 @@ def chunked(
     delta: bool,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunk_size: int,
+    chunk_size: int = chunks.DEFAULT_CHUNK,
 ) -> Out:
     """The chunkwise parallel form; with `delta` the state obeys the delta rule, else it adds."""
     tensors = (q, k, v, log_decay, beta)

@@ -125,7 +125,7 @@ def test_cu_seqlens_must_rise_from_the_first_token_to_the_last(recurrence: Recur
 
 def test_edges_are_looked_at_again_after_a_refusal_and_after_a_change():
     def check(time: int) -> None:
-        common._check_cu_seqlens("op", edges, 1, time)
+        common.check_cu_seqlens("op", edges, 1, time)
 
     edges = torch.tensor([0, 3, 2, 5])
     for _ in range(2):

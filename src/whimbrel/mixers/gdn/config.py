@@ -22,13 +22,4 @@ class GDNConfig(LinearMixerConfig):
         """The layer."""
         from whimbrel.mixers.gdn.layer import GDN
 
-        return GDN(
-            hidden_size,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_value_heads=self.value_heads,
-            value_head_dim=self.value_dim,
-            conv_size=self.conv_size,
-            norm_eps=norm_eps,
-            impl=self.impl,
-        )
+        return GDN(hidden_size, norm_eps=norm_eps, **self.layer_options())

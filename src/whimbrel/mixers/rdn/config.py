@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from whimbrel.mixers.two_state_config import TwoStateConfig
+from whimbrel.mixers.two_state.config import TwoStateConfig
 
 if TYPE_CHECKING:
     from whimbrel.mixers.rdn.layer import RDN
@@ -19,4 +19,4 @@ class RDNConfig(TwoStateConfig):
         """The layer."""
         from whimbrel.mixers.rdn.layer import RDN
 
-        return self.make(RDN, hidden_size, norm_eps)
+        return RDN(hidden_size, norm_eps=norm_eps, **self.layer_options())

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
-
-from whimbrel.mixers.linear import LinearMixer
 from whimbrel.mixers.rdn.op import rdn
+from whimbrel.mixers.two_state.layer import TwoStateMixer
 
 
-class RDN(LinearMixer):
+class RDN(TwoStateMixer):
     """Residual Delta Net: y, state = layer(x, state) for x [B, T, hidden_size].
 
     Arguments as in RDNConfig, where they are described; None for `num_value_heads` and `value_head_dim` takes
     `num_heads` and `head_dim`, None for `clip` turns clipping off. Source: arXiv 2509.25223.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        num_value_heads: int | None = None,
-        value_head_dim: int | None = None,
-        conv_size: int = 4,
-        clip: float | None = 1.0,
-        combine: Literal["gated", "sum"] = "gated",
-        residual: Literal["undecayed", "decayed"] = "undecayed",
-        recompute: int = 0,
-        norm_eps: float = 1e-5,
-        impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
-    ) -> None:
-        super().__init__(
-            hidden_size,
-            partial(rdn, clip=clip, combine=combine, residual=residual, recompute=recompute, impl=impl),
-            num_gates=3,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            num_value_heads=num_value_heads,
-            value_head_dim=value_head_dim,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-        )
+    op = staticmethod(rdn)

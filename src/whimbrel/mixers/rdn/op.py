@@ -1,16 +1,12 @@
-"""The functions `rdn` and `rdn_step`: checks and the choice of code."""
+"""The functions `rdn` and `rdn_step`; checks and the choice of code are in `mixers/two_state`."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from whimbrel.mixers.rdn.chunked import rdn_chunked
-from whimbrel.mixers.rdn.reference import rdn_reference
-from whimbrel.mixers.two_state import checked_rule, in_kernels, in_parts, step
+from whimbrel.mixers.rdn.reference import recur
+from whimbrel.mixers.two_state.op import run, run_step
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import choose, one_token
 
 
 def rdn(
@@ -60,14 +56,16 @@ def rdn(
     Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
     Source: arXiv 2509.25223; chunkwise form and backward are derived in the README of `whimbrel.scan`.
     """
-    rule = checked_rule(
+    return run(
         "rdn",
+        recur,
         q,
         k,
         v,
         log_decay,
         beta,
         gamma,
+        delta=True,
         clip=clip,
         scale=scale,
         combine=combine,
@@ -75,17 +73,8 @@ def rdn(
         state=state,
         cu_seqlens=cu_seqlens,
         recompute=recompute,
+        impl=impl,
     )
-    tensors = (q, k, v, log_decay, beta, gamma)
-    single = one_token(cu_seqlens, *tensors, *(state or ()))
-    code = choose("rdn", impl, q, v, log_decay, beta, gamma, *(state or ()), one_step=single)
-    if code == "step":
-        return step(*tensors, rule=rule, delta=True, state=state, kernel=True if impl == "triton" else None)
-    if code == "triton":
-        run = partial(in_kernels, delta=True)
-    else:
-        run = rdn_reference if code == "reference" else rdn_chunked
-    return in_parts(partial(run, rule=rule), *tensors, state=state, cu_seqlens=cu_seqlens, parts=recompute)
 
 
 def rdn_step(
@@ -111,8 +100,7 @@ def rdn_step(
         of its own or `state` itself. For decoding in a CUDA graph; not differentiable. None: new tensors.
     On CUDA with Triton and without gradients one kernel reads and writes both states once.
     """
-    q, k, v, log_decay, beta, gamma = tensors = tuple(x.unsqueeze(1) for x in (q, k, v, log_decay, beta, gamma))
-    rule = checked_rule(
+    return run_step(
         "rdn_step",
         q,
         k,
@@ -120,13 +108,11 @@ def rdn_step(
         log_decay,
         beta,
         gamma,
+        delta=True,
         clip=clip,
         scale=scale,
         combine=combine,
         residual=residual,
         state=state,
-        cu_seqlens=None,
         out=out,
     )
-    y, state = step(*tensors, rule=rule, delta=True, state=state, out=out)
-    return Out(y[:, 0], state)

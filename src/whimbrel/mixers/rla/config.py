@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from whimbrel.mixers.two_state_config import TwoStateConfig
+from whimbrel.mixers.two_state.config import TwoStateConfig
 
 if TYPE_CHECKING:
     from whimbrel.mixers.rla.layer import RLA
@@ -19,4 +19,4 @@ class RLAConfig(TwoStateConfig):
         """The layer."""
         from whimbrel.mixers.rla.layer import RLA
 
-        return self.make(RLA, hidden_size, norm_eps)
+        return RLA(hidden_size, norm_eps=norm_eps, **self.layer_options())

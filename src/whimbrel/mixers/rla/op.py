@@ -1,16 +1,12 @@
-"""The functions `rla` and `rla_step`: checks and the choice of code."""
+"""The functions `rla` and `rla_step`; checks and the choice of code are in `mixers/two_state`."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from whimbrel.mixers.rla.chunked import rla_chunked
-from whimbrel.mixers.rla.reference import rla_reference
-from whimbrel.mixers.two_state import checked_rule, in_kernels, in_parts, step
+from whimbrel.mixers.rla.reference import recur
+from whimbrel.mixers.two_state.op import run, run_step
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import choose, one_token
 
 
 def rla(
@@ -60,14 +56,16 @@ def rla(
     Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
     Source: arXiv 2509.25223; chunkwise form and backward are derived in the README of `whimbrel.scan`.
     """
-    rule = checked_rule(
+    return run(
         "rla",
+        recur,
         q,
         k,
         v,
         log_decay,
         beta,
         gamma,
+        delta=False,
         clip=clip,
         scale=scale,
         combine=combine,
@@ -75,17 +73,8 @@ def rla(
         state=state,
         cu_seqlens=cu_seqlens,
         recompute=recompute,
+        impl=impl,
     )
-    tensors = (q, k, v, log_decay, beta, gamma)
-    single = one_token(cu_seqlens, *tensors, *(state or ()))
-    code = choose("rla", impl, q, v, log_decay, beta, gamma, *(state or ()), one_step=single)
-    if code == "step":
-        return step(*tensors, rule=rule, delta=False, state=state, kernel=True if impl == "triton" else None)
-    if code == "triton":
-        run = partial(in_kernels, delta=False)
-    else:
-        run = rla_reference if code == "reference" else rla_chunked
-    return in_parts(partial(run, rule=rule), *tensors, state=state, cu_seqlens=cu_seqlens, parts=recompute)
 
 
 def rla_step(
@@ -111,8 +100,7 @@ def rla_step(
         of its own or `state` itself. For decoding in a CUDA graph; not differentiable. None: new tensors.
     On CUDA with Triton and without gradients one kernel reads and writes both states once.
     """
-    q, k, v, log_decay, beta, gamma = tensors = tuple(x.unsqueeze(1) for x in (q, k, v, log_decay, beta, gamma))
-    rule = checked_rule(
+    return run_step(
         "rla_step",
         q,
         k,
@@ -120,13 +108,11 @@ def rla_step(
         log_decay,
         beta,
         gamma,
+        delta=False,
         clip=clip,
         scale=scale,
         combine=combine,
         residual=residual,
         state=state,
-        cu_seqlens=None,
         out=out,
     )
-    y, state = step(*tensors, rule=rule, delta=False, state=state, out=out)
-    return Out(y[:, 0], state)

@@ -5,41 +5,13 @@ Vectors are rows and a state is [K, V], the transpose of the paper's: S k there 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from whimbrel.mixers.two_state import Rule, both_states
-from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import by_sequence, compute_dtype, in_rows
+from whimbrel.mixers.two_state.rule import Rule
 
 
-def rla_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    gamma: Tensor,
-    *,
-    rule: Rule,
-    state: State | None,
-    cu_seqlens: Tensor | None,
-) -> Out:
-    """As `whimbrel.mixers.rla.rla` with checked arguments; autograd differentiates it."""
-    heads, dtype = v.shape[2], compute_dtype(q, log_decay, beta, gamma, *(state or ()))
-    gates = (x[..., None, None] for x in (log_decay.double().exp(), beta.double(), gamma.double()))
-    y, base, residual = by_sequence(
-        partial(_recur, rule),
-        (*in_rows(heads, q.double() * rule.scale, k, v), *gates),
-        both_states(state, q, v, cu_seqlens, torch.float64),
-        cu_seqlens,
-    )
-    return Out(y.to(v.dtype), State(base.to(dtype), residual.to(dtype)))
-
-
-def _recur(
+def recur(
     rule: Rule,
     q_BTH1K: Tensor,
     k_BTH1K: Tensor,
@@ -50,6 +22,7 @@ def _recur(
     S: Tensor,
     R: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, T, HV, V] and both states after the last token; `two_state.op.reference` gives the arguments."""
     y_BTHV = [v_BTH1V[:, :0, :, 0]]
     for q, k, v, a, b, c in zip(
         *(x.unbind(1) for x in (q_BTH1K, k_BTH1K, v_BTH1V, alpha_BTH11, beta_BTH11, gamma_BTH11))

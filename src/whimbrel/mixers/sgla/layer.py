@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
-from whimbrel.mixers.linear import LinearMixer, one_state
+from whimbrel.mixers.linear import OneStateMixer, one_state
 from whimbrel.scan.decay.op import decay_scan
 
 
-class SGLA(LinearMixer):
+class SGLA(OneStateMixer):
     """Scalar-gated linear attention: y, state = layer(x, state) for x [B, T, hidden_size].
 
     Arguments as in SGLAConfig, where they are described; None for `num_value_heads` and `value_head_dim` takes
     `num_heads` and `head_dim`. Source: arXiv 2405.21060, section 6.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        num_value_heads: int | None = None,
-        value_head_dim: int | None = None,
-        conv_size: int = 4,
-        norm_eps: float = 1e-5,
-        impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
-    ) -> None:
-        super().__init__(
-            hidden_size,
-            partial(one_state, decay_scan, impl=impl),
-            num_gates=2,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            num_value_heads=num_value_heads,
-            value_head_dim=value_head_dim,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-        )
+    op = staticmethod(partial(one_state, decay_scan))

@@ -15,7 +15,7 @@ from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.mixers.base import KVCache, Out
 from whimbrel.mixers.norm import RMSNorm
 from whimbrel.mixers.softmax.config import RopeScaling
-from whimbrel.scan.common import _check_cu_seqlens as check_cu_seqlens
+from whimbrel.scan.common import check_cu_seqlens
 
 Prefill = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q [B, Tq, H, D], k [B, Tk, Hkv, D], v, scale) -> y [B, Tq, H, D]; the queries are the last Tq positions."""

@@ -1,14 +1,12 @@
-"""The function `decay_scan`: checks and the choice of code."""
+"""The function `decay_scan`; checks and the choice of code are in `one_state`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from whimbrel.scan import one_state
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import check_inputs, checked_scale, choose, one_token
-from whimbrel.scan.decay.chunked import decay_chunked
-from whimbrel.scan.decay.reference import decay_reference
+from whimbrel.scan.decay.reference import recur
+from whimbrel.scan.one_state import run
 
 
 def decay_scan(
@@ -44,16 +42,17 @@ def decay_scan(
     Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
     This is gated linear attention with one decay per head (Mamba-2, arXiv 2405.21060); beta multiplies what is written.
     """
-    gates = {"log_decay": log_decay, "beta": beta}
-    check_inputs("decay_scan", q, k, v, gates, {"state": state}, cu_seqlens)
-    scale = checked_scale("decay_scan", scale, q.shape[3])
-    tensors = (q, k, v, log_decay, beta)
-    single = one_token(cu_seqlens, *tensors, state)
-    code = choose("decay_scan", impl, q, v, log_decay, beta, state, one_step=single)
-    if code == "step":
-        kernel = True if impl == "triton" else None
-        return one_state.step(*tensors, scale=scale, delta=False, state=state, kernel=kernel)
-    if code == "triton":
-        return one_state.in_kernels(*tensors, scale=scale, delta=False, state=state, cu_seqlens=cu_seqlens)
-    run = decay_reference if code == "reference" else decay_chunked
-    return run(*tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return run(
+        "decay_scan",
+        recur,
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        delta=False,
+        scale=scale,
+        state=state,
+        cu_seqlens=cu_seqlens,
+        impl=impl,
+    )

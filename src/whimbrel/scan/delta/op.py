@@ -1,14 +1,12 @@
-"""The function `delta_scan`: checks and the choice of code."""
+"""The function `delta_scan`; checks and the choice of code are in `one_state`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from whimbrel.scan import one_state
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import check_inputs, checked_scale, choose, one_token
-from whimbrel.scan.delta.chunked import delta_chunked
-from whimbrel.scan.delta.reference import delta_reference
+from whimbrel.scan.delta.reference import recur
+from whimbrel.scan.one_state import run
 
 
 def delta_scan(
@@ -44,16 +42,17 @@ def delta_scan(
     Raises ConfigError where the arguments do not fit together, UnsupportedError for an `impl` this build lacks.
     This is the recurrence of Gated DeltaNet (arXiv 2412.06464).
     """
-    gates = {"log_decay": log_decay, "beta": beta}
-    check_inputs("delta_scan", q, k, v, gates, {"state": state}, cu_seqlens)
-    scale = checked_scale("delta_scan", scale, q.shape[3])
-    tensors = (q, k, v, log_decay, beta)
-    single = one_token(cu_seqlens, *tensors, state)
-    code = choose("delta_scan", impl, q, v, log_decay, beta, state, one_step=single)
-    if code == "step":
-        kernel = True if impl == "triton" else None
-        return one_state.step(*tensors, scale=scale, delta=True, state=state, kernel=kernel)
-    if code == "triton":
-        return one_state.in_kernels(*tensors, scale=scale, delta=True, state=state, cu_seqlens=cu_seqlens)
-    run = delta_reference if code == "reference" else delta_chunked
-    return run(*tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return run(
+        "delta_scan",
+        recur,
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        delta=True,
+        scale=scale,
+        state=state,
+        cu_seqlens=cu_seqlens,
+        impl=impl,
+    )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from whimbrel.mixers import two_state
+from whimbrel.mixers.two_state.rule import COMBINE, RESIDUAL, Rule
+from whimbrel.mixers.two_state.step import step as two_state_step
 from whimbrel.scan import one_state
 from whimbrel.scan.base import State
 from whimbrel.scan.common import checked_scale
@@ -45,9 +46,9 @@ def step(
     """y and the states after one token."""
     delta, scale = name in ("delta", "rdn"), checked_scale(name, None, tensors[0].shape[3])
     if name in TWO:
-        rule = two_state.Rule(clip, scale, combine == "gated", residual == "decayed")
+        rule = Rule(clip, scale, combine == "gated", residual == "decayed")
         state = None if states is None else State(*states)
-        y, after = two_state.step(*tensors, rule=rule, delta=delta, state=state, out=out, kernel=kernel)
+        y, after = two_state_step(*tensors, rule=rule, delta=delta, state=state, out=out, kernel=kernel)
         return y, *after
     state = None if states is None else states[0]
     return one_state.step(*tensors, scale=scale, delta=delta, state=state, kernel=kernel)
@@ -72,7 +73,7 @@ def assert_step(name: str, inputs: Inputs, budget: float = FP32, *, with_states:
 
 @two
 @pytest.mark.parametrize("clip", [0.5, None])
-@pytest.mark.parametrize(("combine", "residual"), [*product(two_state.COMBINE, two_state.RESIDUAL)])
+@pytest.mark.parametrize(("combine", "residual"), [*product(COMBINE, RESIDUAL)])
 @pytest.mark.parametrize("with_states", [True, False])
 def test_every_option_of_two_states(name, clip, combine, residual, with_states):
     options = {"clip": clip, "combine": combine, "residual": residual}

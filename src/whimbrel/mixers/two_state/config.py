@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from whimbrel.config import require
 from whimbrel.mixers.linear_config import LinearMixerConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +30,7 @@ class TwoStateConfig(LinearMixerConfig):
         require(self.clip >= 0, "mixer.clip", self.clip, "0 (off) or a positive bound")
         require(self.recompute >= 0, "mixer.recompute", self.recompute, "0 (off) or a number of parts")
 
-    def make(self, layer: Callable[..., T], hidden_size: int, norm_eps: float) -> T:
-        """`layer` with these options."""
-        return layer(
-            hidden_size,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_value_heads=self.value_heads,
-            value_head_dim=self.value_dim,
-            conv_size=self.conv_size,
-            clip=self.clip or None,
-            combine=self.combine,
-            residual=self.residual,
-            recompute=self.recompute,
-            norm_eps=norm_eps,
-            impl=self.impl,
-        )
+    def layer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the layer, but for `norm_eps`."""
+        own = {"clip": self.clip or None, "combine": self.combine, "residual": self.residual}
+        return super().layer_options() | own | {"recompute": self.recompute}

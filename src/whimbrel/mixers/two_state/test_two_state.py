@@ -9,7 +9,7 @@ from whimbrel.errors import ConfigError
 from whimbrel.mixers.base import State
 from whimbrel.mixers.rdn import rdn, rdn_step
 from whimbrel.mixers.rla import rla, rla_step
-from whimbrel.mixers.two_state import checked_rule
+from whimbrel.mixers.two_state.rule import checked_rule
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.recurrence import FP64, RECURRENCES, Inputs, Shape, make_inputs, outputs_and_gradients
 
