@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from whimbrel.config import require
 from whimbrel.errors import ConfigError
 from whimbrel.model import Decoder
 
@@ -41,9 +42,9 @@ def generate(
     """
     if prompt.ndim != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
         raise ConfigError(f"prompt has shape {tuple(prompt.shape)}; generation needs [B, T] with at least one token")
-    for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("top_k", top_k)):
-        if value < 0:
-            raise ConfigError(f"{name} = {value} is not allowed; use 0 or more")
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+    for name, value in (numbers | {"chunk_tokens": chunk_tokens}).items():
+        require(value >= 0, name, value, "0 or more")
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
     cache = None
     logits = torch.empty(0)

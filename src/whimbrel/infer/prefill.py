@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.attend import Plan, attend
-from whimbrel.config import SelectorConfig
+from whimbrel.config import SelectorConfig, require
 from whimbrel.model import Decoder, set_prefill
 from whimbrel.sparse.coverage import coverage as plan_coverage
 
@@ -76,8 +76,9 @@ def compare_prefill(
 ) -> PrefillComparison:
     """Run `tokens` [1, T] through `model` densely and with `config`'s selector.
 
-    `repeats` forward passes of each are timed, the audit apart.
+    `repeats` forward passes of each are timed, the audit apart. Raises ConfigError for none.
     """
+    require(repeats > 0, "repeats", repeats, "a positive number")
     model.eval()
     dense_logits, dense_seconds = _timed(model, tokens, repeats)
     try:
@@ -105,9 +106,11 @@ def compare_prefill(
 def _timed(model: Decoder, tokens: Tensor, repeats: int) -> tuple[Tensor, tuple[float, ...]]:
     seconds, logits = [], torch.empty(0)
     for _ in range(repeats):
+        if tokens.is_cuda:
+            torch.cuda.synchronize()  # what came before is not waited for in here
         start = time.perf_counter()
         logits = model(tokens).logits
-        if logits.is_cuda:
+        if tokens.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return logits, tuple(seconds)

@@ -101,13 +101,13 @@ class LinearMixer(nn.Module):
 
 
 class OneStateMixer(LinearMixer):
-    """A linear mixer with the recurrence `op` of the subclass, over one state.
+    """A linear mixer with the recurrence `_op` of the subclass, over one state.
 
     Arguments as in LinearMixerConfig, where they are described; None for `num_value_heads` and `value_head_dim` takes
     `num_heads` and `head_dim`.
     """
 
-    op: ClassVar[Callable[..., Out]]
+    _op: ClassVar[Callable[..., Out]]
     """Takes what `LinearMixer` gives its recurrence, and `impl`."""
     gate_sets: ClassVar[int] = 1
     """Sets of gates that a value head has."""
@@ -126,7 +126,7 @@ class OneStateMixer(LinearMixer):
     ) -> None:
         super().__init__(
             hidden_size,
-            partial(type(self).op, impl=impl),
+            partial(type(self)._op, impl=impl),
             num_gates=2,
             gate_sets=self.gate_sets,
             num_heads=num_heads,

@@ -15,4 +15,4 @@ class GDN(OneStateMixer):
     `num_heads` and `head_dim`. Source: arXiv 2412.06464.
     """
 
-    op = staticmethod(partial(one_state, delta_scan))
+    _op = staticmethod(partial(one_state, delta_scan))

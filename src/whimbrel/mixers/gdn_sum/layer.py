@@ -37,5 +37,5 @@ class GDNSum(OneStateMixer):
     fitted to the values, none to what another left.
     """
 
-    op = staticmethod(summed)
+    _op = staticmethod(summed)
     gate_sets = 2

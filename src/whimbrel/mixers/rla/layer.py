@@ -13,4 +13,4 @@ class RLA(TwoStateMixer):
     `num_heads` and `head_dim`, None for `clip` turns clipping off. Source: arXiv 2509.25223.
     """
 
-    op = staticmethod(rla)
+    _op = staticmethod(rla)

@@ -15,4 +15,4 @@ class SGLA(OneStateMixer):
     `num_heads` and `head_dim`. Source: arXiv 2405.21060, section 6.
     """
 
-    op = staticmethod(partial(one_state, decay_scan))
+    _op = staticmethod(partial(one_state, decay_scan))

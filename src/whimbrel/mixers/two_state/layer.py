@@ -11,13 +11,13 @@ from whimbrel.mixers.linear import LinearMixer
 
 
 class TwoStateMixer(LinearMixer):
-    """y, state = layer(x, state) for x [B, T, hidden_size], with the recurrence `op` of the subclass.
+    """y, state = layer(x, state) for x [B, T, hidden_size], with the recurrence `_op` of the subclass.
 
     Arguments as in TwoStateConfig, where they are described; None for `num_value_heads` and `value_head_dim` takes
     `num_heads` and `head_dim`, None for `clip` turns clipping off.
     """
 
-    op: ClassVar[Callable[..., Out]]
+    _op: ClassVar[Callable[..., Out]]
     """`rla` or `rdn`."""
 
     def __init__(
@@ -38,7 +38,7 @@ class TwoStateMixer(LinearMixer):
     ) -> None:
         super().__init__(
             hidden_size,
-            partial(type(self).op, clip=clip, combine=combine, residual=residual, recompute=recompute, impl=impl),
+            partial(type(self)._op, clip=clip, combine=combine, residual=residual, recompute=recompute, impl=impl),
             num_gates=3,
             num_heads=num_heads,
             head_dim=head_dim,
