@@ -8,8 +8,7 @@ from torch import Tensor
 from whimbrel.attend.plan import Plan
 
 _SLAB_LOGITS = 1 << 19
-"""Logits computed at a time: 2 MB in fp32, so that most stay in the second-level cache between the two
-products."""
+"""Logits computed at a time: 2 MB in fp32, so that most stay in the second-level cache between the two products."""
 
 LEAST_EXPONENT = -87.0
 """Least exponent of a weight. e^-87 is lost when added to a sum that holds a 1, in fp64 too, so it stands for
@@ -20,11 +19,10 @@ subnormal."""
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """y [B, Tq, H, Dv] and lse [B, Tq, H] in fp32 (fp64 for fp64 inputs).
 
-    Query blocks that select the same number of key blocks are computed together: their keys and values are
-        gathered
-    into one contiguous run each, and one softmax follows. A row's last block is its diagonal, the only one
-    that needs a mask; padded keys lie in the final block behind every query, so the same mask hides them. In
-    a part of a plan, rows without their diagonal need no mask, and rows without blocks have y 0 and lse -inf.
+    Query blocks that select the same number of key blocks are computed together: their keys and values are gathered
+    into one contiguous run each, and one softmax follows. A row's last block is its diagonal, the only one that needs
+    a mask; padded keys lie in the final block behind every query, so the same mask hides them. In a part of a plan,
+    rows without their diagonal need no mask, and rows without blocks have y 0 and lse -inf.
     """
     grid, size, device = plan.grid, plan.block_size, q.device
     batch, _, heads, _ = q.shape
@@ -63,8 +61,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
 
 
 def _in_blocks(x: Tensor, front: int, count: int, size: int) -> Tensor:
-    """[B, T, H, D] -> [B * H * count, size, D], `front` zeros before and zeros behind; fp32, or fp64 if x
-    is."""
+    """[B, T, H, D] -> [B * H * count, size, D], `front` zeros before and zeros behind; fp32, or fp64 if x is."""
     batch, time, heads, dim = x.shape
     out = x.new_zeros(batch, heads, count * size, dim, dtype=torch.promote_types(x.dtype, torch.float32))
     out[:, :, front : front + time] = x.transpose(1, 2)
@@ -72,8 +69,7 @@ def _in_blocks(x: Tensor, front: int, count: int, size: int) -> Tensor:
 
 
 def _rows_by_count(plan: Plan) -> list[tuple[int, Tensor]]:
-    """Rows grouped by how many blocks they select, if any: (blocks, rows int64), fewest first, rows in their
-    order."""
+    """Rows grouped by how many blocks they select, if any: (blocks, rows int64), fewest first, rows in their order."""
     counts, order = plan.offsets.diff().sort(stable=True)
     values, sizes = counts.unique_consecutive(return_counts=True)
     groups = zip(values.tolist(), order.split(sizes.tolist()), strict=True)

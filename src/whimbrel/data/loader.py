@@ -93,8 +93,7 @@ class Loader:
         self.num_windows = (shards.num_tokens - 1) // seq_len
         if self.num_windows < 1:
             raise DataError(
-                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, fewer than one "
-                f"window of "
+                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, fewer than one window of "
                 f"data.seq_len + 1 = {seq_len + 1}; use a shorter data.seq_len or more text"
             )
         self.shards = shards

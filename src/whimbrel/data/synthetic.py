@@ -51,8 +51,7 @@ def mqar(
     _check_pairs("num_pairs", num_pairs, symbols)
     if not 0 < queries <= tail:
         raise ConfigError(
-            f"seq_len = {seq_len} has {max(tail, 0)} tokens after {num_pairs} pairs, num_queries = "
-            f"{queries}; "
+            f"seq_len = {seq_len} has {max(tail, 0)} tokens after {num_pairs} pairs, num_queries = {queries}; "
             f"use a seq_len of at least {2 * num_pairs + queries} and a positive num_queries"
         )
     draws = Draws(*counters)

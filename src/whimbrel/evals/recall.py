@@ -109,8 +109,7 @@ def evaluate_needle(
             )
         if room > shards.num_tokens:
             raise DataError(
-                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, a needle length "
-                f"of "
+                f"split '{shards.split}' of {shards.folder} has {shards.num_tokens} tokens, a needle length of "
                 f"{length} takes {room}; use a shorter length or more text"
             )
         text = held_out_text(shards)(Draws(seed, _TEXT, length), num_sequences, room)
