@@ -1,4 +1,4 @@
-"""RLA and RDN over sequences that several processes share, and what a layer needs besides.
+"""Context parallelism of RLA and RDN, over sequences that several processes share, and what a layer needs besides.
 
 Two states pass from stretch to stretch, in two rounds or along a chain: `whimbrel.scan.parallel` has the schedules.
 In a layer only the short convolution also looks back, by `conv_start`; everything else acts on single tokens.

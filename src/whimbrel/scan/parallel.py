@@ -1,4 +1,4 @@
-"""Recurrences over sequences that several processes share, each holding one stretch of every sequence.
+"""Context parallelism: recurrences over sequences that several processes share, each holding one stretch of each.
 
 Process r of n holds tokens [B, T_r, ...], its stretch, which follows that of process r - 1; stretches may differ in
 length and may be empty. Only states [B, HV, K, V] pass between processes, whatever the length.

@@ -31,9 +31,9 @@ from whimbrel.merge.spikes import Verdict
 from whimbrel.model import build_model
 from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.progress import track
-from whimbrel.training.ahead import Ahead
 from whimbrel.training.averages import keep_average, restore_average, save_average
 from whimbrel.training.metrics import Metrics
+from whimbrel.training.prefetch import Prefetcher
 from whimbrel.training.processes import Processes, joined, shard
 from whimbrel.training.recovery import Recovery
 
@@ -113,7 +113,7 @@ class _Trainer:
             recall_warmup_steps=config.data.recall_warmup_steps,
         ).rank_slice(processes.rank, processes.world)
         # On a CPU the thread would take the cores that compute.
-        self.batches = Ahead(self.loader.batch) if processes.device.type == "cuda" else self.loader.batch
+        self.batches = Prefetcher(self.loader.batch) if processes.device.type == "cuda" else self.loader.batch
         self.model = build_model(config.model, seed=config.seed).to(processes.device)
         shard(self.model, processes)
         self.optimizer = config.optim.build(config.optim.groups(self.model))

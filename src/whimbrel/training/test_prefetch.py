@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from whimbrel.training.ahead import Ahead
+from whimbrel.training.prefetch import Prefetcher
 
 
 def test_every_step_gets_its_own_and_the_next_is_made_while_nobody_asks() -> None:
@@ -19,10 +19,10 @@ def test_every_step_gets_its_own_and_the_next_is_made_while_nobody_asks() -> Non
             done.set()
         return 10 * step
 
-    ahead = Ahead(make)
-    assert ahead(0) == 0
+    batches = Prefetcher(make)
+    assert batches(0) == 0
     assert done.wait(10)  # step 1 was asked for by nobody yet
-    assert [ahead(step) for step in (1, 2, 2, 7, 8, 3)] == [10, 20, 20, 70, 80, 30]
+    assert [batches(step) for step in (1, 2, 2, 7, 8, 3)] == [10, 20, 20, 70, 80, 30]
     assert made[:3] == [0, 1, 2]
     assert made.count(1) == 1
     assert made.count(8) == 1
@@ -34,8 +34,8 @@ def test_an_error_is_raised_where_its_step_is_asked_for() -> None:
             raise ValueError("step 1")
         return step
 
-    ahead = Ahead(make)
-    assert ahead(0) == 0
+    batches = Prefetcher(make)
+    assert batches(0) == 0
     with pytest.raises(ValueError, match="step 1"):
-        ahead(1)
-    assert ahead(2) == 2
+        batches(1)
+    assert batches(2) == 2

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """`make(step)`, with step + 1 made in a thread after each call, for the call that comes next.
 
     A call for any other step makes its own. All calls of `make` are made by one thread, one after another; what one
