@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from whimbrel.scan import chunks
+from whimbrel.mixers.two_state import op as two_state_op
+from whimbrel.scan import chunks, one_state
 from whimbrel.scan.chunks import Layout
 from whimbrel.testing.budget import assert_close
 from whimbrel.testing.recurrence import (
@@ -75,15 +78,8 @@ def test_tiles_give_the_results_of_a_single_run(recurrence: Recurrence, tile: in
 @every
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 64, 128])
 def test_every_chunk_size_gives_the_same(recurrence: Recurrence, size: int, monkeypatch):
-    name = recurrence.target.partition(":")[0].rpartition(".")[2]
-    folder = recurrence.target.partition(":")[0]
-    module = __import__(f"{folder}.chunked", fromlist=["x"])
-    function = getattr(module, f"{name}_chunked")
-    monkeypatch.setattr(
-        __import__(f"{folder}.op", fromlist=["x"]),
-        f"{name}_chunked",
-        lambda *args, **kwargs: function(*args, **kwargs, chunk_size=size),
-    )
+    module = one_state if recurrence.states == 1 else two_state_op
+    monkeypatch.setattr(module, "chunked", partial(module.chunked, chunk_size=size))
     check_equals_reference(recurrence, Shape(time=70, batch=1))
 
 
