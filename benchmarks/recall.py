@@ -38,7 +38,7 @@ from whimbrel.model import build_model
 from whimbrel.model.memory import parameter_counts, state_bytes
 from whimbrel.optim.adamw.config import AdamWConfig
 from whimbrel.optim.schedule import learning_rate_factor
-from whimbrel.training.ahead import Ahead
+from whimbrel.training.prefetch import Prefetcher
 
 PAIRS = (4, 8, 16, 32, 64)
 """Numbers of pairs trained on."""
@@ -104,7 +104,7 @@ def work(job: Job) -> Done | None:
     config = AdamWConfig(lr=job.lr, weight_decay=0.1)
     optimizer = config.build(config.groups(model))
     schedule = ScheduleConfig(kind="cosine", warmup_steps=max(1, args.steps // 10))
-    batches = Ahead(lambda step: batch(step, job.seed, args))
+    batches = Prefetcher(lambda step: batch(step, job.seed, args))
     losses = []
     cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     for step in range(args.steps):
