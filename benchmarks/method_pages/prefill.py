@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from method_pages.lines import COVERAGE, LINKS, METHODS, RESULTS, THRESHOLD, on_gpu
 from method_pages.markdown import figure, header, row
+from whimbrel.bench.results import ResultLine
 from whimbrel.report.numbers import power_count, significant
 
 PAGE = METHODS / "sparse-prefill.md"
 
 PREFILL = {
     "row_local": "row_local",
+    "row_local, dense where short": "row_local, dense where that is faster",
     "row_local-16": "row_local, 16 samples",
     "flex_prefill": "flex_prefill",
     "sdpa-cudnn": "dense, cuDNN",
@@ -38,13 +41,12 @@ def prefill_page(results: Path = RESULTS, page: Path = PAGE) -> str:
 
 def prefill(results: Path, *, links: str) -> list[str]:
     """Times of sparse prefill by length, and what was kept; nothing where no GPU has been measured."""
-    lines = [
+    asked = [
         x
         for x in on_gpu(results, "prefill")
-        if x["params"]["input"] == "mixed"
-        and x["params"].get("coverage", COVERAGE) == COVERAGE
-        and x["params"].get("threshold", THRESHOLD) == THRESHOLD
+        if x["params"].get("coverage", COVERAGE) == COVERAGE and x["params"].get("threshold", THRESHOLD) == THRESHOLD
     ]
+    lines = [x for x in asked if x["params"]["input"] == "mixed"]
     found = {(x["impl"], int(x["params"]["N"]), x["metric"]): x["value"] for x in lines}
     if not any(impl == "row_local" for impl, _, _ in found):
         return []
@@ -62,22 +64,33 @@ def prefill(results: Path, *, links: str) -> list[str]:
         cells = [found.get((impl, length, "time")) for impl in timed]
         texts = ["" if cell is None else significant(cell) for cell in cells]
         rows.append(row([power_count(length), *texts]))
-    kept = [impl for impl in PREFILL if any((impl, length, "output_error") in found for length in lengths)]
-    rows += [
-        "",
-        "Causal pairs read, attention kept by the 5th percentile of queries, and RMS error of the output:",
+    return [*rows, "", *_kept(asked), "", *_selection(results, links=links)]
+
+
+def _kept(lines: Sequence[ResultLine]) -> list[str]:
+    """What was kept: a row for each length of `mixed`, and for each length and layer of other inputs."""
+    found: dict[tuple[str, int, int], dict[tuple[str, str], float]] = {}
+    for x in lines:
+        given = x["params"]
+        where = str(given["input"]), int(given["N"]), int(given.get("layer", -1))
+        found.setdefault(where, {})[x["impl"], x["metric"]] = x["value"]
+    kept = [impl for impl in PREFILL if any((impl, "output_error") in cells for cells in found.values())]
+    rows = [
+        "Causal pairs read, attention kept by the 5th percentile of queries, and RMS error of the output, for `mixed` or as"
+        " named:",
         "",
         *header("tokens", *(PREFILL[impl] for impl in kept)),
     ]
-    for length in lengths:
+    for (kind, length, layer), cells in sorted(found.items()):
         texts = []
         for impl in kept:
-            density, recall, error = (found.get((impl, length, x)) for x in ("density", "recall_p5", "output_error"))
+            density, recall, error = (cells.get((impl, x)) for x in ("density", "recall_p5", "output_error"))
             shown = [] if density is None or recall is None else [f"{density:.0%}", f"{recall:.1%}"]
             texts.append(", ".join([*shown, *([] if error is None else [f"{error:.3f}"])]))
         if any(texts):
-            rows.append(row([power_count(length), *texts]))
-    return [*rows, "", *_selection(results, links=links)]
+            name = ("" if kind == "mixed" else f"{kind}, ") + power_count(length)
+            rows.append(row([name if layer < 0 else f"{name}, layer {layer}", *texts]))
+    return rows
 
 
 def _selection(results: Path, *, links: str) -> list[str]:
