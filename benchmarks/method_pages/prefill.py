@@ -76,8 +76,8 @@ def _kept(lines: Sequence[ResultLine]) -> list[str]:
         found.setdefault(where, {})[x["impl"], x["metric"]] = x["value"]
     kept = [impl for impl in PREFILL if any((impl, "output_error") in cells for cells in found.values())]
     rows = [
-        "Causal pairs read, attention kept by the 5th percentile of queries, and RMS error of the output, for `mixed` or as"
-        " named:",
+        "Causal pairs read, attention kept by the 5th percentile of queries, and RMS error of the output, for"
+        " `mixed` or as named:",
         "",
         *header("tokens", *(PREFILL[impl] for impl in kept)),
     ]

@@ -79,7 +79,8 @@ def enable_sparse_prefill(
         model: a loaded decoder whose attention transformers can choose by name.
         selector: a kind (`whimbrel show kinds`), or a config with settings.
         coverage: share of the attention that is kept, in place of the selector's own.
-        min_length: prompts with fewer keys run dense; None takes the length measured for the device, where one was.
+        min_length: prompts with fewer keys run dense; None takes the length measured for the device and so many heads,
+            where one was.
         layers: index of a layer -> "dense", a coverage, or a selector of its own.
         repair: query blocks that miss the coverage on audited queries get more keys in a second pass.
         audit_rows: queries of each call whose coverage is measured; `SparsePrefill.layers` tells.
