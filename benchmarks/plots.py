@@ -202,7 +202,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     """Step time against rank and loss against bytes of state, as `low-rank-optimizers-*.svg`, where there are lines.
 
     Losses are means over seeds, of the runs with the most tokens: of `pretrain` lines, or where there are none of the
-    demo's model. An optimizer without a rank is drawn at all ranks, at the median of its runs.
+    model of tiny-rdn. An optimizer without a rank is drawn at all ranks, at the median of its runs.
     """
     lines = [x for x in on_gpu(results, "optim_step", "time") if x["params"]["model"] == "1.2b"]
     gpu, times = next(iter(by_card(lines)), ""), {}

@@ -1,4 +1,4 @@
-"""Quality at equal tokens: the same demo model under several mixers, or several optimizers, over three seeds.
+"""Quality at equal tokens: the same tiny model under several mixers, or several optimizers, over three seeds.
 
     python benchmarks/quality.py mixers --jobs 4
     python benchmarks/quality.py optimizers --jobs 4
@@ -32,11 +32,11 @@ def variants(family: str) -> dict[str, Config]:
     """Name -> configuration before the learning rate and the seed are set."""
     if family == "mixers":
         return {name: load_config(recipe) for name, recipe in MIXERS.items()}
-    demo = load_config("demo")
-    rank, gap = demo.optim.rank, demo.optim.refresh_steps
+    base = load_config("tiny-rdn")
+    rank, gap = base.optim.rank, base.optim.refresh_steps
     shared = {"optim.rank": rank, "optim.refresh_steps": gap}
     return {
-        kind: with_overrides(demo, {"optim.kind": kind} | ({} if kind == "adamw" else shared)) for kind in OPTIMIZERS
+        kind: with_overrides(base, {"optim.kind": kind} | ({} if kind == "adamw" else shared)) for kind in OPTIMIZERS
     }
 
 
@@ -65,13 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=("mixers", "optimizers"))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=None, help="default: the demo's")
+    parser.add_argument("--steps", type=int, default=None, help="default: the recipe's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
 
-    every = load_config("demo").steps if args.steps is None else args.steps
+    every = load_config("tiny-rdn").steps if args.steps is None else args.steps
     common = {"steps": every, "checkpoint.every_steps": every, "eval.checkpoint_tokens": 0, "averaging.last": 1}
 
     def config_for(name: str, lr: float, seed: int) -> Config:

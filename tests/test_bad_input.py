@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from whimbrel.checkpoint import latest_checkpoint, list_checkpoints
 from whimbrel.cli import main
 from whimbrel.config import Config, to_toml, with_overrides
-from whimbrel.errors import DataError
+from whimbrel.errors import ConfigError, DataError
 from whimbrel.infer import generate, load_model
 from whimbrel.training.loop import train
 
@@ -146,6 +146,11 @@ def test_an_output_that_exists_is_not_overwritten(capsys, trained: Path, tmp_pat
     (out / "precious.txt").write_text("keep me")
     fails(capsys, 2, "merge", *map(str, list_checkpoints(trained)), "--out", str(out))
     assert (out / "precious.txt").read_text() == "keep me"
+
+
+def test_a_prompt_that_is_not_tokens(trained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prompt is a str; give token ids \[B, T\], such as torch.tensor"):
+        generate(load_model(trained), "In the beginning", max_new_tokens=1)  # pyrefly: ignore
 
 
 def test_empty_prompt(capsys, trained: Path) -> None:

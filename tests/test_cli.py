@@ -29,6 +29,9 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
         (["train", "dmeo"], "unknown recipe 'dmeo'; did you mean 'demo'?"),
         (["train", "demo", "--stpes", "3"], "did you mean --steps?"),
         (["train", "demo", "--optim.rank", "x"], "--optim.rank"),
+        (["train", "demo", "--optim", "adamw"], "did you mean --optim.kind?"),
+        (["train", "demo", "--mixer", "rla"], "did you mean --model.mixer.kind?"),
+        (["eval", "runs/a", "--lm-eval"], "--lm-eval is empty; name at least one"),
         (["train", "demo", "--optim.kind", "fria"], "optim.kind = 'fria' is not known; did you mean 'fira'?"),
         (["train", "demo", "--optim.kind"], "--optim.kind needs the name of a method"),
         (["train", "demo", "--steps", "0"], "steps = 0 is not allowed; use a positive number"),
@@ -46,6 +49,23 @@ def test_usage_errors_are_one_line_and_exit_2(capsys, argv: list[str], message: 
     assert err.count("\n") == 1
 
 
+def test_a_terminal_that_knows_ascii_only_gets_the_same_line() -> None:
+    lines = set()
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "whimbrel", "train", "demo", "--mixer", "rla"],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        lines.add(done.stderr)
+    assert lines == {
+        "whimbrel: error: Unrecognized options: --mixer, rla; did you mean --model.mixer.kind? "
+        "(whimbrel train --help lists all options)\n"
+    }
+
+
 def test_missing_model_exits_4(capsys, tmp_path) -> None:
     status, _, err = run(capsys, "generate", str(tmp_path / "none"), "--prompt", "x")
     assert status == 4
@@ -59,6 +79,22 @@ def test_convert_without_transformers_names_the_extra(capsys, tmp_path, monkeypa
     status, _, err = run(capsys, "convert", str(tmp_path), "--out", str(tmp_path / "out"))
     assert status == 6
     assert err == ("whimbrel: error: whimbrel.integrations.hf needs transformers; run pip install 'whimbrel[hf]'\n")
+
+
+def test_folders_that_may_not_be_written_to_are_named(capsys, monkeypatch, tmp_path) -> None:
+    import whimbrel.demo
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/mine/run")
+
+    monkeypatch.setattr(whimbrel.demo, "run_demo", refused)
+    status, _, err = run(capsys, "demo")
+    assert status == 1
+    assert err == (
+        "whimbrel: error: /mine/run: Permission denied; name another path, or one that you may read and write\n"
+    )
+    with pytest.raises(PermissionError):
+        main(["demo", "--debug"])
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -86,6 +122,7 @@ def test_help_and_version(capsys) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert all(verb in out for verb in VERBS)
+    assert all(len(line) <= 80 for line in out.splitlines())
     assert run(capsys, "--version")[1].startswith("whimbrel 0.")
     assert run(capsys)[0] == 2
 

@@ -113,7 +113,7 @@ def test_missing_file_and_recipe() -> None:
 
 
 def test_hybrid_layers() -> None:
-    kinds = [kind_of(layer) for layer in load_config("demo").model.layers()]
+    kinds = [kind_of(layer) for layer in load_config("tiny-rdn").model.layers()]
     assert kinds == ["rdn", "rdn", "rdn", "softmax"]
     assert isinstance(load_config("tiny-softmax").model.layers()[0], SoftmaxConfig)
 

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,30 @@ def test_a_demo_that_was_cut_off_goes_on(tiny: Config, tmp_path: Path, capsys, m
     assert run_demo(tiny, tmp_path / "run") is not None
     lines = said(capsys.readouterr().out)
     assert [name for name in STAGES if lines[name].endswith("kept)")] == ["data", "train", "anneal"]
+
+
+def test_a_stop_in_training_changes_neither_the_merge_nor_loses_its_time(
+    tiny: Config, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The checkpoint that a signal leaves between the others is none of those that are averaged."""
+    from whimbrel.demo import job
+
+    config = with_overrides(tiny, {"averaging.anneal_steps": 0, "averaging.methods": ["sma"]})
+    whole = job.train
+
+    def stopped(config: Config, **places: Any) -> Any:
+        return whole(with_overrides(config, {"steps": 5}), **places)._replace(interrupted=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "train", stopped)
+        assert run_demo(config, tmp_path / "run") is None
+    assert "stopped at step 5" in capsys.readouterr().out
+    spent = json.loads((tmp_path / "run" / "stages" / "train.json").read_text())
+    assert "result" not in spent
+    demo = job._Job(config, tmp_path / "run")
+    assert demo.stages.run("train", demo._train, str)["step"] == 6
+    assert demo.stages.seconds["train"] > spent["seconds"] > 0
+    assert [Path(path).name for path in demo._merge()["sma"]["sources"]] == ["step-000004", "step-000006"]
 
 
 @pytest.mark.parametrize(

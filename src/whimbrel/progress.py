@@ -50,15 +50,13 @@ def track(label: str, total: float, unit: str = "step", *, quiet: bool = False) 
         yield Bar(label, total, unit, quiet=quiet)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),  # so that 80 columns hold the times and a note
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
         TimeRemainingColumn(),
         TextColumn("left  {task.fields[note]}"),
     )

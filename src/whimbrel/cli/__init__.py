@@ -13,17 +13,23 @@ from whimbrel import __version__
 from whimbrel.errors import ConfigError, WhimbrelError, nearest
 
 VERBS = {
-    "demo": "train a small hybrid model on real text, average it, judge it, and write a report",
+    "demo": "train, average, judge and prefill a small model; writes a report",
     "data": "turn text into token shards",
-    "train": "train from a recipe or a TOML file; goes on where the run folder left off",
+    "train": "train a recipe or a TOML file; goes on where the run folder left off",
     "merge": "average checkpoints",
     "convert": "write a model for transformers, or take one from there (extra hf)",
     "eval": "bits per byte, recall and needle tasks of a checkpoint",
     "generate": "continue a prompt, with sparse prefill for long ones",
     "bench": "time an operation against its rivals",
-    "show": "settings, parameters and memory of a recipe; layers and code of a checkpoint; all kinds",
+    "show": "settings and memory of a recipe, layers of a checkpoint, all kinds",
 }
 INTERRUPTED = 130
+OS_ERRORS = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name another path, or one that you may read and write"),
+}
+"""What to do about errors of the system that are not ours; others keep their traceback."""
 SPINS = "1000"
 """Turns that a thread of an operator waits busily for the others before it sleeps: GNU OpenMP's own number once it sees
 more threads than cores. Its usual 300,000 keep a core from what else runs there, the thread waited for included."""
@@ -50,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        if debug or error.errno != errno.ENOSPC:
+        advice = OS_ERRORS.get(error.errno or 0)
+        if debug or advice is None:
             raise
-        return _complain(f"the disk is full: {error}; free some space and run the same command again", 1)
+        return _complain(f"{error.filename or 'the disk'}: {error.strerror}; {advice}", 1)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -75,7 +82,7 @@ def _usage() -> str:
         "usage: whimbrel COMMAND [OPTIONS]\n\n"
         "Train language models on the memory you have and run them over long contexts.\n\n"
         f"commands:\n{verbs}\n\n"
-        "whimbrel COMMAND --help tells a command's options; --debug shows the traceback of an error."
+        "whimbrel COMMAND --help tells a command's options;\n--debug shows the traceback of an error."
     )
 
 

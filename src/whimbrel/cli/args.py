@@ -24,11 +24,16 @@ def parse(cls: type[T], argv: Sequence[str], *, verb: str, default: T | None = N
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(cls, args=list(argv), prog=f"whimbrel {verb}", default=default)
+            parsed: Any = tyro.cli(cls, args=list(argv), prog=f"whimbrel {verb}", default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ConfigError(_one_line(complaint.getvalue(), verb)) from None
+    for field in dataclasses.fields(parsed):
+        flag = f"--{field.name.replace('_', '-')}"
+        if flag in argv and getattr(parsed, field.name) == ():
+            raise ConfigError(f"{flag} is empty; name at least one (whimbrel {verb} --help lists all options)")
+    return parsed
 
 
 def parse_with_config(
@@ -73,12 +78,23 @@ def _kind_flags(args: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _one_line(text: str, verb: str) -> str:
     lines = [_BOX.sub("", line).strip() for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line.startswith("───")]
-    # The first line is the title of the box; the text runs to the first rule or the end of the box.
-    body = " ".join(line for line in lines[1 : rules[0] if rules else len(lines)] if line and "───" not in line)
+    rules = [i for i, line in enumerate(lines) if len(line) > 2 and not line.strip("─-")]
+    # The first line is the title of the box, which has a rule below it where the terminal knows ASCII only; the text
+    # runs to the next rule or the end of the box.
+    first = 2 if 1 in rules else 1
+    last = next((i for i in rules if i > first), len(lines))
+    body = " ".join(line for line in lines[first:last] if line)
     hint = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(lines))
-    nearest = f"; did you mean {hint.group(1)}?" if hint else ""
+    nearest = f"; did you mean {_method(hint.group(1), body)}?" if hint else ""
     return f"{body}{nearest} (whimbrel {verb} --help lists all options)"
+
+
+def _method(hint: str, complaint: str) -> str:
+    """The flag that is meant: who writes `--optim adamw` wants to choose a method, not to set an option of one."""
+    family = hint.rpartition(".")[0]
+    unknown = re.search(r"--([\w-]+)", complaint)
+    wanted = unknown is not None and family.removeprefix("--").rpartition(".")[2] == unknown.group(1)
+    return f"{family}.kind" if wanted else hint
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

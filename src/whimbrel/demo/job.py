@@ -12,7 +12,7 @@ import torch
 
 import whimbrel
 from whimbrel.bench.results import commit, device_name
-from whimbrel.checkpoint import list_checkpoints
+from whimbrel.checkpoint import list_checkpoints, read_meta
 from whimbrel.config import Config, kind_of, to_toml
 from whimbrel.data import TokenShards
 from whimbrel.data.shards import read_manifest
@@ -109,7 +109,7 @@ class _Job:
 
     def _plan(self) -> str:
         config, layers = self.config, [kind_of(layer) for layer in self.config.model.layers()]
-        mixers = " and ".join(f"{layers.count(kind)} {kind.upper()}" for kind in dict.fromkeys(layers))
+        mixers = " and ".join(f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers))
         return (
             f"trains a model of {mixers} blocks with {kind_of(config.optim).capitalize()} for {config.steps} steps "
             f"({self.device.type}, {torch.get_num_threads()} threads), averages its checkpoints, judges them and "
@@ -145,7 +145,11 @@ class _Job:
         }
 
     def _merge(self) -> Result:
-        sources = list_checkpoints(self.constant)[-self.config.averaging.last :]
+        # A run that a signal stopped has a checkpoint between the others.
+        every, last = self.config.checkpoint.every_steps, self.config.steps
+        steps = {path: read_meta(path).step for path in list_checkpoints(self.constant)}
+        regular = [path for path, step in steps.items() if step % every == 0 or step == last]
+        sources = regular[-self.config.averaging.last :]
         merges = {}
         for method in self.config.averaging.methods:
             out = self.run_dir / f"merged-{method}"

@@ -44,6 +44,7 @@ def build(
         "training": {
             "runs": runs,
             "merged_tokens": [int(Path(source).name.rpartition("-")[2]) * config.batch_tokens for source in sources],
+            "note": _training_note(config),
         },
         "averaging": _averaging(averaging, merges),
         "memory": _memory(config),
@@ -67,6 +68,16 @@ def _run(name: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             {"tokens": line["tokens"], "loss": line["validation_loss"]} for line in lines if "validation_loss" in line
         ],
     }
+
+
+def _training_note(config: Config) -> str:
+    data = config.data
+    if not data.recall_fraction:
+        return ""
+    return (
+        f"Generated recall tasks are {data.recall_fraction:.0%} of the sequences and part of the training loss, easy "
+        f"ones up to {data.recall_warmup_steps * config.batch_tokens:,} tokens; the validation loss is that of text."
+    )
 
 
 def _averaging(judged: Result, merges: Result) -> dict[str, Any]:

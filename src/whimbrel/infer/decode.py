@@ -38,8 +38,13 @@ def generate(
     `temperature` 0 takes the likeliest token; otherwise tokens are drawn from the softmax at that temperature,
     among the `top_k` likeliest if given, with a generator seeded by `seed`. `stop_token` ends the call when every
     row has produced it. `chunk_tokens` prefills the prompt in pieces of that length (0: at once).
-    Raises ConfigError for an empty prompt or a negative number.
+    Raises ConfigError for a prompt that is not token ids or is empty, and for a negative number.
     """
+    if not isinstance(prompt, Tensor):
+        raise ConfigError(
+            f"prompt is a {type(prompt).__name__}; give token ids [B, T], such as "
+            "torch.tensor([load_tokenizer(path).encode(text)])"
+        )
     if prompt.ndim != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
         raise ConfigError(f"prompt has shape {tuple(prompt.shape)}; generation needs [B, T] with at least one token")
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from whimbrel.config import require
 from whimbrel.errors import ConfigError
 from whimbrel.mixers import kernels
-from whimbrel.mixers.base import LayerState, Out, State
+from whimbrel.mixers.base import LayerState, Out, State, check_input
 from whimbrel.mixers.kernels import ops
 from whimbrel.mixers.norm import GatedRMSNorm, l2_norm
 from whimbrel.scan.common import check_cu_seqlens
@@ -50,8 +51,11 @@ class LinearMixer(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "conv_size": conv_size}
+        for name, size in sizes.items():
+            require(size > 0, name, size, "a positive number")
         self.recurrence = recurrence
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.num_value_heads = num_value_heads or num_heads
         self.value_head_dim = value_head_dim or head_dim
         if self.num_value_heads % num_heads:
@@ -74,8 +78,10 @@ class LinearMixer(nn.Module):
         """x [B, T, hidden_size] -> Out(y [B, T, hidden_size], LayerState).
 
         `state` is that of an earlier call, None at the start of a sequence. cu_seqlens [N + 1] marks N packed
-        sequences in a batch of 1; states then have N rows. Raises ConfigError for cu_seqlens that do not fit x.
+        sequences in a batch of 1; states then have N rows. Raises ConfigError for an x of another shape or dtype than
+        the layer's, or cu_seqlens that do not fit it.
         """
+        check_input(type(self).__name__, x, self.q_proj, self.hidden_size)
         batch, time, _ = x.shape
         if cu_seqlens is not None:
             check_cu_seqlens(type(self).__name__, cu_seqlens, batch, time)

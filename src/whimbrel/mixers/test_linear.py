@@ -180,6 +180,13 @@ def test_layer_says_what_is_wrong():
     layer = GDNConfig().build(WIDTH, 1e-5)
     with pytest.raises(ConfigError, match="GDN: cu_seqlens runs from 0 to 4; it must rise from 0 to the time length"):
         layer(torch.zeros(1, 5, WIDTH), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ConfigError, match=r"num_heads = 0 is not allowed; use a positive number"):
+        LinearMixer(WIDTH, print, num_gates=2, num_heads=0, head_dim=4)  # pyrefly: ignore
+    for shape in ((5, WIDTH), (1, 5, WIDTH - 1)):
+        with pytest.raises(ConfigError, match=rf"GDN: x has shape .*; give \[batch, time, hidden_size\], .* = {WIDTH}"):
+            layer(torch.zeros(shape))
+    with pytest.raises(ConfigError, match=r"GDN: x has dtype torch.float16, the layer torch.float32; use x.to\("):
+        layer(torch.zeros(1, 5, WIDTH).half())
 
 
 def use_kernels(patch):

@@ -132,6 +132,8 @@ class Decoder(nn.Module):
             raise DataError(
                 f"tokens has shape {list(tokens.shape)}; give [batch, time] with at least one sequence and one token"
             )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise DataError(f"tokens has dtype {tokens.dtype}; give ids as torch.int64 or torch.int32")
         self._check_ids("tokens", tokens)
 
     def _check_targets(self, tokens: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:

@@ -202,6 +202,11 @@ def test_bf16_and_autocast_stay_near():
     assert abs(loss.item() - expected) < 0.03 * expected
 
 
+def test_tokens_are_integers():
+    with pytest.raises(DataError, match=r"tokens has dtype torch.float32; give ids as torch.int64 or torch.int32"):
+        make_model()(torch.ones(1, 5))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (4,), (1, 2, 3)])
 def test_an_empty_or_misshapen_batch_is_refused(shape):
     tokens = torch.zeros(shape, dtype=torch.int64)

@@ -69,6 +69,8 @@ class Training(TypedDict):
     """The main run first, then branches."""
     merged_tokens: NotRequired[list[int]]
     """Tokens at which the merged checkpoints were written."""
+    note: NotRequired[str]
+    """What else the training loss is of, as sentences."""
 
 
 class Interval(TypedDict):

@@ -29,6 +29,7 @@ def blocks(training: Training) -> list[Block]:
         note += " Marks at the top: the checkpoints that were merged."
     if (norms := _values(training["runs"], lambda p: p.get("grad_norm"))) and max(norms) > _ceiling(norms):
         note += f" The gradient norm reaches {significant(max(norms), 2)}, above its axis."
+    note += f" {training.get('note', '')}"
     return [
         Block(
             title="Loss and learning rate",

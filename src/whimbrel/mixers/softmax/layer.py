@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from whimbrel.config import require
 from whimbrel.errors import ConfigError, UnsupportedError
-from whimbrel.mixers.base import KVCache, Out
+from whimbrel.mixers.base import KVCache, Out, check_input
 from whimbrel.mixers.norm import RMSNorm
 from whimbrel.mixers.softmax.config import RopeScaling
 from whimbrel.scan.common import check_cu_seqlens
@@ -60,7 +61,9 @@ class SoftmaxAttention(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
+        for name, size in {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim}.items():
+            require(size > 0, name, size, "a positive number")
+        self.hidden_size, self.num_heads, self.head_dim, self.window = hidden_size, num_heads, head_dim, window
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling or RopeScaling()
         self.num_kv_heads = num_kv_heads or num_heads
         if num_heads % self.num_kv_heads:
@@ -80,8 +83,10 @@ class SoftmaxAttention(nn.Module):
 
         cu_seqlens [N + 1] marks N packed sequences in a batch of 1, whose positions all begin at 0. Such a call
         takes no cache, and returns None for it: sequences of different lengths do not fit in one. Raises
-        UnsupportedError for both a cache and cu_seqlens, ConfigError for cu_seqlens that do not fit x.
+        UnsupportedError for both a cache and cu_seqlens, ConfigError for an x of another shape or dtype than the
+        layer's, or cu_seqlens that do not fit it.
         """
+        check_input("softmax", x, self.q_proj, self.hidden_size)
         if state is not None and cu_seqlens is not None:
             raise UnsupportedError(
                 "softmax: a cache was given together with cu_seqlens, but packed sequences cannot go on from a cache; "

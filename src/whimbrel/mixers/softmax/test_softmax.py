@@ -206,3 +206,8 @@ def test_layer_says_what_is_wrong():
         make_layer(num_kv_heads=4)
     with pytest.raises(ConfigError, match="head_dim = 5 is not allowed; use an even number"):
         make_layer(head_dim=5)
+    layer = make_layer()
+    with pytest.raises(ConfigError, match=r"softmax: x has dtype torch.int64, the layer torch.float64"):
+        layer(torch.zeros(1, 5, layer.hidden_size, dtype=torch.long))
+    with pytest.raises(ConfigError, match=r"softmax: x has shape \[5, 3\]; give \[batch, time, hidden_size\]"):
+        layer(torch.zeros(5, 3))
