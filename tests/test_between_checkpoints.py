@@ -14,12 +14,13 @@ from whimbrel.checkpoint import list_checkpoints
 from whimbrel.cli import main
 from whimbrel.config import Config, with_overrides
 from whimbrel.data import TokenShards
+from whimbrel.data.pipeline import shards_for
 from whimbrel.evals import evaluate_bpb
 from whimbrel.evals.forecast import _places, forecast
 from whimbrel.evals.path import layer_of
 from whimbrel.infer import load_model
 from whimbrel.merge import merge_checkpoints
-from whimbrel.training.loop import shards_for, train
+from whimbrel.training.loop import train
 
 TOKENS = "1024"
 

@@ -10,7 +10,7 @@ import pytest
 
 from whimbrel.bench.results import read_lines
 from whimbrel.config import Config, load_config, to_toml, with_overrides
-from whimbrel.training.loop import shards_for
+from whimbrel.data.pipeline import shards_for
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

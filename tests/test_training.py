@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from whimbrel.checkpoint import list_checkpoints
 from whimbrel.config import Config, load_config, to_toml
+from whimbrel.data.pipeline import shards_for
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
 from whimbrel.training import loop
 from whimbrel.training.loop import annealed, train
@@ -217,6 +218,6 @@ def test_texts_of_one_name_in_two_places_are_kept_apart(tmp_path, monkeypatch):
         for number in range(3):
             (tmp_path / place / "my-text" / f"{number}.txt").write_text(words * 40 + str(number))
         monkeypatch.chdir(tmp_path / place)
-        found.append(loop.shards_for(config, quiet=True))
-        assert loop.shards_for(config, quiet=True) == found[-1]
+        found.append(shards_for(config, quiet=True))
+        assert shards_for(config, quiet=True) == found[-1]
     assert found[0] != found[1]

@@ -70,9 +70,9 @@ def main(argv: list[str]) -> int:
 
     from whimbrel.cli.eval_tables import print_results
     from whimbrel.data import TokenShards
+    from whimbrel.data.pipeline import shards_for
     from whimbrel.evals import run_evals
     from whimbrel.infer.load import load_model, load_run_config, load_tokenizer
-    from whimbrel.training.loop import shards_for
     from whimbrel.training.processes import pick_device
 
     device = pick_device(args.device)

@@ -31,9 +31,9 @@ class HeldOut(NamedTuple):
 def held_out(checkpoint: Path, *, data: Path | None, tokens: int | None, device: str) -> HeldOut:
     """Model and text of `checkpoint`; `data` and `tokens` in place of the run's own where they are given."""
     from whimbrel.data import TokenShards
+    from whimbrel.data.pipeline import shards_for
     from whimbrel.evals import evaluate_bpb
     from whimbrel.infer.load import load_model, load_run_config
-    from whimbrel.training.loop import shards_for
     from whimbrel.training.processes import pick_device
 
     model = load_model(checkpoint, device=pick_device(device))

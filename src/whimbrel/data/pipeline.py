@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from whimbrel.config import DataConfig
-from whimbrel.data.corpus import DEMO_ARCHIVES, Corpus, Source, demo_corpus, read_documents, split_documents
+from whimbrel.config import Config, DataConfig
+from whimbrel.data.corpus import (
+    DEMO_ARCHIVES,
+    Corpus,
+    Source,
+    default_cache,
+    demo_corpus,
+    read_documents,
+    split_documents,
+)
 from whimbrel.data.shards import MANIFEST, SHARD_TOKENS, read_manifest, write_shards
 from whimbrel.data.tokenizer import Tokenizer
 from whimbrel.errors import ConfigError, DataError
@@ -63,6 +72,17 @@ def prepare(
         if _is_made(out, settings, corpus.sources):
             return out / MANIFEST
     return _build(corpus, out, settings, quiet=quiet)
+
+
+def shards_for(config: Config, *, quiet: bool = False) -> Path:
+    """The folder of token shards for `config`, made at the first call and kept in the cache folder."""
+    corpus = Path(config.data.corpus)
+    # A relative path names another text in another working directory.
+    place = config.data.corpus if config.data.corpus == DEMO else corpus.resolve()
+    settings = f"{place} {config.data.validation_fraction} {config.model.vocab_size}"
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    out = default_cache() / "shards" / f"{corpus.name}-{config.model.vocab_size}-{digest}"
+    return prepare(config.data, out, vocab_size=config.model.vocab_size, quiet=quiet).parent
 
 
 def _is_made(out: Path, settings: dict[str, Any], sources: list[Source]) -> bool:

@@ -15,6 +15,7 @@ from whimbrel.bench.results import commit, device_name
 from whimbrel.checkpoint import list_checkpoints, read_meta
 from whimbrel.config import Config, kind_of, to_toml
 from whimbrel.data import TokenShards
+from whimbrel.data.pipeline import shards_for
 from whimbrel.data.shards import read_manifest
 from whimbrel.demo import page
 from whimbrel.demo.stages import Result, Stages, tell
@@ -28,7 +29,7 @@ from whimbrel.model import cache_bytes, set_prefill
 from whimbrel.model.memory import parameter_counts
 from whimbrel.report import write_report
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
-from whimbrel.training.loop import annealed, shards_for, train
+from whimbrel.training.loop import annealed, train
 from whimbrel.training.metrics import read_metrics
 from whimbrel.training.processes import pick_device
 

@@ -7,13 +7,9 @@ is a pure function of seed and step, so the position in the data is the step, at
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from whimbrel import checkpoint as checkpoints
-from whimbrel.config import Config, encode, parse_toml, to_toml
-from whimbrel.data import Loader, TokenShards, default_cache, prepare
-from whimbrel.data.pipeline import DEMO
-from whimbrel.errors import CheckpointError, ConfigError, TrainingError
+from whimbrel.config import Config, to_toml
+from whimbrel.data import Loader, TokenShards
+from whimbrel.data.pipeline import shards_for
+from whimbrel.errors import CheckpointError, TrainingError
 from whimbrel.evals.bpb import evaluate_bpb
-from whimbrel.files import atomic_write
 from whimbrel.merge.spikes import Verdict
 from whimbrel.model import build_model
 from whimbrel.optim.schedule import learning_rate_factor
@@ -36,23 +31,8 @@ from whimbrel.training.metrics import Metrics
 from whimbrel.training.prefetch import Prefetcher
 from whimbrel.training.processes import Processes, joined, shard
 from whimbrel.training.recovery import Recovery
-
-CONFIG_FILE = "config.toml"
-# What may change between the start of a run and its continuation without changing what has been trained so far.
-FREE_ON_RESUME = [
-    "name",
-    "device",
-    "log_every",
-    "tensorboard",
-    "micro_batch_tokens",
-    "steps",
-    "checkpoint",
-    "averaging",
-    "spikes",
-    "prefill",
-    "eval",
-    "schedule.decay_steps",
-]
+from whimbrel.training.run_config import write_config
+from whimbrel.training.signals import stop_signals
 
 
 class TrainResult(NamedTuple):
@@ -99,7 +79,7 @@ def train(
 class _Trainer:
     def __init__(self, config: Config, run_dir: Path, processes: Processes, *, quiet: bool) -> None:
         self.config, self.run_dir, self.processes, self.quiet = config, run_dir, processes, quiet
-        _write_config(config, run_dir, processes)
+        write_config(config, run_dir, processes)
         if processes.first:
             shards_for(config, quiet=quiet)
         processes.wait()
@@ -129,7 +109,7 @@ class _Trainer:
         metrics = Metrics(self.run_dir, last_step=step, tensorboard=config.tensorboard) if processes.first else None
         window = _Window(step)
         with (
-            _stop_signals() as stop,
+            stop_signals() as stop,
             track("train", (config.steps - step) * config.batch_tokens, "token", quiet=self.quiet) as bar,
         ):
             while step < config.steps:
@@ -325,74 +305,6 @@ class _Window:
 
     def restart_clock(self) -> None:
         self._start = time.perf_counter()
-
-
-def _write_config(config: Config, run_dir: Path, processes: Processes) -> None:
-    """Write the resolved configuration, or check that it fits the one the run was started with."""
-    path = run_dir / CONFIG_FILE
-    if path.exists():
-        started = parse_toml(path.read_text(encoding="utf-8"), source=str(path))
-        for name, was, now in differences(started, config):
-            if not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME):
-                raise ConfigError(
-                    f"{name} = {now!r}, but the run in {run_dir} was started with {was!r}; "
-                    "use the same value or another run folder"
-                )
-    processes.wait()
-    if processes.first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(to_toml(config).encode())
-    processes.wait()
-
-
-def shards_for(config: Config, *, quiet: bool = False) -> Path:
-    """The folder of token shards for `config`, made at the first call and kept in the cache folder."""
-    corpus = Path(config.data.corpus)
-    # A relative path names another text in another working directory.
-    place = config.data.corpus if config.data.corpus == DEMO else corpus.resolve()
-    settings = f"{place} {config.data.validation_fraction} {config.model.vocab_size}"
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
-    out = default_cache() / "shards" / f"{corpus.name}-{config.model.vocab_size}-{digest}"
-    return prepare(config.data, out, vocab_size=config.model.vocab_size, quiet=quiet).parent
-
-
-def differences(a: Config, b: Config) -> Iterator[tuple[str, Any, Any]]:
-    """The settings in which two configurations differ: dotted name, value in `a`, value in `b`."""
-    flat_a, flat_b = dict(_flatten(encode(a))), dict(_flatten(encode(b)))
-    for name in [*flat_a, *(n for n in flat_b if n not in flat_a)]:
-        if flat_a.get(name) != flat_b.get(name):
-            yield name, flat_a.get(name), flat_b.get(name)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def annealed(config: Config, *, from_step: int) -> Config:
