@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from whimbrel.optim.method import Method
 from whimbrel.optim.words import Words
 
 if TYPE_CHECKING:
-    from whimbrel.optim.kernels.launch import Batch
+    from whimbrel.optim.kernels.tables import Batch
 
 
 def fuses(impl: str, matrix: Matrix) -> bool:
@@ -66,10 +66,10 @@ class Fused:
     """
 
     def __init__(self, group: dict[str, Any], matrices: Sequence[Matrix], words: Words, *, together: bool) -> None:
-        from whimbrel.optim.kernels import launch
+        from whimbrel.optim.kernels import replay, tables
 
-        self.batches: list[Batch] = launch.batches(matrices, group["rank"], group["side"])
-        self.replay = launch.Replay() if together and _replays(matrices) else None
+        self.batches: list[Batch] = tables.batches(matrices, group["rank"], group["side"])
+        self.replay = replay.Replay() if together and _replays(matrices) else None
         self._words = [words.of_batch(group, batch.matrices) for batch in self.batches]
         self._rate: Tensor | None = None
 
@@ -87,44 +87,22 @@ class Fused:
         drawn: words [B] from which each batch's bases are drawn, where they are. squares: where each batch adds the
         squared norms of its gradients, where they are asked for.
         """
-        from whimbrel.optim.kernels import launch
+        from whimbrel.optim.kernels.launch import Rule, Settings, fused_step
 
         options = {name: group[name] for name in method.options}
-        shared = {
-            "factors": method.factors(**options),
-            "scalars": method.scalars,
-            "betas": group["betas"],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "stochastic": group["stochastic_rounding"],
-        }
+        factors = method.factors(**options)
+        settings = Settings(group["betas"], group["eps"], group["weight_decay"], group["stochastic_rounding"])
 
         def step(lr: float | Tensor) -> None:
             for batch, words, keys, square in zip(self.batches, self._words, drawn, squares, strict=True):
+                rule = Rule(factors, _coefficients(method, batch, lr, options), method.scalars)
+                fused_step(batch, rule, settings, amp, lr=lr, bases=words, drawn=keys, square=square)
 
-                def coefficients(
-                    slices: lowrank.Slices, correction: Tensor, active: Tensor, batch: Batch = batch
-                ) -> tuple[lowrank.Coefficients, list[Tensor]]:
-                    held = (storage.stack([matrix.state[name] for matrix in batch.matrices]) for name in method.scalars)
-                    found, *after = method.coefficients(slices, correction, active, *held, lr=lr, **options)
-                    return found, after
-
-                launch.fused_step(
-                    batch,
-                    bases=words,
-                    drawn=keys,
-                    coefficients=coefficients,
-                    lr=lr,
-                    found_inf=amp.found_inf,
-                    grad_scale=amp.grad_scale,
-                    square=square,
-                    **shared,
-                )
-
-        lr, device = group["lr"], self.batches[0].matrices[0].weight.device
+        lr = group["lr"]
         if self.replay is None or torch.cuda.is_current_stream_capturing():
             step(lr)
             return
+        device = self.batches[0].matrices[0].weight.device
         if not isinstance(lr, Tensor) or not lr.is_cuda:
             # where a graph reads it
             if self._rate is None:
@@ -134,6 +112,19 @@ class Fused:
         known = (
             [batch.moves() for batch in self.batches],
             [None if x is None else (x.data_ptr(), x.dtype) for x in held],
-            shared,
+            (factors, method.scalars, settings),
         )
         self.replay.run(known, device, lambda: step(lr))
+
+
+def _coefficients(
+    method: Method, batch: Batch, lr: float | Tensor, options: dict[str, Any]
+) -> Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]]:
+    """The method's factors from norms, with the scalars of a batch's states before the step."""
+
+    def found(slices: lowrank.Slices, correction: Tensor, active: Tensor) -> tuple[lowrank.Coefficients, list[Tensor]]:
+        held = (storage.stack([matrix.state[name] for matrix in batch.matrices]) for name in method.scalars)
+        coefficients, *after = method.coefficients(slices, correction, active, *held, lr=lr, **options)
+        return coefficients, after
+
+    return found

@@ -1,43 +1,29 @@
-"""A step of B matrices by the kernels, without host reads, and what of it stays from step to step."""
+"""A step of B matrices by the kernels, without host reads."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from whimbrel.launches import Address, Blocks, launch
+from whimbrel.launches import launch
 from whimbrel.optim import counter, lowrank, storage
-from whimbrel.optim.device import to_device
-from whimbrel.optim.groups import resolve_side
+from whimbrel.optim.amp import GradScale
 from whimbrel.optim.kernels import passes
+from whimbrel.optim.kernels.tables import Batch, Table
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
-from whimbrel.optim.matrix import Matrix
 
-SCRATCH = 1 << 28
-"""Most bytes that a batch holds during its step beside the state."""
-SCRATCH_SHARE = 23
-"""A batch holds at most this part of the bytes of the state, so that with a refresh a step needs less than a tenth."""
-FEW = 1 << 24
-"""A batch may always hold so many bytes, since small batches leave a GPU idle between them."""
 TILE_ELEMENTS = 1 << 11
 """Elements that a program of the low-rank kernels holds of each tensor."""
 HOPPER_RANK = 512
 """Largest rank of the kernels for Hopper: 128 rows of a factor stay in shared memory."""
 
-ALLOCATED = 1 << 9
-"""Bytes of which addresses of tensors are multiples, but for views."""
-LAST = (1 << 31) - 2
-"""Units that a table may count: 1 TiB where they are multiples of ALLOCATED, so that tensors may move."""
-
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
-_HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 
 
 class Tile(NamedTuple):
@@ -50,354 +36,226 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Table(NamedTuple):
-    """Where B tensors of one shape begin; it holds none of them.
+class Rule(NamedTuple):
+    """What a method makes of the norms of a step.
 
-    places [B], int64, on the device: addresses, each a multiple of `alignment` bytes, 16 or 1. units [B], int32, on the
-    device: the same in units of `unit` bytes from `lowest` on, the last of which may be `last`.
+    factors: its numbers, for the kernel; coefficients: its factors from (slices, correction [B], active [B]) and its
+    scalars [B] after the step, asked where slices are split over processes, which then add up sums; scalars: names of
+    its scalars in the state.
     """
 
-    places: Tensor
-    alignment: int
-    units: Tensor
-    unit: int
-    lowest: Address
-    last: int
-
-    def blocks(self, rows: int, columns: int, fold: int, block: tuple[int, int]) -> Blocks:
-        """All tensors [rows, columns], `fold` rows side by side, as one of which kernels copy blocks."""
-        shape, step = (self.last + 1, rows // fold, columns * fold), self.unit // self.lowest.dtype.itemsize
-        return Blocks(self.lowest, shape, (step, columns * fold, 1), (1, *block))
-
-    def refill(self, found: list[int]) -> bool:
-        """Write other addresses in place of these, for kernels that were launched with this table; whether they fit."""
-        apart = [divmod(place - self.lowest.place, self.unit) for place in found]
-        if self.alignment < 16 or any(rest or not 0 <= units <= self.last for units, rest in apart):
-            return False
-        both = torch.tensor([*found, *(units for units, _ in apart)], dtype=torch.int64)
-        for there, value in zip((self.places, self.units), to_device(both, self.places.device).chunk(2), strict=True):
-            there.copy_(value)
-        return True
+    factors: lowrank.Factors
+    coefficients: Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]]
+    scalars: Sequence[str]
 
 
-class Batch:
-    """Matrices of one shape, dtype and layout that are stepped together, and their addresses, sent where one moves."""
+class Settings(NamedTuple):
+    """Options of a group that every method has; `stochastic`: of the rounding of weights in bfloat16."""
 
-    def __init__(self, matrices: Sequence[Matrix], side: str) -> None:
-        self.matrices = matrices
-        self.left = side == "left"
-        weight, grad = matrices[0].weight, matrices[0].grad
-        m, n = weight.shape
-        self.fold = 8 // math.gcd(n, 8)
-        """Rows that lie side by side to be a multiple of 16 bytes apart from the next ones."""
-        self.hopper = (
-            _is_hopper(weight.device)
-            and weight.dtype == grad.dtype == torch.bfloat16
-            and weight.stride() == grad.stride() == (n, 1)
-            and m % self.fold == 0
-            and 0 < weight.numel() < 1 << 31
-        )
-        """Whether the kernels for Hopper may read the weights and gradients."""
-        self._tables: dict[str, tuple[list[int], Table]] = {}
-        self._moves = 0
-        self._numbers = torch.arange(len(matrices), device=weight.device)
-        self._units = self._numbers.int()
-
-    def adjoining(self, stack: Tensor, *, places: bool) -> Table:
-        """The table of a stack of B tensors, of which the host need not send the places."""
-        size = stack[0].nbytes
-        address = Address(stack.data_ptr(), stack.dtype, stack.device)
-        found = self._numbers * size + stack.data_ptr() if places else self._numbers
-        return Table(found, 16 if size % 16 == 0 else 1, self._units, size, address, len(stack) - 1)
-
-    def table(self, role: str, tensors: Sequence[Tensor]) -> Table:
-        """The table of tensors on one device; role says which."""
-        found = [tensor.data_ptr() for tensor in tensors]
-        held = self._tables.get(role)
-        if held is None or held[0] != found:
-            if held is not None and held[1].refill(found):
-                table = held[1]
-            else:
-                table = _tabulate(found, tensors)
-                self._moves += 1
-            held = self._tables[role] = found, table
-        return held[1]
-
-    def memory(self, role: str) -> tuple[Tensor, int, int]:
-        """For kernels that read or write elements of gradients ("grad") or weights ("weight") by their units.
-
-        A tensor, elements from where it begins to where the table does, and elements of a unit.
-        """
-        first = min((getattr(matrix, role) for matrix in self.matrices), key=Tensor.data_ptr)
-        table = self._tables[role][1]
-        size = first.element_size()
-        return first, (table.lowest.place - first.data_ptr()) // size, table.unit // size
-
-    def moves(self) -> int:
-        """How often these matrices or their states have been found where their tables do not reach."""
-        self.table("grad", [matrix.grad for matrix in self.matrices])
-        self.table("weight", [matrix.weight for matrix in self.matrices])
-        for name in self.matrices[0].state:
-            self.state(name)
-        return self._moves
-
-    def state(self, name: str) -> Table:
-        """The table of one entry of the states."""
-        return self.table(name, [matrix.state[name] for matrix in self.matrices])
-
-
-class Replay:
-    """The launches of a step, replayed as a CUDA graph where steps before were the same.
-
-    Where what a step reads has moved, tables say. Its scratch stays allocated. The n-th recording, which takes as long
-    as some steps, waits for 2^(n - 1) equal steps.
-    """
-
-    def __init__(self) -> None:
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self._known: object = None
-        self._equal = 0
-        self._patience = 1
-
-    def run(self, known: object, device: torch.device, step: Callable[[], None]) -> None:
-        """Take a step, of which `known` says all that its launches depend on."""
-        if known != self._known:
-            self._known, self._equal, self.graph = known, 0, None
-        if self.graph is None and self._equal < self._patience:
-            self._equal += 1
-            step()
-            return
-        if self.graph is None:
-            self._patience *= 2
-            self.graph = _record(device, step)
-        self.graph.replay()
-
-
-def _record(device: torch.device, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            step()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph
-
-
-def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:
-    lowest = min(found)
-    apart = [place - lowest for place in found]
-    bits = functools.reduce(int.__or__, apart, ALLOCATED)
-    unit = bits & -bits
-    units = [x // unit for x in apart]
-    fits = unit >= 16 and max(units) <= LAST
-    both = torch.tensor([*found, *(units if fits else apart)], dtype=torch.int64)
-    places, where = to_device(both, tensors[0].device).chunk(2)
-    # what is not aligned is read element by element
-    alignment = 16 if fits and lowest % 16 == 0 else 1
-    return Table(places, alignment, where.int(), unit, Address(lowest, tensors[0].dtype, tensors[0].device), LAST)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(x: int) -> int:
-    """The next power of two, without the work that Triton's own does for a call."""
-    return 1 << (x - 1).bit_length()
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return _HAS_GLUON and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    stochastic: bool
 
 
 def fused_step(
     batch: Batch,
+    rule: Rule,
+    settings: Settings,
+    amp: GradScale,
     *,
+    lr: float | Tensor,
     bases: Tensor,
     drawn: Tensor | None,
-    factors: lowrank.Factors,
-    coefficients: Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]],
-    scalars: Sequence[str],
-    betas: tuple[float, float],
-    eps: float,
-    lr: float | Tensor,
-    weight_decay: float,
-    stochastic: bool,
-    found_inf: Tensor | None,
-    grad_scale: Tensor | None,
     square: Tensor | None = None,
 ) -> None:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
     The matrices are whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]: words
-    from which the bases are drawn, None where the states hold them. factors: the method's numbers; coefficients: its
-    factors from (slices, correction [B], active [B]) and its scalars [B] after the step, asked where slices are split
-    over processes, which then add up sums. found_inf, grad_scale: what a gradient scaler has left. square: a scalar to
-    which the squared norm of the gradients' slices here, unscaled, is added.
+    from which the bases are drawn, None where the states hold them. square: a scalar to which the squared norm of the
+    gradients' slices here, unscaled, is added.
     """
-    matrices, left = batch.matrices, batch.left
-    states, spread, (first_row, first_column) = [x.state for x in matrices], matrices[0].spread, matrices[0].first
-    weight, grad, moment = matrices[0].weight, matrices[0].grad, states[0]["exp_avg"]
-    number, device, (s, r) = len(matrices), weight.device, moment.shape
-    across, along = (1, 0) if left else (0, 1)
-    (m, n), d = weight.shape, weight.shape[along]
-    dot = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
+    step = _Step(batch, drawn, amp)
+    step.project(square)
+    step.settle(bases, settings.betas)
+    step.adam(settings)
+    if step.spread.split:
+        step.ask_coefficients(rule, lr, settings.weight_decay)
+    else:
+        step.coefficients(rule, lr, settings.weight_decay)
+    inside, outside = rule.factors.inside is not None, rule.factors.outside is not None
+    if inside:
+        step.blend(has_low=outside)
+    step.write(has_inside=inside, has_grad=outside, stochastic=settings.stochastic)
 
-    grads_at = batch.table("grad", [matrix.grad for matrix in matrices])
-    weights_at = batch.table("weight", [matrix.weight for matrix in matrices])
-    hopper = batch.hopper and r % 8 == 0 and r <= HOPPER_RANK and min(grads_at.alignment, weights_at.alignment) == 16
-    _made, bases_at = _bases(batch, drawn, (number, d, r), dot, hopper)
-    hopper = hopper and bases_at.alignment == 16
-    types = {
-        "GRAD": _DTYPES[grad.dtype],
-        "BASIS": _DTYPES[bases_at.lowest.dtype],
-        "DOT": _DTYPES[dot],
-        "PRECISION": "tf32x3" if dot == torch.float32 else "tf32",
-        "ALIGN": min(grads_at.alignment, weights_at.alignment, bases_at.alignment),
-    }
-    low, direction = torch.empty(2, number, s, r, dtype=dot, device=device).unbind()
-    # each begins at a multiple of 16 bytes, as kept launches want it
-    for_slices = torch.empty(6, -(-number * s // 4) * 4, device=device).unbind()
-    sums, grad_norms, low_norms, direction_norms, on_low, on_grad = for_slices
-    keys, words = torch.empty(2, number + number % 2, dtype=torch.int64, device=device).unbind()
-    correction, on_direction, shares = torch.empty(3, -(-number // 4) * 4, device=device).unbind()
-    active = torch.empty(number, dtype=torch.bool, device=device)
-    row_words = torch.empty(number, m if hopper else 0, dtype=torch.int32, device=device)
-    column_words = words.view(torch.int32)
-    # where a process holds no slice there is nothing to launch, but sums to join
-    held = number if s else 0
-    # a program for each matrix has little to do but to wait, so it asks for all at once
-    each = min(8192, max(256, _power(max(s, 1))))
-    if hopper:
-        _project_hopper(batch, grads_at, bases_at, low, sums, d)
-    elif held:
-        tile = _project_tile(dot, r)
+
+class _Step:
+    """The tensors of a batch's step, and its passes."""
+
+    def __init__(self, batch: Batch, drawn: Tensor | None, amp: GradScale) -> None:
+        self.batch, self.amp = batch, amp
+        one = batch.matrices[0]
+        self.weight, self.grad, self.spread = one.weight, one.grad, one.spread
+        self.first_row, self.first_column = one.first
+        self.coded = "exp_avg_scale" in one.state
+        self.moment = one.state["exp_avg"]
+        self.number, device, (self.s, self.r) = len(batch.matrices), self.weight.device, self.moment.shape
+        self.across, self.along = (1, 0) if batch.left else (0, 1)
+        self.d = self.weight.shape[self.along]
+        self.dot = torch.bfloat16 if self.grad.dtype == torch.bfloat16 else torch.float32
+        number, s, r = self.number, self.s, self.r
+
+        self.grads = batch.table("grad", [matrix.grad for matrix in batch.matrices])
+        self.weights = batch.table("weight", [matrix.weight for matrix in batch.matrices])
+        aligned = min(self.grads.alignment, self.weights.alignment)
+        hopper = batch.hopper and r % 8 == 0 and r <= HOPPER_RANK and aligned == 16
+        self._made, self.bases = _bases(batch, drawn, (number, self.d, r), self.dot, hopper)
+        self.hopper = hopper and self.bases.alignment == 16
+        self.types: dict[str, Any] = {
+            "GRAD": _DTYPES[self.grad.dtype],
+            "BASIS": _DTYPES[self.bases.lowest.dtype],
+            "DOT": _DTYPES[self.dot],
+            "PRECISION": "tf32x3" if self.dot == torch.float32 else "tf32",
+            "ALIGN": min(aligned, self.bases.alignment),
+        }
+        self.low, self.direction = torch.empty(2, number, s, r, dtype=self.dot, device=device).unbind()
+        # each begins at a multiple of 16 bytes, as kept launches want it
+        for_slices = torch.empty(6, -(-number * s // 4) * 4, device=device).unbind()
+        self.sums, self.grad_norms, self.low_norms, self.direction_norms, self.on_low, self.on_grad = for_slices
+        self.keys, words = torch.empty(2, number + number % 2, dtype=torch.int64, device=device).unbind()
+        for_matrices = torch.empty(3, -(-number // 4) * 4, device=device).unbind()
+        self.correction, self.on_direction, self.shares = for_matrices
+        self.active = torch.empty(number, dtype=torch.bool, device=device)
+        rows = self.weight.shape[0] if self.hopper else 0
+        self.row_words = torch.empty(number, rows, dtype=torch.int32, device=device)
+        self.column_words = words.view(torch.int32)
+        # where a process holds no slice there is nothing to launch, but sums to join
+        self.held = number if s else 0
+        # a program for each matrix has little to do but to wait, so it asks for all at once
+        self.each = min(8192, max(256, _power(max(s, 1))))
+        self.wide = max(16, _power(r))
+        self.rows = max(1, TILE_ELEMENTS // self.wide)
+        self.slices = (_cdiv(s, self.rows), number)
+
+    def scale(self) -> Tensor:
+        """That of the gradients, or any tensor where there is none."""
+        return self.correction if self.amp.grad_scale is None else self.amp.grad_scale
+
+    def project(self, square: Tensor | None) -> None:
+        """The gradients in the coordinates of the bases, and the squares of their slices."""
+        if self.hopper:
+            _project_hopper(self.batch, self.grads, self.bases, self.low, self.sums, self.d)
+        elif self.held:
+            tile = _project_tile(self.dot, self.r)
+            launch(
+                passes.project,
+                (_cdiv(self.s, tile.one), _cdiv(self.r, tile.columns), self.number),
+                self.grads.places,
+                self.bases.places,
+                self.low,
+                self.sums,
+                self.s,
+                self.d,
+                self.r,
+                self.grad.stride(self.across),
+                self.grad.stride(self.along),
+                **self.types,
+                BS=tile.one,
+                BD=tile.other,
+                BR=tile.columns,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        if square is not None:
+            here, scale = self.sums[: self.number * self.s].sum(), self.amp.grad_scale
+            square += here if scale is None else here / scale.reshape(()).square()
+
+    def settle(self, bases: Tensor, betas: tuple[float, float]) -> None:
+        """Which matrices are stepped, the norms of their slices, the count of the step, and its words."""
+        found_inf, sums = self.amp.found_inf, self.sums
+        own = sums[: self.number * self.s].view(self.number, self.s)
         launch(
-            passes.project,
-            (_cdiv(s, tile.one), _cdiv(r, tile.columns), number),
-            grads_at.places,
-            bases_at.places,
-            low,
+            passes.settle,
+            self.number,
             sums,
-            s,
-            d,
-            r,
-            grad.stride(across),
-            grad.stride(along),
-            **types,
-            BS=tile.one,
-            BD=tile.other,
-            BR=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            self.spread.total(own) if self.spread.split else sums,
+            self.grad_norms,
+            self.active,
+            self.batch.state("step").places,
+            bases,
+            self.keys,
+            self.correction,
+            self.row_words,
+            self.column_words,
+            self.scale(),
+            self.correction if found_inf is None else found_inf,
+            self.s,
+            self.weight.shape[0],
+            counter.WEIGHTS + self.first_row,
+            counter.COLUMNS,
+            *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
+            HAS_SCALE=self.amp.grad_scale is not None,
+            HAS_FOUND=found_inf is not None,
+            HAS_TOTAL=self.spread.split,
+            HAS_WORDS=self.hopper,
+            BS=self.each,
+            num_warps=8,
         )
-    if square is not None:
-        here = sums[: number * s].sum()
-        square += here if grad_scale is None else here / grad_scale.reshape(()).square()
-    total = spread.total(sums[: number * s].view(number, s)) if spread.split else sums
-    launch(
-        passes.settle,
-        number,
-        sums,
-        total,
-        grad_norms,
-        active,
-        batch.state("step").places,
-        bases,
-        keys,
-        correction,
-        row_words,
-        column_words,
-        correction if grad_scale is None else grad_scale,
-        correction if found_inf is None else found_inf,
-        s,
-        m,
-        counter.WEIGHTS + first_row,
-        counter.COLUMNS,
-        *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
-        HAS_SCALE=grad_scale is not None,
-        HAS_FOUND=found_inf is not None,
-        HAS_TOTAL=spread.split,
-        HAS_WORDS=hopper,
-        BS=each,
-        num_warps=8,
-    )
-    wide = max(16, _power(r))
-    rows = max(1, TILE_ELEMENTS // wide)
-    slices = (_cdiv(s, rows), number)
-    means, squares = (batch.state(name) for name in ("exp_avg", "exp_avg_sq"))
-    coded = "exp_avg_scale" in states[0]
-    first_slice = first_column if left else first_row
-    if held:
+
+    def adam(self, settings: Settings) -> None:
+        """The moments after the step, the direction, and the norms of slices of both."""
+        means, squares = (self.batch.state(name) for name in ("exp_avg", "exp_avg_sq"))
+        first_slice = self.first_column if self.batch.left else self.first_row
+        if not self.held:
+            return
         launch(
             passes.adam,
-            slices,
-            low,
-            correction if grad_scale is None else grad_scale,
-            direction,
-            low_norms,
-            direction_norms,
+            self.slices,
+            self.low,
+            self.scale(),
+            self.direction,
+            self.low_norms,
+            self.direction_norms,
             means.places,
-            batch.state("exp_avg_scale").places if coded else means.places,
+            self.batch.state("exp_avg_scale").places if self.coded else means.places,
             squares.places,
-            batch.state("exp_avg_sq_scale").places if coded else squares.places,
-            active,
-            keys,
-            s,
-            r,
-            *betas,
-            eps,
+            self.batch.state("exp_avg_sq_scale").places if self.coded else squares.places,
+            self.active,
+            self.keys,
+            self.s,
+            self.r,
+            *settings.betas,
+            settings.eps,
             counter.MEANS + first_slice,
             counter.SQUARES + first_slice,
             counter.COLUMNS,
-            HAS_SCALE=grad_scale is not None,
-            MOMENT=_DTYPES[moment.dtype],
+            HAS_SCALE=self.amp.grad_scale is not None,
+            MOMENT=_DTYPES[self.moment.dtype],
             ALIGN=min(means.alignment, squares.alignment),
-            BLOCK=min(MOMENT_BLOCK, wide),
-            BS=rows,
-            BR=wide,
+            BLOCK=min(MOMENT_BLOCK, self.wide),
+            BS=self.rows,
+            BR=self.wide,
         )
-    inside, outside = factors.inside is not None, factors.outside is not None
-    if spread.split:
-        whole = [x[: number * s].view(number, s) for x in (grad_norms, low_norms, direction_norms)]
-        norms = lowrank.Slices(whole[0], whole[1], whole[2], spread)
-        on, after = coefficients(norms, correction[:number], active)
-        for name, value in zip(scalars, after, strict=True):
-            storage.store(states, name, value)
-        if on.on_direction is not None:
-            on_direction[:number].copy_(on.on_direction)
-        for there, value in ((on_low, on.on_low), (on_grad, on.on_grad)):
-            if value is not None:
-                there[: number * s].view(number, s).copy_(value)
-        if grad_scale is not None:
-            on_grad.div_(grad_scale)
-        shares[:number].copy_(lr * weight_decay * active)
-    else:
+
+    def coefficients(self, rule: Rule, lr: float | Tensor, weight_decay: float) -> None:
+        """The factors of the update, by the kernel."""
+        factors = rule.factors
         launch(
             passes.coefficients,
-            number,
-            grad_norms,
-            low_norms,
-            direction_norms,
-            correction,
-            active,
-            batch.state(scalars[0]).places if scalars else keys,
-            on_direction,
-            on_low,
-            on_grad,
-            shares,
-            lr if isinstance(lr, Tensor) else correction,
-            correction if grad_scale is None else grad_scale,
-            s,
+            self.number,
+            self.grad_norms,
+            self.low_norms,
+            self.direction_norms,
+            self.correction,
+            self.active,
+            self.batch.state(rule.scalars[0]).places if rule.scalars else self.keys,
+            self.on_direction,
+            self.on_low,
+            self.on_grad,
+            self.shares,
+            lr if isinstance(lr, Tensor) else self.correction,
+            self.scale(),
+            self.s,
             0.0 if isinstance(lr, Tensor) else float(lr),
             float(weight_decay),
             float(factors.inside or 0),
@@ -405,67 +263,89 @@ def fused_step(
             float(factors.kept),
             float(factors.gamma),
             RATE=isinstance(lr, Tensor),
-            HAS_SCALE=grad_scale is not None,
-            HAS_INSIDE=inside,
-            HAS_GRAD=outside,
+            HAS_SCALE=self.amp.grad_scale is not None,
+            HAS_INSIDE=factors.inside is not None,
+            HAS_GRAD=factors.outside is not None,
             EARLY=factors.early,
             MATRIX=factors.matrix,
-            BS=each,
+            BS=self.each,
             num_warps=8,
         )
-    if inside and held:
+
+    def ask_coefficients(self, rule: Rule, lr: float | Tensor, weight_decay: float) -> None:
+        """The factors of the update where slices are split: the method adds up sums over processes."""
+        count, shape = self.number * self.s, (self.number, self.s)
+        whole = [x[:count].view(shape) for x in (self.grad_norms, self.low_norms, self.direction_norms)]
+        norms = lowrank.Slices(whole[0], whole[1], whole[2], self.spread)
+        on, after = rule.coefficients(norms, self.correction[: self.number], self.active)
+        states = [matrix.state for matrix in self.batch.matrices]
+        for name, value in zip(rule.scalars, after, strict=True):
+            storage.store(states, name, value)
+        if on.on_direction is not None:
+            self.on_direction[: self.number].copy_(on.on_direction)
+        for there, value in ((self.on_low, on.on_low), (self.on_grad, on.on_grad)):
+            if value is not None:
+                there[:count].view(shape).copy_(value)
+        if self.amp.grad_scale is not None:
+            self.on_grad.div_(self.amp.grad_scale)
+        self.shares[: self.number].copy_(lr * weight_decay * self.active)
+
+    def blend(self, *, has_low: bool) -> None:
+        """What the bases are multiplied with, in place of the direction."""
+        if not self.held:
+            return
         launch(
             passes.blend,
-            slices,
-            direction,
-            low,
-            on_direction,
-            on_low,
-            active,
-            s,
-            r,
-            HAS_LOW=outside,
-            BS=rows,
-            BR=wide,
+            self.slices,
+            self.direction,
+            self.low,
+            self.on_direction,
+            self.on_low,
+            self.active,
+            self.s,
+            self.r,
+            HAS_LOW=has_low,
+            BS=self.rows,
+            BR=self.wide,
         )
-    if hopper and inside:
-        _write_hopper(
-            batch, weights_at, grads_at, bases_at, direction, active, on_grad, shares, row_words, column_words,
-            first_column, d, has_grad=outside, stochastic=stochastic,
-        )  # fmt: skip
-    elif held:
-        tile = _write_tile(dot, r)
-        launch(
-            passes.write,
-            (_cdiv(n, tile.other), _cdiv(m, tile.one), number),
-            weights_at.places,
-            grads_at.places,
-            bases_at.places,
-            direction,
-            on_grad,
-            shares,
-            active,
-            keys,
-            m,
-            n,
-            r,
-            *weight.stride(),
-            *grad.stride(),
-            counter.WEIGHTS + first_row,
-            first_column,
-            counter.COLUMNS,
-            LEFT=left,
-            WEIGHT=_DTYPES[weight.dtype],
-            HAS_INSIDE=inside,
-            HAS_GRAD=outside,
-            STOCHASTIC=stochastic and weight.dtype == torch.bfloat16,
-            **types,
-            BM=tile.one,
-            BN=tile.other,
-            BR=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+
+    def write(self, *, has_inside: bool, has_grad: bool, stochastic: bool) -> None:
+        """The weights after the update and the decay."""
+        if self.hopper and has_inside:
+            _write_hopper(self, has_grad=has_grad, stochastic=stochastic)
+        elif self.held:
+            (m, n), tile = self.weight.shape, _write_tile(self.dot, self.r)
+            launch(
+                passes.write,
+                (_cdiv(n, tile.other), _cdiv(m, tile.one), self.number),
+                self.weights.places,
+                self.grads.places,
+                self.bases.places,
+                self.direction,
+                self.on_grad,
+                self.shares,
+                self.active,
+                self.keys,
+                m,
+                n,
+                self.r,
+                *self.weight.stride(),
+                *self.grad.stride(),
+                counter.WEIGHTS + self.first_row,
+                self.first_column,
+                counter.COLUMNS,
+                LEFT=self.batch.left,
+                WEIGHT=_DTYPES[self.weight.dtype],
+                HAS_INSIDE=has_inside,
+                HAS_GRAD=has_grad,
+                STOCHASTIC=stochastic and self.weight.dtype == torch.bfloat16,
+                **self.types,
+                BM=tile.one,
+                BN=tile.other,
+                BR=tile.columns,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
 
 
 def _bases(
@@ -508,58 +388,43 @@ def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums:
         launch(hopper.project, programs, blocks, factors, *after, LEFT=batch.left, FOLD=fold, **constants)
 
 
-def _write_hopper(
-    batch: Batch,
-    weights: Table,
-    grads: Table,
-    bases: Table,
-    inside: Tensor,
-    active: Tensor,
-    on_grad: Tensor,
-    shares: Tensor,
-    row_words: Tensor,
-    column_words: Tensor,
-    first_column: int,
-    d: int,
-    *,
-    has_grad: bool,
-    stochastic: bool,
-) -> None:
+def _write_hopper(step: _Step, *, has_grad: bool, stochastic: bool) -> None:
     from whimbrel.optim.kernels import hopper
 
-    (m, n), (number, _, r), fold = batch.matrices[0].weight.shape, inside.shape, batch.fold
+    batch, bases, r = step.batch, step.bases, step.r
+    (m, n), fold = step.weight.shape, batch.fold
     stages, slots, held = _write_stages(r, left=batch.left)
     bands, tiles = _cdiv(m // fold, 128), _cdiv(n + (7 if fold > 1 else 0), 128)
-    most = _multiprocessors(inside.device)
-    segments = min((1, 2, 4, 8), key=lambda x: _cdiv(number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
-    jobs = number * fold * bands * segments
+    most = _multiprocessors(step.weight.device)
+    segments = min((1, 2, 4, 8), key=lambda x: _cdiv(step.number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
+    jobs = step.number * fold * bands * segments
     programs = min(jobs, most)
-    own = batch.adjoining(inside, places=False)
+    own = batch.adjoining(step.direction, places=False)
     rows, columns = (bases, own) if batch.left else (own, bases)
     launch(
         hopper.write,
         programs,
-        weights.blocks(m, n, fold, (64, 128)),
-        grads.blocks(m, n, fold, (64, 128)),
+        step.weights.blocks(m, n, fold, (64, 128)),
+        step.grads.blocks(m, n, fold, (64, 128)),
         rows.blocks(m, r, fold, (64, 64)),
         columns.blocks(n, r, 1, (128, 64)),
         *batch.memory("weight"),
-        weights.units,
-        grads.units,
+        step.weights.units,
+        step.grads.units,
         rows.units,
         columns.units,
-        active,
-        on_grad,
-        shares,
-        row_words,
-        column_words,
+        step.active,
+        step.on_grad,
+        step.shares,
+        step.row_words,
+        step.column_words,
         jobs,
         programs,
         bands,
         tiles,
         m,
         n,
-        first_column,
+        step.first_column,
         R=r,
         SEGMENTS=segments,
         LEFT=batch.left,
@@ -588,33 +453,6 @@ def _write_stages(rank: int, *, left: bool) -> tuple[int, int, int]:
     return 10 - (chunks - held), 4, held
 
 
-def _scratch(matrix: Matrix, rank: int) -> int:
-    """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis if it is formed."""
-    size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
-    basis, low = matrix.state.get("basis"), matrix.state["exp_avg"].numel()
-    formed = basis is None or basis.element_size() != size
-    return max(1, size * (2 * low + (min(matrix.shape) * rank if formed else 0)))
-
-
-def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
-    """What one `fused_step` each takes, none above the limits unless it is a single matrix."""
-    equal: dict[object, list[Matrix]] = {}
-    for matrix in matrices:
-        weight, grad = matrix.weight, matrix.grad
-        kind = (matrix.shape, weight.dtype, weight.device, weight.stride(), grad.dtype, grad.stride(), matrix.spread)
-        equal.setdefault(kind, []).append(matrix)
-    found = []
-    state = sum(x.nbytes for matrix in matrices for x in matrix.state.values())
-    most = min(SCRATCH, max(FEW, state // SCRATCH_SHARE))
-    for members in equal.values():
-        count = -(-len(members) // max(1, most // _scratch(members[0], rank)))
-        # of equal size, as a small one does not fill a GPU
-        size = -(-len(members) // count)
-        chosen = resolve_side(side, members[0].shape)
-        found += [Batch(members[i : i + size], chosen) for i in range(0, len(members), size)]
-    return found
-
-
 def _project_tile(dot: torch.dtype, rank: int) -> Tile:
     columns = max(16, _power(rank))
     if dot == torch.float32:
@@ -628,3 +466,17 @@ def _write_tile(dot: torch.dtype, rank: int) -> Tile:
         return Tile(64, 64, min(32, columns), 4, 2)
     # at a low rank two smaller programs a multiprocessor hide each other's loads; at a high one factors are read often
     return Tile(64, 128, min(64, columns), 4, 3) if columns <= 128 else Tile(128, 128, 64, 8, 3)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(x: int) -> int:
+    """The next power of two, without the work that Triton's own does for a call."""
+    return 1 << (x - 1).bit_length()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -223,12 +223,12 @@ def test_compiled_leaves_bad_and_empty_gradients_and_memory_around_alone(shape):
 )
 def test_replayed_steps_equal_launched_ones(cls, options, monkeypatch):
     """Bit for bit, with refreshes between, another rate in each step, and gradients that move in some."""
-    from whimbrel.optim.kernels import launch
+    from whimbrel.optim.kernels import replay
 
     shapes, results = [(256, 384)] * 3 + [(384, 256), (333, 520)], []
     for replays in (False, True):
         if not replays:
-            monkeypatch.setattr(launch.Replay, "run", lambda self, known, device, step: step())
+            monkeypatch.setattr(replay.Replay, "run", lambda self, known, device, step: step())
         else:
             monkeypatch.undo()
         generator = torch.Generator(device="cuda").manual_seed(0)

@@ -182,27 +182,27 @@ def test_layouts_of_weights_and_gradients():
 
 
 def test_batches_of_any_size_give_the_same_step(monkeypatch):
-    from whimbrel.optim.kernels import launch
+    from whimbrel.optim.kernels import tables
 
     whole = run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1]
-    monkeypatch.setattr(launch, "SCRATCH", 1)
+    monkeypatch.setattr(tables, "SCRATCH", 1)
     for a, b in zip(whole, run(Fira, "triton", [(20, 30)] * 3, state_dtype="bfloat16")[1], strict=True):
         assert torch.equal(a, b)
 
 
 def test_tables_reach_tensors_that_move_upwards():
     """Kernels that were launched with a table then find them in it."""
-    from whimbrel.optim.kernels import launch
+    from whimbrel.optim.kernels import tables
 
     flat = torch.zeros(4096)
     tensors = [flat[1024:1034], flat[512:522]]
-    table = launch._tabulate([x.data_ptr() for x in tensors], tensors)
+    table = tables._tabulate([x.data_ptr() for x in tensors], tensors)
     lowest = tensors[1].data_ptr()
     assert (table.unit, table.units.tolist(), table.lowest.place) == (512, [4, 0], lowest)
     assert table.refill([lowest + 512, lowest + 5 * 512])
     assert table.units.tolist() == [1, 5]
     assert table.places.tolist() == [lowest + 512, lowest + 5 * 512]
-    for place in (lowest - 512, lowest + 16, lowest + 512 * (launch.LAST + 1)):
+    for place in (lowest - 512, lowest + 16, lowest + 512 * (tables.LAST + 1)):
         assert not table.refill([lowest, place])
     assert table.units.tolist() == [1, 5]
 
