@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from whimbrel.cli import main
-from whimbrel.config import Config, ConfigError, with_overrides
+from whimbrel.config import Config, with_overrides
+from whimbrel.errors import ConfigError
 from whimbrel.infer import load_model
 from whimbrel.merge import merge_checkpoints
 from whimbrel.training.loop import train
