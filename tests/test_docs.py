@@ -135,11 +135,11 @@ def test_readme_figures_are_the_recorded_ones(benchmarks) -> None:
 
 def test_the_page_of_optimizers_shows_the_recorded_lines(benchmarks) -> None:
     """If this fails after new measurements, run python benchmarks/tables.py."""
-    tables = benchmarks("tables")
-    page = tables.OPTIMIZERS_PAGE.read_text(encoding="utf-8")
-    assert page == tables.insert(page, tables.optimizers_page())
-    assert page == tables.insert(page, tables.optimizer_steps(), "steps")
-    assert page == tables.insert(page, tables.seven_billion(), "card")
+    optimizers, insert = benchmarks("tables").optimizers, benchmarks("tables").insert
+    page = optimizers.PAGE.read_text(encoding="utf-8")
+    assert page == insert(page, optimizers.optimizers_page())
+    assert page == insert(page, optimizers.optimizer_steps(), "steps")
+    assert page == insert(page, optimizers.seven_billion(), "card")
 
 
 def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> None:
