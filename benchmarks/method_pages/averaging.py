@@ -109,9 +109,9 @@ def _averaging(results: Path, *, links: str) -> list[str]:
         return []
     about = lines[0]["params"]
     rows = [
-        f"**Averaging**, `make demo`: {about['checkpoints']} checkpoints {about['every_steps']} steps apart of a "
-        f"constant-rate run against its last one, and against a branch annealed over {about['anneal_steps']} steps, at "
-        f"equal tokens ({lines[0]['device']}, [lines]({links}/quality-averaging.jsonl)):",
+        f"**Averaging**, `whimbrel demo tiny-rdn`: {about['checkpoints']} checkpoints {about['every_steps']} steps"
+        " apart of a constant-rate run against its last one, and against a branch annealed over"
+        f" {about['anneal_steps']} steps, at equal tokens ({lines[0]['device']}, [lines]({links}/quality-averaging.jsonl)):",
         "",
         *header("", "bits per byte", "loss minus the last checkpoint's, nats a token (95 % interval)"),
     ]

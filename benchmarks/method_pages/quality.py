@@ -1,4 +1,4 @@
-"""Quality of the demo's model under several mixers or optimizers, for the pages of both."""
+"""Quality of one small model under several mixers or optimizers, for the pages of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from whimbrel.bench.results import read_lines
 
 
 def demo_models(case: str, title: str, first: str, results: Path, *, links: str) -> list[str]:
-    """Loss and recall of the demo's model by what was changed in it; every seed is a line of its own."""
+    """Loss and recall of one small model by what was changed in it; every seed is a line of its own."""
     path = results / f"{case}.jsonl"
     lines = read_lines(path) if path.exists() else []
     if not lines:
@@ -19,8 +19,8 @@ def demo_models(case: str, title: str, first: str, results: Path, *, links: str)
     names = list(dict.fromkeys(line["impl"] for line in losses))
     about = losses[0]
     rows = [
-        f"**{title}**, the demo's model, {about['params']['tokens']:,} tokens each, {about['params']['setting']} "
-        f"({about['device']}, [lines]({links}/{case}.jsonl)):",
+        f"**{title}**, the model of `tiny-rdn`, {about['params']['tokens']:,} tokens each, {about['params']['setting']}"
+        f" ({about['device']}, [lines]({links}/{case}.jsonl)):",
         "",
         *header(first, "bits per byte, mean (lowest to highest)", "MQAR accuracy, by seed", "rate", "optimizer state"),
     ]
