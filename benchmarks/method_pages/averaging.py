@@ -111,7 +111,8 @@ def _averaging(results: Path, *, links: str) -> list[str]:
     rows = [
         f"**Averaging**, `whimbrel demo tiny-rdn`: {about['checkpoints']} checkpoints {about['every_steps']} steps"
         " apart of a constant-rate run against its last one, and against a branch annealed over"
-        f" {about['anneal_steps']} steps, at equal tokens ({lines[0]['device']}, [lines]({links}/quality-averaging.jsonl)):",
+        f" {about['anneal_steps']} steps, at equal tokens ({lines[0]['device']},"
+        f" [lines]({links}/quality-averaging.jsonl)):",
         "",
         *header("", "bits per byte", "loss minus the last checkpoint's, nats a token (95 % interval)"),
     ]
