@@ -19,6 +19,13 @@ STAGES = ["data", "train", "anneal", "merge", "judge", "recall", "inspect", "pre
 SAID = ["demo", *STAGES[:5], "forecast", *STAGES[5:], "time"]
 
 
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch) -> None:
+    """Prompts of a few blocks: what they show of a model that small does not depend on their length."""
+    for name, tokens in (("PREFILL_TOKENS", 512), ("PROMPT_TOKENS", 128), ("NEW_TOKENS", 16)):
+        monkeypatch.setattr(f"whimbrel.demo.job.{name}", tokens)
+
+
 def said(out: str) -> dict[str, str]:
     """What each line says by its name; a line may be continued, none is too long for a terminal."""
     assert all(len(line) <= 80 for line in out.splitlines())
