@@ -92,7 +92,13 @@ def test_forecast_of_a_run(run: Path, config: Config, capsys, tmp_path: Path) ->
 def test_forecast_needs_a_constant_rate_and_equal_distances(run: Path, capsys, tmp_path: Path) -> None:
     status, _, err = command(capsys, "merge", "forecast", tmp_path)
     assert status == 4
-    assert "holds 0 complete checkpoints; name a run folder with two or more" in err
+    assert "holds 0 complete checkpoints of whimbrel train; name a run folder with two or more" in err
+    (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-5" / "model.safetensors").touch()
+    assert (
+        "those of another trainer are averaged by whimbrel merge sweep"
+        in command(capsys, "merge", "forecast", tmp_path / "other")[2]
+    )
     gap = tmp_path / "gap"
     shutil.copytree(run, gap)
     shutil.rmtree(gap / "step-000008")

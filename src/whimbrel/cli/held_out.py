@@ -56,5 +56,11 @@ def run_checkpoints(run: Path, *, every: int) -> list[Path]:
     require(every >= 1, "--every", every, "a positive number of checkpoints")
     found = list(itertools.islice(reversed(list_checkpoints(run)), 0, None, every))[::-1] if run.is_dir() else []
     if len(found) < 2:
-        raise CheckpointError(f"'{run}' holds {len(found)} complete checkpoints; name a run folder with two or more")
+        others = any(run.glob("*/model*.safetensors")) and not found
+        hint = (
+            "; those of another trainer are averaged by whimbrel merge sweep, and judged where their models are"
+            if others
+            else "; name a run folder with two or more"
+        )
+        raise CheckpointError(f"'{run}' holds {len(found)} complete checkpoints of whimbrel train{hint}")
     return found

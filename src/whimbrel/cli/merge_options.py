@@ -42,7 +42,7 @@ class Options:
     """Tokens of one optimizer step, where the run does not record them: 4M."""
     tolerance: float = 0.1
     """How far a checkpoint may lie from its point, as a share of the interval."""
-    memory_limit: int = 64
+    memory_limit: int = 256
     """Most memory for buffers, MiB."""
     workers: int | None = None
     """Threads; the result does not depend on it."""

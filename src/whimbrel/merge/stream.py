@@ -166,7 +166,7 @@ def merge_checkpoints(
     format: Literal["safetensors", "dcp"] = "safetensors",
     accumulate: str = "float64",
     tokens_per_step: int | None = None,
-    memory_limit: int = 64 * 2**20,
+    memory_limit: int = 256 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -218,7 +218,7 @@ def merge_many(
     *,
     rules: Rules = _DEFAULT,
     tokens_per_step: int | None = None,
-    memory_limit: int = 64 * 2**20,
+    memory_limit: int = 256 * 2**20,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -251,7 +251,7 @@ def plan_merge(
     targets: Sequence[Target],
     *,
     rules: Rules = _DEFAULT,
-    memory_limit: int = 64 * 2**20,
+    memory_limit: int = 256 * 2**20,
     workers: int | None = None,
 ) -> MergePlan:
     """What `merge_many` would do, after all checks that need no data; reads a moment to see how fast the disk is."""
@@ -581,7 +581,9 @@ class _Pass:
         parts: list[Part] = []
         inputs: dict[int, memoryview] = {}
         needed = job.needed(extent.item)
-        filled = self._readers.map(lambda source: buffers.fill(piece, source, self._handles), needed)
+        # What is small was announced and lies in the cache, where handing it to another thread takes longer than reading.
+        at_once = map if piece.stop - piece.start < _SMALLEST_DIRECT else self._readers.map
+        filled = at_once(lambda source: buffers.fill(piece, source, self._handles), needed)
         for source, (data, crcs) in zip(needed, filled, strict=True):
             inputs[source] = data
             parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in crcs]
