@@ -581,7 +581,7 @@ class _Pass:
         parts: list[Part] = []
         inputs: dict[int, memoryview] = {}
         needed = job.needed(extent.item)
-        # What is small was announced and lies in the cache, where handing it to another thread takes longer than reading.
+        # What is small was announced and lies in the cache: handing it to another thread takes longer than reading it.
         at_once = map if piece.stop - piece.start < _SMALLEST_DIRECT else self._readers.map
         filled = at_once(lambda source: buffers.fill(piece, source, self._handles), needed)
         for source, (data, crcs) in zip(needed, filled, strict=True):
