@@ -53,6 +53,10 @@ def _mean(lines: Sequence[ResultLine]) -> float:
     return statistics.mean(x["value"] for x in lines)
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def comparison_page(results: Path) -> str:
     """The Markdown between the marks of the page that compares mixers."""
     shown = (("loss", "Loss along the run"), ("needle", "Needles by length"), ("decoding", "Decoding by length"))
@@ -81,7 +85,7 @@ def _losses(results: Path) -> list[str]:
     rows = [
         f"**After {int(given['of_tokens']) / 1e6:.1f} M tokens**{part}, {int(given['parameters']) / 1e6:.0f} M "
         f"parameters, {given['layers']} blocks of width {given['hidden_size']}, sequences of {given['T']}, AdamW at "
-        f"{given['lr']:g}, seeds {', '.join(map(str, seeds))} ({about['device']}, "
+        f"{given['lr']:g}, {_seeds(seeds)} ({about['device']}, "
         f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
         "",
         *header("blocks", "parameters, M", "loss, nats a token, by seed", "above the best"),
@@ -163,7 +167,7 @@ def _recall_alone(results: Path) -> list[str]:
     rows = [
         f"**Trained on recall alone**, share right by the number of pairs, {given['layers']} blocks of width "
         f"{given['hidden_size']}, {int(given['tokens']) / 1e6:.0f} M tokens in sequences of {given['T']}, up to "
-        f"{places[-2]} pairs in training, seeds {', '.join(map(str, seeds))}, each at its better rate "
+        f"{places[-2]} pairs in training, {_seeds(seeds)}, each at its better rate "
         f"(chance {chance:.1%}; {lines[0]['device']}, [lines]({LINKS[COMPARISON]}/recall.jsonl)):",
         "",
         *header("blocks", "head dim", "state", "rate", *map(str, places)),
