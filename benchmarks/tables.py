@@ -15,9 +15,7 @@ from whimbrel.files import atomic_write_text
 def main() -> None:
     for page, name, text in (
         (mixers.PAGE, "results", mixers.method_tables()),
-        (optimizers.PAGE, "results", optimizers.optimizers_page()),
-        (optimizers.PAGE, "steps", optimizers.optimizer_steps()),
-        (optimizers.PAGE, "card", optimizers.seven_billion()),
+        *((optimizers.PAGE, name, text) for name, text in optimizers.parts().items()),
         (prefill.PAGE, "results", prefill.prefill_page()),
         (prefill.PAGE, "smollm2", smollm2.smollm2_part()),
         (averaging.PAGE, "results", averaging.averaging_page()),

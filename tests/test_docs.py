@@ -137,9 +137,8 @@ def test_the_page_of_optimizers_shows_the_recorded_lines(benchmarks) -> None:
     """If this fails after new measurements, run python benchmarks/tables.py."""
     optimizers, insert = benchmarks("tables").optimizers, benchmarks("tables").insert
     page = optimizers.PAGE.read_text(encoding="utf-8")
-    assert page == insert(page, optimizers.optimizers_page())
-    assert page == insert(page, optimizers.optimizer_steps(), "steps")
-    assert page == insert(page, optimizers.seven_billion(), "card")
+    for name, text in optimizers.parts().items():
+        assert page == insert(page, text, name), name
 
 
 def test_a_summary_leaves_out_what_was_not_recorded(benchmarks, tmp_path) -> None:

@@ -17,6 +17,18 @@ from whimbrel.report.numbers import significant, size
 PAGE = METHODS / "low-rank-optimizers.md"
 
 
+def parts(results: Path = RESULTS) -> dict[str, str]:
+    """What stands between the page's marks, by their names."""
+    return {
+        "results": optimizers_page(results),
+        "steps": optimizer_steps(results),
+        "kernels": kernel_times(results),
+        "fits": fits(results),
+        "card": seven_billion(results),
+        "gpus": two_gpus(results),
+    }
+
+
 def optimizers_page(results: Path = RESULTS) -> str:
     """The Markdown between the two marks of the page of low-rank optimizers."""
     found = [
@@ -64,6 +76,60 @@ def optimizer_steps(results: Path = RESULTS) -> str:
             step = f"{significant(time['value'])}{quartiles}"
             rows.append(row([f"{rank}, {state}", impl, step, ratio, *refreshed, size(held), peak]))
     return "\n".join([f"{lines[0]['device']}, [lines]({LINKS}/optim_step.jsonl):", "", *rows])
+
+
+KERNELS = ("project", "project_unaligned", "settle", "adam", "coefficients", "blend", "unpack", "write")
+"""Of a step, in their order."""
+
+
+def kernel_times(results: Path = RESULTS) -> str:
+    """What Fira's kernels take in a step without a refresh."""
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for kernel in KERNELS:
+        for x in on_gpu(results, "optim_step", f"gpu_{kernel}"):
+            if x["impl"] == "fira" and x["params"]["model"] == "1.2b":
+                found.setdefault((int(x["params"]["rank"]), str(x["params"]["state"])), {})[kernel] = x["value"]
+    if not found:
+        return "No GPU has been measured yet."
+    rows = header("rank, state", *(f"`{kernel}`" for kernel in KERNELS), "all")
+    for (rank, state), own in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        times = [significant(own[kernel]) if kernel in own else "" for kernel in KERNELS]
+        rows.append(row([f"{rank}, {state}", *times, significant(sum(own.values()))]))
+    return "\n".join(rows)
+
+
+def two_gpus(results: Path = RESULTS) -> str:
+    """The step under FSDP2 on two GPUs beside torch's fused AdamW, and losses against one."""
+    lines = on_gpu(results, "optim_sharded")
+    if not lines:
+        return "Two GPUs have not been measured yet."
+    found = {(x["impl"], x["metric"]): x for x in lines}
+    rows = header("", "Fira", "torch's fused AdamW")
+    differences = [f"{found[impl, 'loss_difference']['value']:.2g}" for impl in ("fira", "one-in-pieces")]
+    losses = f"{differences[0]} (one card that takes the batch in two pieces: {differences[1]})"
+    both = ("fira", "torch-adamw-fused")
+    rows += [
+        row(["losses of 12 steps against one card, largest relative difference", losses, ""]),
+        row(["ms a step", *(significant(found[impl, "time"]["value"]) for impl in both)]),
+        row(["state of one process", *(size(found[impl, "state_bytes"]["value"]) for impl in both)]),
+        row(["the same run again, bit for bit", "yes" if found["fira", "repeated_bitwise"]["value"] else "no", ""]),
+    ]
+    return "\n".join([f"{lines[0]['device']}, [lines]({LINKS}/optim_sharded.jsonl):", "", *rows])
+
+
+def fits(results: Path = RESULTS) -> str:
+    """What bases keep of the energy that an SVD keeps, on gradients of a small model in training."""
+    lines = of_case(results, "refresh_quality")
+    if not lines:
+        return "Not measured yet."
+    last = max(lines, key=lambda x: x["time"])["params"]
+    found = {(x["impl"], x["metric"]): x for x in lines if x["params"] == last}
+    rows = header("basis", "energy, of an SVD's: median over matrices and fits", "lowest")
+    for impl, metric in found:
+        if metric == "energy":
+            values = (found[impl, metric]["value"], found[impl, "energy_min"]["value"])
+            rows.append(row([impl, *(f"{value:.4f}" for value in values)]))
+    return "\n".join(rows)
 
 
 def seven_billion(results: Path = RESULTS) -> str:

@@ -353,8 +353,8 @@ class LowRankOptimizer(Method, torch.optim.Optimizer):
             refreshed = [matrix for matrix in plan.found if matrix.key in due or matrix.key in fresh]
         apart = bases.fit_apart(group, refreshed, fresh)
         for keys in (fresh, due):
-            if chosen := [x for x in refreshed if x.key in plan.taken and x.key in keys]:
-                bases.refresh_alone(group, chosen, amp, fresh, apart)
+            for batch in batches([x for x in refreshed if x.key in plan.taken and x.key in keys]):
+                bases.refresh_alone(group, batch, amp, fresh, apart)
         if plan.fused is not None:
             members = [batch.matrices for batch in plan.fused.batches]
             plan.fused.step(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch.distributed import ProcessGroup
 
 from whimbrel.optim import counter, lowrank, storage
 from whimbrel.optim.amp import GradScale
-from whimbrel.optim.device import TOGETHER, HostCopy, to_device
+from whimbrel.optim.device import HostCopy, to_device
 from whimbrel.optim.groups import resolve_side
 from whimbrel.optim.layout import sides
-from whimbrel.optim.matrix import Key, Matrix, batches
+from whimbrel.optim.matrix import Key, Matrix
 from whimbrel.optim.method import Projected
 from whimbrel.optim.moments import read_moments, store_moments
 from whimbrel.optim.sharding import WHOLE, Spread
@@ -25,8 +24,6 @@ from whimbrel.optim.words import Words
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
-MANY = 8 * TOGETHER
-"""Matrices from which on so many of them are fitted in one step; of fewer, that would be a large share."""
 
 
 class Bases:
@@ -88,8 +85,6 @@ class Bases:
         return group["step"] - 1 + self._shift(group, offset)
 
     def _shift(self, group: dict[str, Any], offset: int) -> int:
-        if group["refresh"] == "power" and self.num_matrices >= MANY:
-            offset -= offset % TOGETHER  # so many are fitted beside each other
         return offset * group["refresh_steps"] // self.num_matrices if group["stagger"] else 0
 
     def _gap(self, group: dict[str, Any], matrix: Matrix) -> int:
@@ -133,40 +128,28 @@ class Bases:
         return found
 
     def fit(
-        self, group: dict[str, Any], chosen: Sequence[Matrix], grad: Tensor | list[Tensor], side: str, fresh: set[Key]
-    ) -> Tensor:
-        """Bases [B, d, r] of B whole gradients; all first ones, or all later ones."""
-        return self._begin_fit(group, chosen, grad, side, fresh, WHOLE)()
-
-    def _begin_fit(
         self,
         group: dict[str, Any],
         chosen: Sequence[Matrix],
         grad: Tensor | list[Tensor],
         side: str,
         fresh: set[Key],
-        spread: Spread,
-    ) -> Callable[[], Tensor]:
-        """Begin to fit B bases, all first ones or all later ones; the call that is returned gives them, [B, d, r].
-
-        grad: of the matrices, or the parts of them that are here under the spread.
-        """
-        if group["refresh"] != "exact" and chosen[0].key not in fresh:
-            half = chosen[0].grad.dtype == torch.bfloat16
-            start, products = spread.depth.cut(self.read(group, chosen), -2), torch.bfloat16 if half else torch.float32
-            end = lowrank.begin_warm(grad, start, side, products=products, spread=spread)
-            return lambda: spread.depth.join(end(), -2)
-        return partial(self._fit, group, chosen, grad, side, spread)
-
-    def _fit(
-        self, group: dict[str, Any], chosen: Sequence[Matrix], grad: Tensor | list[Tensor], side: str, spread: Spread
+        old: Tensor | None = None,
+        spread: Spread = WHOLE,
     ) -> Tensor:
-        """First or exact bases [B, d, r]."""
-        stack = grad if isinstance(grad, Tensor) else storage.stack(grad)
-        if group["refresh"] == "exact":
-            return lowrank.fit_exact(spread.join(stack, side == "left").float(), side, group["rank"])
-        noise = spread.depth.cut(self._noise(group, chosen, stack.device, side), -2)
-        return spread.depth.join(lowrank.fit_first(stack.float(), noise, side, group["rank"], spread=spread), -2)
+        """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones."""
+        rank = group["rank"]
+        if group["refresh"] == "exact" or chosen[0].key in fresh:
+            stack = grad if isinstance(grad, Tensor) else storage.stack(grad)
+            if group["refresh"] == "exact":
+                return lowrank.fit_exact(spread.join(stack, side == "left").float(), side, rank)
+            noise = spread.depth.cut(self._noise(group, chosen, stack.device, side), -2)
+            return spread.depth.join(lowrank.fit_first(stack.float(), noise, side, rank, spread=spread), -2)
+        old = self.read(group, chosen) if old is None else old
+        half = chosen[0].grad.dtype == torch.bfloat16
+        start = spread.depth.cut(old, -2)
+        new = lowrank.fit_warm(grad, start, side, products=torch.bfloat16 if half else torch.float32, spread=spread)
+        return spread.depth.join(new, -2)
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[Matrix], device: torch.device, side: str) -> Tensor:
         rank, shape = group["rank"], chosen[0].shape
@@ -196,32 +179,24 @@ class Bases:
             if len(indices) < len(batch):
                 grad, active = (torch.stack([t[i] for i in indices]) for t in (grad, active))
             chosen = [batch[i] for i in indices]
-            self._begin_refresh(group, chosen, grad, active, fresh, apart)()
+            self._refresh(group, chosen, grad, active, fresh, apart)
             stored = projected.spread.depth.cut(self.read(group, chosen), -2)
             for i, basis in zip(indices, stored.unbind(), strict=True):
                 projected.basis[i].copy_(basis)
 
     def refresh_alone(
-        self, group: dict[str, Any], chosen: list[Matrix], amp: GradScale, fresh: set[Key], apart: dict[Key, Tensor]
+        self, group: dict[str, Any], batch: list[Matrix], amp: GradScale, fresh: set[Key], apart: dict[Key, Tensor]
     ) -> None:
         """Fit bases anew where the kernels do the step: from gradients in their own dtype and at their own scale.
 
-        A few are fitted beside each other, more of one shape together. fresh: matrices that get their first bases, all
-        of the chosen or none. apart: what `fit_apart` has found.
+        fresh: matrices that get their first bases, all of the batch or none. apart: what `fit_apart` has found.
         """
-        few = len(chosen) <= TOGETHER and chosen[0].weight.is_cuda
-        ends = []
-        for batch in [[matrix] for matrix in chosen] if few else batches(chosen):
-            grads = [matrix.grad for matrix in batch]
-            norms = storage.stack(torch._foreach_norm(grads, dtype=torch.float32))
-            active = amp.active(batch[0].spread.everywhere(norms.square()))
-            ends.append(self._begin_refresh(group, batch, grads, active, fresh, apart))
-            if not few:
-                ends.pop()()
-        for end in ends:
-            end()
+        grads = [matrix.grad for matrix in batch]
+        norms = storage.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        active = amp.active(batch[0].spread.everywhere(norms.square()))
+        self._refresh(group, batch, grads, active, fresh, apart)
 
-    def _begin_refresh(
+    def _refresh(
         self,
         group: dict[str, Any],
         chosen: Sequence[Matrix],
@@ -229,19 +204,14 @@ class Bases:
         active: Tensor,
         fresh: set[Key],
         apart: dict[Key, Tensor],
-    ) -> Callable[[], None]:
-        """Begin to fit the bases of B matrices anew; the call that is returned writes them where active [B]."""
-        spread, side = chosen[0].spread, resolve_side(group["side"], chosen[0].shape)
-        if all(matrix.key in apart for matrix in chosen):
-            fit = partial(storage.stack, [apart[matrix.key] for matrix in chosen])
-        else:
-            fit = self._begin_fit(group, chosen, grad, side, fresh, spread)
-        return lambda: self._end_refresh(group, chosen, fit(), side, active)
-
-    def _end_refresh(
-        self, group: dict[str, Any], chosen: Sequence[Matrix], new: Tensor, side: str, active: Tensor
     ) -> None:
+        """Fit the bases of B matrices anew where they are active [B]."""
+        spread, side = chosen[0].spread, resolve_side(group["side"], chosen[0].shape)
         old = self.read(group, chosen)
+        if all(matrix.key in apart for matrix in chosen):
+            new = storage.stack([apart[matrix.key] for matrix in chosen])
+        else:
+            new = self.fit(group, chosen, grad, side, fresh, old, spread)
         # a fit that fails leaves NaN, which reaches the sum, and the old basis then stays
         active = active & new.sum((-2, -1)).isfinite()
         new = torch.where(active[:, None, None], new, old)

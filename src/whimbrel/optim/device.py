@@ -1,16 +1,9 @@
-"""Values between host and device, and results that a device finds beside others, without making the host wait."""
+"""Small values between host and device without making either wait."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
-
-TOGETHER = 4
-"""Most calls that run beside each other."""
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -33,29 +26,3 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return float(self._value.numpy())
-
-
-def beside(compute: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """compute(x), on a GPU beside what it is given next; the call that is returned gives the result.
-
-    For what leaves most of the device idle. Call it in the same stream, after which x may change.
-    """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        found = compute(x)
-        return lambda: found
-    stream = next(_streams(x.device))
-    # what was freed there since is read by what this stream was given, so it waits before the memory is used again
-    stream.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(stream):
-        there, done = compute(x), stream.record_event()
-
-    def result() -> Tensor:
-        torch.cuda.current_stream(x.device).wait_event(done)
-        return there
-
-    return result
-
-
-@functools.cache
-def _streams(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    return itertools.cycle([torch.cuda.Stream(device) for _ in range(TOGETHER)])

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from whimbrel.optim import counter, storage
-from whimbrel.optim.device import beside
 from whimbrel.optim.sharding import WHOLE, Split, Spread
 
 OVERSAMPLING = 8
@@ -88,15 +86,13 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
     return y.to(x.dtype)
 
 
-def _begin_orthonormal(x: Tensor, split: Split) -> Callable[[], Tensor]:
-    """The same of products of bfloat16, k <= d / 2, float32, in one round; the call that is returned ends it.
+def _orthonormal_once(x: Tensor, split: Split) -> Tensor:
+    """The same of products of bfloat16, float32, k <= d / 2, in one round; x is overwritten.
 
-    With COARSE_FILL the condition is far from what float64 survives without a shift. x is overwritten.
+    With COARSE_FILL the condition is far from what float64 survives without a shift.
     """
-    y = _filled(x, COARSE_FILL, split)
-    wide = y.double()
-    lower = beside(_factor, split.sum(wide.mT @ wide))
-    return lambda: torch.linalg.solve_triangular(lower().mT, y.double(), upper=True, left=False).float()
+    y = _filled(x, COARSE_FILL, split).double()
+    return torch.linalg.solve_triangular(_factor(split.sum(y.mT @ y)).mT, y, upper=True, left=False).float()
 
 
 def _filled(x: Tensor, fill: float, split: Split) -> Tensor:
@@ -190,32 +186,16 @@ def fit_warm(
     bfloat16 its own. That gradient is rounded by 2^-9 of its elements, so directions that would be lost without an
     orthonormalisation between the two products are mostly rounding, and one round does in place of three.
     """
-    return begin_warm(grad, basis, side, products=products, spread=spread)()
-
-
-def begin_warm(
-    grad: Matrices,
-    basis: Tensor,
-    side: str,
-    *,
-    products: torch.dtype = torch.float32,
-    spread: Spread = WHOLE,
-) -> Callable[[], Tensor]:
-    """Begin `fit_warm`; the call that is returned ends it.
-
-    On a GPU the factorisation, a chain of k steps on a single multiprocessor, runs beside other fits begun before it
-    is waited for.
-    """
     if products == torch.float32:
-        return partial(iterate, grad, basis, side, WARM_ITERATIONS, spread=spread)
+        return iterate(grad, basis, side, WARM_ITERATIONS, spread=spread)
     g, transposed = _both_ways(grad, side, products)
     middle = spread.depth.sum(times(transposed, basis))
     # a product more would leave the range of float32 for gradients that are still in it
     size = spread.slices.sum(torch.linalg.vector_norm(middle, dim=(-2, -1), keepdim=True, dtype=torch.float64))
     new = spread.slices.sum(times(g, middle.div_(size.clamp_min(torch.finfo(torch.float32).tiny).float())))
     if 2 * new.shape[-1] > spread.depth.rows(new):
-        return partial(orthonormal, new, split=spread.depth)
-    return _begin_orthonormal(new, spread.depth)
+        return orthonormal(new, split=spread.depth)
+    return _orthonormal_once(new, spread.depth)
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:

@@ -155,26 +155,6 @@ def bases_that_changed(optimizer, model, steps):
 
 
 @BOTH
-def test_of_many_matrices_some_are_fitted_in_one_step(cls):
-    params = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(42)]
-    changed = []
-    for refresh in ("power", "exact"):
-        optimizer = cls([{"params": params, "rank": 2}], lr=1e-3, refresh_steps=21, refresh=refresh)
-        steps = []
-        for seed in range(22):
-            generator = torch.Generator().manual_seed(seed)
-            for param in params:
-                param.grad = torch.randn(param.shape, generator=generator)
-            before = [optimizer.state[p]["basis"].clone() if optimizer.state[p] else None for p in params]
-            optimizer.step()
-            after = [optimizer.state[p]["basis"] for p in params]
-            steps.append(sum(b is None or not torch.equal(a, b) for a, b in zip(after, before, strict=True)))
-        changed.append(steps[1:])
-    assert sorted(changed[0]) == [0] * 10 + [2] + [4] * 10
-    assert changed[1] == [2] * 21
-
-
-@BOTH
 @pytest.mark.parametrize("refresh", ["power", "exact"])
 def test_refreshes_are_spread_evenly_or_fall_together(cls, refresh):
     # six matrices

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -267,24 +265,6 @@ def test_gradients_in_bfloat16_of_any_size_give_the_same_basis(side):
     start = lowrank.fit_exact(grad.float(), side, 10)
     large, small = (lowrank.fit_warm((x * grad).bfloat16(), start, side, products=torch.bfloat16) for x in (1, 2**-100))
     assert_close("basis", large, small, 1e-6)
-
-
-@pytest.mark.gpu
-def test_fits_begun_beside_each_other_are_the_fits_alone():
-    grads = [torch.randn(shape, device="cuda").bfloat16() for shape in [(512, 700), (700, 512), (512, 512)] * 3]
-    sides = [resolve_side("std", grad.shape) for grad in grads]
-    starts = [lowrank.orthonormal(torch.randn(1, 512, 128, device="cuda")) for _ in grads]
-    torch.cuda.synchronize()
-    fits = [
-        partial(lowrank.begin_warm, [g], b, side, products=torch.bfloat16)
-        for g, b, side in zip(grads, starts, sides, strict=True)
-    ]
-    alone = [fit()() for fit in fits]
-    for _ in range(5):
-        for first in range(0, len(fits), 4):
-            ends = [fit() for fit in fits[first : first + 4]]
-            for i, end in enumerate(ends):
-                assert torch.equal(end(), alone[first + i])
 
 
 @pytest.mark.gpu
