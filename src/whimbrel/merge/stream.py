@@ -44,8 +44,8 @@ from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
 
 Progress = Callable[[int, int], None]
 
-# Small pieces stay in caches between reading and summing; from 10 MiB on a merge of ten was a third slower.
-_LARGEST_PIECE = 8 * 2**20
+# Larger ones ask the disk for no more and leave the caches before they are summed; two sources fill the buffers so.
+_LARGEST_PIECE = 16 * 2**20
 _SMALLEST_PIECE = 64 * 2**10
 _COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
