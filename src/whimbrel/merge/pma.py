@@ -120,11 +120,6 @@ def from_decay(curve: Sequence[Number]) -> Weights:
     return Weights(tuple(here - after for here, after in zip(values, [*values[1:], Fraction(0)])))
 
 
-def linear_decay(n: int) -> Weights:
-    """Linear decay to zero; the same as `sma`."""
-    return sma(n)
-
-
 def cosine_decay(n: int) -> Weights:
     """Decay w_i = (1 + cos(π (i-1)/n)) / 2."""
     _check_count(n)
