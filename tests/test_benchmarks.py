@@ -634,3 +634,23 @@ def test_recall_alone_is_trained_and_judged(tmp_path):
     assert lines[0]["metric"] == "loss"
     args.end = 0.0
     assert recall.work(jobs[0]) is None
+
+
+def test_shared_sequences_are_compared_and_timed(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "sequence_parallel.py", "--device", "cpu", "--out", tmp_path]
+    tiny = ["--heads", "2", "--dim", "8", "--repeats", "3", "--only", "rla", "--lengths"]
+    done = subprocess.run([*command, *tiny, "66"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "sequence_parallel.jsonl")
+    assert [(x["impl"], x["metric"]) for x in lines] == [
+        ("one-card", "time"),
+        ("rounds", "time"),
+        ("rounds", "difference"),
+        ("chain", "time"),
+        ("chain", "difference"),
+    ]
+    assert all(x["n"] == 3 and x["value"] > 0 for x in lines if x["metric"] == "time")
+    assert all(0 < x["value"] < 1e-5 for x in lines if x["metric"] == "difference")
+    refused = subprocess.run([*command, *tiny, "67"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "must be a multiple of --processes = 2" in refused.stderr
