@@ -1,6 +1,6 @@
 """The arithmetic of an average, in one place for merges of files and for averages kept during training.
 
-`add` forms a weighted sum source by source, `divide_and_round` turns it into a result that is rounded once, to
+`weighted_sum` adds source by source, `divide_and_round` turns it into a result that is rounded once, to
 the nearest, ties to even. With integer weights of sum W the weighted sum of values with p-bit significands is
 exact in float64 while one element's values span at most 53 - p - log2(W) binades, and the one division then rounds
 correctly; derived in this folder's README. Both run compiled where numba is installed, with the same bits.
@@ -77,28 +77,29 @@ def compiled() -> ModuleType | None:
     return module
 
 
-def add(total: _Array, values: _Array, dtype: str, factor: float, *, first: bool) -> None:
-    """total += factor · values, or total = factor · values with `first` (which keeps the sign of a zero).
+def weighted_sum(
+    total: _Array, sources: _Array, dtype: str, rows: Sequence[int], factors: Sequence[float], start: int = 0
+) -> None:
+    """total = Σ factors[k] · sources[rows[k], start : start + n].
 
-    total: [n] float64 or float32. values: [n] as stored, of numpy type FLOATS[dtype]: bfloat16 as its bits in
-    uint16. Each element is widened, multiplied and added in float64 and rounded once to the type of `total`, so the
-    result depends on nothing but the order of the calls: not on blocks, threads, or whether numba is there.
+    total: [n] float64 or float32. sources: [any number, at least start + n] as stored, of numpy type FLOATS[dtype],
+    rows one after the other in memory: bfloat16 as its bits in uint16. Each element is widened, multiplied and added in
+    float64, in the order of `rows`, and rounded once to the type of `total`, so the result depends on nothing else: not
+    on blocks, threads, or whether numba is there.
     """
+    # Adding to -0.0 changes no number, while 0.0 would turn -0.0 around.
+    total.fill(-0.0)
     fast = compiled()
     if fast is not None:
-        if dtype == "BF16":
-            fast.add_bf16(total, values, float(factor), first)
-        elif dtype == "F16":
-            fast.add_f16(total, values.view("<u2"), float(factor), first)
-        else:
-            fast.add_float(total, values, float(factor), first)
+        values = sources.view("<i2") if dtype == "F16" else sources
+        fast.add(total, values, np.asarray(rows), np.asarray(factors, np.float64), start)
         return
-    for start in range(0, len(total), BLOCK):
-        part = total[start : start + BLOCK]
-        term = np.multiply(widen(values[start : start + BLOCK], dtype), factor, dtype=np.float64)
-        if not first:
-            np.add(part, term, out=term, dtype=np.float64)
-        part[:] = term
+    for at in range(0, len(total), BLOCK):
+        part = total[at : at + BLOCK]
+        for row, factor in zip(rows, factors, strict=True):
+            values = sources[row, start + at : start + at + len(part)]
+            term = np.multiply(widen(values, dtype), factor, dtype=np.float64)
+            part[:] = np.add(part, term, out=term, dtype=np.float64)
 
 
 def divide_and_round(total: _Array, divisor: float, out: _Array, dtype: str) -> bool:
@@ -148,26 +149,31 @@ class Averager:
         self._is_average = abs(float(weights.total) - 1) < 1e-9
         self._sum = np.empty(BLOCK, SUMS[sums])
 
-    def average(self, sources: Sequence[memoryview], dtype: str, out: memoryview, out_dtype: str) -> None:
-        """Put Σ w_i source_i into `out`; all hold equally many elements of their dtype.
+    def average(self, sources: _Array, rows: Sequence[int], dtype: str, out: memoryview, out_dtype: str) -> None:
+        """Put Σ w_i · sources[rows[i]] into `out`.
+
+        sources: [any number, bytes] uint8, rows one after the other in memory, each a multiple of 8 bytes long and
+        beginning with as many elements of `dtype` as `out` has of `out_dtype`.
 
         Raises BadValue for NaN and infinities in a source and for results too large for `out_dtype`.
         """
-        inputs = [np.frombuffer(source, FLOATS[dtype]) for source in sources]
-        result = np.frombuffer(out, FLOATS[out_dtype])
+        values, result = sources.view(FLOATS[dtype]), np.frombuffer(out, FLOATS[out_dtype])
         with np.errstate(all="ignore"):
             for start in range(0, len(result), BLOCK):
-                block = [values[start : start + BLOCK] for values in inputs]
                 part = result[start : start + BLOCK]
-                if not self._block(block, dtype, part, out_dtype):
-                    raise self._bad_value(block, dtype, start)
+                if not self._block(values, rows, dtype, start, part, out_dtype):
+                    raise self._bad_value(self._inputs(values, rows, start, len(part)), dtype, start)
 
-    def _block(self, block: list[_Array], dtype: str, out: _Array, out_dtype: str) -> bool:
+    @staticmethod
+    def _inputs(values: _Array, rows: Sequence[int], start: int, size: int) -> list[_Array]:
+        return [values[row, start : start + size] for row in rows]
+
+    def _block(self, values: _Array, rows: Sequence[int], dtype: str, start: int, out: _Array, out_dtype: str) -> bool:
         if dtype == "F64" and self._is_average:
-            return divide_and_round(self._around_newest(block), 1.0, out, out_dtype)
+            around = self._around_newest(self._inputs(values, rows, start, len(out)))
+            return divide_and_round(around, 1.0, out, out_dtype)
         total = self._sum[: len(out)]
-        for number, (values, factor) in enumerate(zip(block, self.factors, strict=True)):
-            add(total, values, dtype, factor, first=number == 0)
+        weighted_sum(total, values, dtype, rows, self.factors, start)
         return divide_and_round(total, self.divisor, out, out_dtype)
 
     def _around_newest(self, block: list[_Array]) -> _Array:

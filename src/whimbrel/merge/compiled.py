@@ -9,56 +9,58 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-@njit(inline="always")
-def _from_bf16(bits):
-    return np.float64(np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32))
+def _wide(value):
+    """The float64 of a stored element: uint16 holds the bits of bfloat16, int16 those of float16."""
+    raise NotImplementedError  # what numba compiles is chosen below, by type
 
 
-@njit(inline="always")
-def _from_f16(bits):
+@overload(_wide)
+def _wide_by_type(value):
+    if value == types.uint16:
+        return lambda value: np.float64(np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32))
+    if value == types.int16:
+        return _from_f16
+    return lambda value: np.float64(value)
+
+
+def _from_f16(value):
+    bits = np.uint16(value)
     low = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
-    value = np.float64(low.view(np.float32)) * 2.0**112
+    size = np.float64(low.view(np.float32)) * 2.0**112
     if bits & np.uint16(0x7FFF) >= np.uint16(0x7C00):
-        value = np.float64(np.uint32(low | np.uint32(0x7F800000)).view(np.float32))
-    return -value if bits & np.uint16(0x8000) else value
+        size = np.float64(np.uint32(low | np.uint32(0x7F800000)).view(np.float32))
+    return -size if bits & np.uint16(0x8000) else size
 
 
 @njit(**_OPTIONS)
-def add_bf16(total, values, factor, first):
-    """total = total + values * factor, or values * factor where it is the first."""
-    if first:
-        for i in range(total.shape[0]):
-            total[i] = _from_bf16(values[i]) * factor
-    else:
-        for i in range(total.shape[0]):
-            total[i] = np.float64(total[i]) + _from_bf16(values[i]) * factor
+def add(total, sources, rows, factors, start):
+    """total += factors[k] * sources[rows[k]] from `start` on, for one k after the other, each rounded to its type.
 
-
-@njit(**_OPTIONS)
-def add_f16(total, values, factor, first):
-    """As `add_bf16`, for the bits of float16."""
-    if first:
+    Four at a time: `total` is read and written once for them, and their loads wait side by side.
+    """
+    rounded, stop = total.dtype.type, start + total.shape[0]
+    k = 0
+    while k + 4 <= len(rows):
+        a, b = sources[rows[k], start:stop], sources[rows[k + 1], start:stop]
+        c, d = sources[rows[k + 2], start:stop], sources[rows[k + 3], start:stop]
+        p, q, r, s = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
         for i in range(total.shape[0]):
-            total[i] = _from_f16(values[i]) * factor
-    else:
+            value = rounded(np.float64(total[i]) + _wide(a[i]) * p)
+            value = rounded(np.float64(value) + _wide(b[i]) * q)
+            value = rounded(np.float64(value) + _wide(c[i]) * r)
+            total[i] = np.float64(value) + _wide(d[i]) * s
+        k += 4
+    while k < len(rows):
+        a, p = sources[rows[k], start:stop], factors[k]
         for i in range(total.shape[0]):
-            total[i] = np.float64(total[i]) + _from_f16(values[i]) * factor
-
-
-@njit(**_OPTIONS)
-def add_float(total, values, factor, first):
-    """As `add_bf16`, for float32 and float64."""
-    if first:
-        for i in range(total.shape[0]):
-            total[i] = np.float64(values[i]) * factor
-    else:
-        for i in range(total.shape[0]):
-            total[i] = np.float64(total[i]) + np.float64(values[i]) * factor
+            total[i] = np.float64(total[i]) + _wide(a[i]) * p
+        k += 1
 
 
 @njit(**_OPTIONS)

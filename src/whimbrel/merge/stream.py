@@ -1,7 +1,7 @@
 """The streaming average: read N checkpoints once, in file order and in bounded memory, write one or several.
 
-The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source past the page cache,
-sums them in the order of the sources, rounds, and writes, while other threads wait for the disk. Pieces do not depend
+The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source, sums them in the order
+of the sources, rounds, and writes, while other threads wait for the disk. Pieces do not depend
 on each other, so the bytes written are the same for any number of threads, any size of piece, and after an
 interruption.
 """
@@ -20,7 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -44,19 +44,16 @@ from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
 
 Progress = Callable[[int, int], None]
 
-# Larger ones ask the disk for no more and leave the caches before they are summed; two sources fill the buffers so.
-_LARGEST_PIECE = 16 * 2**20
+# Larger ones leave the caches before they are summed, smaller ones cost the disk its order (docs/log.md).
+_LARGEST_PIECE = 4 * 2**20
+# As far as kernels read ahead.
+_STRETCH = 8 * 2**20
 _SMALLEST_PIECE = 64 * 2**10
 _COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
 _SYNC_SECONDS = 2.0
 _SAMPLE_BYTES = 64 * 2**20
-# Reads past the page cache cost a third of the processor time; what is smaller is left to the kernel's reading ahead.
-_DIRECT = getattr(os, "O_DIRECT", 0)
-_SMALLEST_DIRECT = 64 * 2**10
-# A piece's reads from all sources are under way together, and those of the next pieces too, while pieces stay this
-# large: disks may want many bytes asked for at a time. On the one idle disk measured it gained nothing (docs/log.md).
-_READERS = 32
+# Threads that read and sum, unless told otherwise: one for each processor, while pieces stay large.
 _MOST_WORKERS = 4
 _WORKERS_PIECE = 512 * 2**10
 _DEFAULT = Rules()
@@ -305,7 +302,7 @@ def _prepare(
     num_outputs = len(targets) * max(wider, 1)
     if workers is None:
         most = memory_limit // ((len(sources) + num_outputs + 1) * _WORKERS_PIECE)
-        workers = max(2, min(_MOST_WORKERS, most))
+        workers = max(2, min(_MOST_WORKERS, len(os.sched_getaffinity(0)), most))
     require(workers >= 1, "merge.workers", workers, "at least one thread")
     piece, buffers = _piece_bytes(memory_limit, workers, len(sources), num_outputs)
     return _Job(sources, results, rules, layout, extents, piece, workers, buffers)
@@ -340,7 +337,7 @@ def _check_order(opened: list[Source], weights: Weights) -> None:
 
 def _piece_bytes(memory_limit: int, workers: int, num_sources: int, num_outputs: int) -> tuple[int, int]:
     """Bytes to read from each source at a time, so that all buffers fit the limit, and what these take."""
-    # One share more holds bytes that are to be spread over a piece; a few pages around each are not counted.
+    # One share more holds bytes that are to be spread over a piece.
     shares = workers * (num_sources + num_outputs + 1)
     scratch = workers * 64 * BLOCK
     least = shares * _SMALLEST_PIECE + scratch
@@ -386,8 +383,9 @@ def _equal(one: Stored, other: Stored) -> bool:
         extents = make_extents([Slot(both, (0,) * len(one.shape), one.shape, "", 0)])
         buffers = _Buffers(2, _COMPARED_PIECE, 0, [])
         for piece in cut(extents, _COMPARED_PIECE):
-            left, right = (buffers.fill(piece, number, handles)[0] for number in range(2))
-            if left != right:
+            for number in range(2):
+                buffers.fill(piece, number, handles)
+            if buffers.data(piece, 0) != buffers.data(piece, 1):
                 return False
     return True
 
@@ -400,51 +398,40 @@ class _Handles:
 
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._room = max((limit if limit != resource.RLIM_INFINITY else 4096) // 2 - 64, 0)
-        self._open: dict[tuple[Path, int], int] = {}
-        self._buffered: set[Path] = set()
+        self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, path: Path, flags: int = 0) -> Iterator[int]:
-        """A handle for reading `path`."""
+    def use(self, path: Path) -> Iterator[int]:
+        """A handle for reading `path` from its beginning to its end."""
         with self._lock:
-            handle = self._open.get((path, flags))
+            handle = self._open.get(path)
             if handle is None and len(self._open) < self._room:
-                handle = self._open[path, flags] = os.open(path, os.O_RDONLY | flags)
+                handle = self._open[path] = self._new(path)
         if handle is not None:
             yield handle
             return
-        handle = os.open(path, os.O_RDONLY | flags)
+        handle = self._new(path)
         try:
             yield handle
         finally:
             os.close(handle)
 
-    def is_direct(self, read: Read) -> bool:
-        """Whether a read goes past the page cache."""
-        return _DIRECT != 0 and read.size >= _SMALLEST_DIRECT and read.path not in self._buffered
-
-    def read_direct(self, path: Path, buffer: memoryview, offset: int) -> int:
-        """Fill `buffer` (whole pages, as is `offset`) past the page cache; returns the bytes read.
-
-        They are fewer at the end of a file, and none where the file system has no such reads.
-        """
-        try:
-            with self.use(path, _DIRECT) as handle:
-                return os.preadv(handle, [buffer], offset)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            self._buffered.add(path)
-            return 0
+    @staticmethod
+    def _new(path: Path) -> int:
+        handle = os.open(path, os.O_RDONLY)
+        # The kernel then reads twice as far ahead, which is what keeps the disk busy while pieces are summed.
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return handle
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close all of them at the end of the block."""
+        """Close all of them at the end of the block, and leave nothing of them in the page cache."""
         try:
             yield
         finally:
             for handle in self._open.values():
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(handle)
 
 
@@ -452,58 +439,45 @@ class _Buffers:
     """The memory of one thread."""
 
     def __init__(self, num_sources: int, piece: int, wider: int, averagers: list[Averager]) -> None:
-        # Anonymous maps begin at a page, as reads past the page cache want it; those reach over both ends of a piece.
-        room = _whole_pages(piece) + 2 * mmap.PAGESIZE
-        self._inputs = [memoryview(mmap.mmap(-1, room)) for _ in range(num_sources)]
+        # Rows a multiple of large powers of two apart would share few places of the caches.
+        room = -(-piece // 4096) * 4096 + 64
+        self.inputs = np.frombuffer(mmap.mmap(-1, num_sources * room), np.uint8).reshape(num_sources, room)
         self._spread = memoryview(mmap.mmap(-1, room))
-        self._spreading = threading.Lock()
         self.output = bytearray(piece * wider)
         self.averagers = averagers
 
-    def fill(self, piece: Piece, source: int, handles: _Handles) -> tuple[memoryview, list[tuple[Read, int]]]:
-        """The piece's bytes of a source, and the CRC-32 of what was read of boxes that have one.
-
-        Threads may fill the room of different sources at a time.
-        """
+    def fill(self, piece: Piece, source: int, handles: _Handles) -> list[tuple[Read, int]]:
+        """Put the piece's bytes of a source into its row; returns the CRC-32 of reads of boxes that have one."""
         size, width = piece.stop - piece.start, ITEM_BYTES[piece.extent.item.dtype]
-        whole = self._inputs[source][:size]
+        row = self.inputs[source, :size]
         stored = piece.extent.item.stored[source].boxes
         crcs: list[tuple[Read, int]] = []
         for read in reads(piece, source):
-            in_place = read.into is None and read.size == size and read.start % width == 0
-            with nullcontext() if in_place else self._spreading:
-                data = _read(read, self._inputs[source] if in_place else self._spread, handles)
-                if stored[read.box].crc is not None:
-                    crcs.append((read, zlib.crc32(data)))
-                if in_place:
-                    whole = data
-                elif read.into is None:
-                    whole[read.offset : read.offset + read.size] = data
-                else:
-                    item = f"V{width}"
-                    target = np.frombuffer(whole, item).reshape(piece.sizes)
-                    target[read.into] = np.frombuffer(data, item).reshape(read.sizes)
-        return whole, crcs
+            whole = memoryview(row)[read.offset :] if read.into is None else self._spread
+            data = whole[: read.size]
+            with handles.use(read.path) as handle:
+                read_exactly(handle, data, read.start, read.path)
+                _forget(handle, read)
+            if stored[read.box].crc is not None:
+                crcs.append((read, zlib.crc32(data)))
+            if read.into is not None:
+                item = f"V{width}"
+                row.view(item).reshape(piece.sizes)[read.into] = np.frombuffer(data, item).reshape(read.sizes)
+        return crcs
+
+    def data(self, piece: Piece, source: int) -> memoryview:
+        """The piece's bytes of a source that `fill` has read."""
+        return memoryview(self.inputs[source, : piece.stop - piece.start])
 
 
-def _read(read: Read, space: memoryview, handles: _Handles) -> memoryview:
-    """The bytes of `read`, somewhere in `space`, which has room for two pages more."""
-    first = read.start // mmap.PAGESIZE * mmap.PAGESIZE
-    skip = read.start - first
-    data = space[skip : skip + read.size]
-    count = 0
-    if handles.is_direct(read):
-        count = handles.read_direct(read.path, space[: _whole_pages(skip + read.size)], first)
-    missing = data[max(count - skip, 0) :]
-    if missing:
-        with handles.use(read.path) as handle:
-            read_exactly(handle, missing, read.start + read.size - len(missing), read.path)
-            os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_DONTNEED)
-    return data
+def _forget(handle: int, read: Read) -> None:
+    """Take out of the page cache what was read, in whole stretches, so that other programs keep what they have there.
 
-
-def _whole_pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    Parts of them are left until the last read in a stretch: what the kernel read at once it would have to take apart.
+    """
+    first, last = (place // _STRETCH * _STRETCH for place in (read.start, read.start + read.size))
+    if last > first:
+        os.posix_fadvise(handle, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
 class _Pass:
@@ -512,7 +486,8 @@ class _Pass:
     def __init__(self, job: _Job, journal: Journal, progress: Progress | None) -> None:
         self._job, self._journal, self._progress = job, journal, progress
         self._handles = _Handles()
-        self._readers = ThreadPoolExecutor(min(_READERS, job.workers * len(job.sources)))
+        # One piece is read at a time: disks and the kernel's reading ahead are fastest with files read in order.
+        self._reading = threading.Lock()
         self._local = threading.local()
         self._files: dict[tuple[int, str], int] = {}
         self._hashes = {
@@ -542,13 +517,11 @@ class _Pass:
             resumed = self._take_up(pieces)
             first = len(self._journal.done)
             syncer = stack.enter_context(ThreadPoolExecutor(1))
-            stack.enter_context(self._readers)
             pool = stack.enter_context(ThreadPoolExecutor(job.workers))
             stack.callback(pool.shutdown, cancel_futures=True)
             waiting: deque[tuple[Piece, Future[Done]]] = deque()
             sync: Future[None] | None = None
             for piece in pieces[first:]:
-                self._announce(piece)
                 waiting.append((piece, pool.submit(self._merge, piece)))
                 if len(waiting) > 2 * job.workers:
                     sync = self._take(*waiting.popleft(), syncer, sync)
@@ -562,14 +535,6 @@ class _Pass:
     def _folder(self, result: _Result) -> Path:
         return self._journal.folder / result.target.name
 
-    def _announce(self, piece: Piece) -> None:
-        """Tell the kernel which bytes come next, so that it reads them while others are summed."""
-        for source in self._job.needed(piece.extent.item):
-            for read in reads(piece, source):
-                if not self._handles.is_direct(read):
-                    with self._handles.use(read.path) as handle:
-                        os.posix_fadvise(handle, read.start, read.size, os.POSIX_FADV_WILLNEED)
-
     def _merge(self, piece: Piece) -> Done:
         """Merge one piece for every result."""
         job, extent = self._job, piece.extent
@@ -579,44 +544,41 @@ class _Pass:
             self._local.buffers = _Buffers(len(job.sources), job.piece, max(wider, 1), averagers)
         buffers: _Buffers = self._local.buffers
         parts: list[Part] = []
-        inputs: dict[int, memoryview] = {}
-        needed = job.needed(extent.item)
-        # What is small was announced and lies in the cache: handing it to another thread takes longer than reading it.
-        at_once = map if piece.stop - piece.start < _SMALLEST_DIRECT else self._readers.map
-        filled = at_once(lambda source: buffers.fill(piece, source, self._handles), needed)
-        for source, (data, crcs) in zip(needed, filled, strict=True):
-            inputs[source] = data
-            parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in crcs]
+        with self._reading:
+            for source in job.needed(extent.item):
+                crcs = buffers.fill(piece, source, self._handles)
+                parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in crcs]
         written = []
         for number, result in enumerate(job.results):
             out = memoryview(buffers.output)[: _out_bytes(extent, piece.stop - piece.start)]
-            members = result.target.members
-            self._combine(piece, members, [inputs[m] for m in members if m in inputs], buffers.averagers[number], out)
+            self._combine(piece, result.target.members, buffers, buffers.averagers[number], out)
             slot = extent.slots[0]
             write_exactly(self._files[number, slot.file], out, slot.start + _out_bytes(extent, piece.start))
             written.append(zlib.crc32(out))
         return Done(tuple(written), tuple(parts))
 
     def _combine(
-        self, piece: Piece, members: tuple[int, ...], inputs: list[memoryview], averager: Averager, out: memoryview
+        self, piece: Piece, members: tuple[int, ...], buffers: _Buffers, averager: Averager, out: memoryview
     ) -> None:
-        item = piece.extent.item
+        item, newest = piece.extent.item, buffers.data(piece, members[-1])
         if item.policy == "newest":
-            out[:] = inputs[-1]
+            out[:] = newest
         elif item.policy == "max":
             kind = {"I": "i", "U": "u", "B": "u"}[item.dtype[0]]
-            arrays = [np.frombuffer(data, f"<{kind}{ITEM_BYTES[item.dtype]}") for data in inputs]
+            dtype = f"<{kind}{ITEM_BYTES[item.dtype]}"
+            arrays = [np.frombuffer(buffers.data(piece, member), dtype) for member in members]
             np.maximum.reduce(arrays, out=np.frombuffer(out, arrays[0].dtype))
         elif item.policy == "equal":
-            for number, data in zip(members, inputs, strict=True):
-                if data != inputs[-1]:
-                    raise self._unequal(piece, data, inputs[-1], number, members[-1])
-            out[:] = inputs[-1]
+            for member in members:
+                data = buffers.data(piece, member)
+                if data != newest:
+                    raise self._unequal(piece, data, newest, member, members[-1])
+            out[:] = newest
         else:
             # A complex number is two floats, and its parts are averaged as such.
             dtype, out_dtype = ("F32", "F32") if item.dtype == "C64" else (item.dtype, item.out_dtype)
             try:
-                averager.average(inputs, dtype, out, out_dtype)
+                averager.average(buffers.inputs, members, dtype, out, out_dtype)
             except BadValue as bad:
                 raise self._describe(bad, piece, ITEM_BYTES[dtype], members) from None
 

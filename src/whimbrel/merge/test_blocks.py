@@ -11,27 +11,29 @@ import pytest
 import torch
 
 from whimbrel.merge import blocks
-from whimbrel.merge.blocks import FLOATS, SUMS, add, divide_and_round
+from whimbrel.merge.blocks import FLOATS, SUMS, divide_and_round, weighted_sum
 from whimbrel.testing.merge import nearest_of
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def values_of(dtype: str, seed: int, size: int = 5000) -> np.ndarray:
-    """Random bits, so that every exponent and both signs occur; what is not finite is put to zero."""
+    """Random bits, so that every exponent and both signs occur; zero where they are not finite. Then ordinary ones."""
     item = np.dtype(FLOATS[dtype]).itemsize
     bits = np.random.default_rng(seed).integers(0, 256, size * item, dtype=np.uint8)
     tensor = torch.from_numpy(bits).view(TORCH[dtype]).nan_to_num(0.0, 0.0, 0.0)
     tensor[:3] = torch.tensor([0.0, -0.0, 1.0])
+    tensor[size - size // 4 :] = torch.randn(size // 4, generator=torch.Generator().manual_seed(seed))
     return tensor.view(torch.uint8).numpy().view(FLOATS[dtype])
 
 
 def averaged(dtype: str, out_dtype: str, sums: str, factors: tuple[float, ...], divisor: float) -> np.ndarray:
-    sources = [values_of(dtype, seed) for seed in range(len(factors))]
-    total, out = np.empty(len(sources[0]), SUMS[sums]), np.empty(len(sources[0]), FLOATS[out_dtype])
+    # A row that is not asked for, and elements before the first and behind the last.
+    rows, size, start = [*range(1, len(factors)), 0], 5000, 3
+    sources = np.stack([values_of(dtype, seed, size + 8) for seed in range(len(factors) + 1)])
+    total, out = np.full(size, 7, SUMS[sums]), np.empty(size, FLOATS[out_dtype])
     with np.errstate(all="ignore"):
-        for number, (source, factor) in enumerate(zip(sources, factors, strict=True)):
-            add(total, source, dtype, factor, first=number == 0)
+        weighted_sum(total, sources, dtype, rows, factors, start)
         divide_and_round(total, divisor, out, out_dtype)
     return out
 
@@ -43,7 +45,7 @@ def test_compiled_loops_give_the_same_bits(
     dtype: str, out_dtype: str, sums: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert blocks.compiled() is not None, "numba belongs to the development requirements"
-    for factors, divisor in (((1.0,) * 4, 4.0), ((1.0, 2.0, 3.0), 6.0), ((0.3, -0.1, 0.8), 1.0)):
+    for factors, divisor in (((1.0,) * 9, 9.0), ((1.0, 2.0, 3.0), 6.0), ((0.3, -0.1, 0.6, 0.1, 0.1), 1.0)):
         fast = averaged(dtype, out_dtype, sums, factors, divisor)
         with monkeypatch.context() as patch:
             patch.setattr(blocks, "compiled", lambda: None)
@@ -77,13 +79,26 @@ def test_quotients_that_do_not_fit_are_told(value: float) -> None:
     assert divide_and_round(np.array([1.0, 3.38e38, 2.0]), 1.0, out, "BF16")
 
 
-def test_float32_sums_round_each_addition_once() -> None:
-    total = np.empty(1, "<f4")
-    for number, value in enumerate([1.0, 2.0**-24, 2.0**-24]):
-        add(total, np.array([value]), "F64", 1.0, first=number == 0)
+@pytest.mark.parametrize("plain", [False, True])
+def test_float32_sums_round_each_addition_once(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(blocks, "compiled", lambda: None)
+    total, sources = np.empty(1, "<f4"), np.array([[1.0], [2.0**-24], [2.0**-24], [2.0**-23]])
+    weighted_sum(total, sources, "F64", range(3), [1.0] * 3)
     assert total[0] == 1.0
-    add(total, np.array([1.0]), "F64", 2.0**-23, first=False)
+    weighted_sum(total, sources, "F64", range(4), [1.0] * 4)
     assert total[0] == np.float32(1 + 2.0**-23)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sum_of_negative_zeros_is_one(dtype: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(blocks, "compiled", lambda: None)
+    zeros = torch.full((5, 2), -0.0, dtype=TORCH[dtype]).view(torch.uint8).numpy().view(FLOATS[dtype])
+    total = np.empty(2)
+    weighted_sum(total, zeros, dtype, range(5), [1.0] * 5)
+    assert np.signbit(total).all()
 
 
 def test_numpy_takes_over_where_numba_is_missing() -> None:
@@ -92,7 +107,7 @@ def test_numpy_takes_over_where_numba_is_missing() -> None:
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"
         "import numpy as np; from whimbrel.merge import blocks\n"
-        "total = np.empty(2); blocks.add(total, np.array([1.0, 2.0]), 'F64', 2.0, first=True)\n"
+        "total = np.empty(2); blocks.weighted_sum(total, np.array([[1.0, 2.0]]), 'F64', [0], [2.0])\n"
         "print(blocks.compiled(), total.tolist())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
