@@ -453,7 +453,7 @@ class _Buffers:
         stored = piece.extent.item.stored[source].boxes
         crcs: list[tuple[Read, int]] = []
         for read in reads(piece, source):
-            whole = memoryview(row)[read.offset :] if read.into is None else self._spread
+            whole = row.data[read.offset :] if read.into is None else self._spread
             data = whole[: read.size]
             with handles.use(read.path) as handle:
                 read_exactly(handle, data, read.start, read.path)
@@ -467,7 +467,7 @@ class _Buffers:
 
     def data(self, piece: Piece, source: int) -> memoryview:
         """The piece's bytes of a source that `fill` has read."""
-        return memoryview(self.inputs[source, : piece.stop - piece.start])
+        return self.inputs[source, : piece.stop - piece.start].data
 
 
 def _forget(handle: int, read: Read) -> None:
