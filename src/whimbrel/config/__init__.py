@@ -15,7 +15,7 @@ from whimbrel.config.families import (
     kinds,
     require,
 )
-from whimbrel.config.plain import decode, encode, load_config, parse_toml, to_toml, with_overrides
+from whimbrel.config.plain import check_literals, decode, encode, load_config, parse_toml, to_toml, with_overrides
 from whimbrel.config.run import (
     AveragingConfig,
     CheckpointConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "ScheduleConfig",
     "SelectorConfig",
     "SpikesConfig",
+    "check_literals",
     "decode",
     "encode",
     "kind_class",

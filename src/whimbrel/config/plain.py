@@ -42,6 +42,13 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def check_literals(config: Any, where: str) -> None:
+    """Raise ConfigError where a setting of `config` with listed values has another; `where` is put before its name."""
+    for name, hint in _hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            _decode_plain(hint, getattr(config, name), where + name)
+
+
 def _decode_value(hint: Any, value: Any, base: Any, path: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):

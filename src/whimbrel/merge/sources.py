@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,13 @@ class Source(NamedTuple):
     """Optimizer steps done, where the checkpoint or its name says so."""
     tokens: int | None = None
     """Training tokens seen, where the checkpoint or its run says so."""
+
+
+def named_one_by_one(paths: Iterable[str | Path]) -> list[str | Path]:
+    """The checkpoints of a list; ConfigError for a single path, whose letters or parts would be taken for a list."""
+    if isinstance(paths, (str, Path)):
+        raise ConfigError(f"sources = {str(paths)!r} is a single path; give a list of checkpoints, oldest first")
+    return list(paths)
 
 
 def open_sources(

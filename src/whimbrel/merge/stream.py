@@ -40,7 +40,7 @@ from whimbrel.merge.journal import Done, Journal, Part, open_journal, work_folde
 from whimbrel.merge.outputs import MANIFEST, Layout, finish_folder, make_layout, write_step_meta
 from whimbrel.merge.plan import Extent, Item, Piece, Read, Rules, Slot, cut, list_items, make_extents, reads
 from whimbrel.merge.pma import Number, Weights
-from whimbrel.merge.sources import Source, Stored, open_sources, tied_pairs
+from whimbrel.merge.sources import Source, Stored, named_one_by_one, open_sources, tied_pairs
 
 Progress = Callable[[int, int], None]
 
@@ -196,6 +196,7 @@ def merge_checkpoints(
     Raises ConfigError for arguments, CheckpointError for sources that are damaged, do not match, hold NaN or
     infinities (each with tensor and source named) and for a full disk, UnsupportedError for 8-bit floats.
     """
+    sources = named_one_by_one(sources)
     config = merge_config(method, alpha=alpha, weights=weights)
     rules = Rules(
         dtype=dtype, accumulate=accumulate, format=format, tied=tuple(tied), rename=tuple(rename),
@@ -225,7 +226,7 @@ def merge_many(
     Everything else as `merge_checkpoints`; the whole of `out` appears at once. `optimizer` is for one result only.
     """
     begin = time.perf_counter()
-    out = Path(out)
+    sources, out = named_one_by_one(sources), Path(out)
     _check_out(out, sources, overwrite)
     job = _prepare(sources, targets, rules, memory_limit, workers, tokens_per_step)
     remove_leftovers(out.parent, glob.escape(out.name))

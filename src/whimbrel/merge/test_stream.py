@@ -430,6 +430,9 @@ def test_sources_that_are_no_checkpoints(run: list[Path], tmp_path: Path) -> Non
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin is damaged at byte 0: no archive of torch.save"):
         merge_checkpoints([tmp_path / "pickle"], tmp_path / "out")
+    for single in (str(run[0]), run[0]):
+        with pytest.raises(ConfigError, match=r"sources = '.*' is a single path; give a list of checkpoints, oldest f"):
+            merge_checkpoints(single, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         CheckpointError, match=r"holds no checkpoint: neither safetensors, nor pytorch_model.bin, nor a di"

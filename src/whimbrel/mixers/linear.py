@@ -22,7 +22,7 @@ from whimbrel.mixers import kernels
 from whimbrel.mixers.base import LayerState, Out, State, check_input
 from whimbrel.mixers.kernels import ops
 from whimbrel.mixers.norm import GatedRMSNorm, l2_norm
-from whimbrel.scan.common import check_cu_seqlens
+from whimbrel.scan.common import IMPLS, check_choice, check_cu_seqlens
 
 UNIT_EPS = 1e-6
 """Added to the squared length of q and k before they are scaled to unit length."""
@@ -130,6 +130,7 @@ class OneStateMixer(LinearMixer):
         norm_eps: float = 1e-5,
         impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
     ) -> None:
+        check_choice(type(self).__name__, "impl", impl, IMPLS)
         super().__init__(
             hidden_size,
             partial(type(self)._op, impl=impl),

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from whimbrel.config import MixerConfig, require
+from whimbrel.config import MixerConfig, check_literals, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class LinearMixerConfig(MixerConfig):
     """Code of the recurrence; a named choice never falls back."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "mixer.")
         for name in ("num_heads", "head_dim", "conv_size"):
             require(getattr(self, name) > 0, f"mixer.{name}", getattr(self, name), "a positive number")
         heads = self.num_value_heads

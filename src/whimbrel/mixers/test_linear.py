@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from whimbrel.errors import ConfigError
-from whimbrel.mixers import kernels
+from whimbrel.mixers import GDN, kernels
 from whimbrel.mixers.base import LayerState, Out, State
 from whimbrel.mixers.gdn.config import GDNConfig
 from whimbrel.mixers.linear import LinearMixer, ShortConv
@@ -167,6 +167,7 @@ def test_a_named_impl_gives_the_same_in_every_shape_of_heads(config, impl):
         ),
         ({"num_value_heads": -3}, r"mixer.num_value_heads = -3 is not allowed; use 0 or a multiple"),
         ({"value_head_dim": -2}, r"mixer.value_head_dim = -2 is not allowed; use 0 or a positive number"),
+        ({"impl": "chunkd"}, r"mixer.impl = 'chunkd' is not allowed; did you mean 'chunked'\?; use one of 'auto', "),
     ],
 )
 def test_config_says_what_is_wrong(config, options, message):
@@ -182,6 +183,8 @@ def test_layer_says_what_is_wrong():
         layer(torch.zeros(1, 5, WIDTH), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ConfigError, match=r"num_heads = 0 is not allowed; use a positive number"):
         LinearMixer(WIDTH, print, num_gates=2, num_heads=0, head_dim=4)  # pyrefly: ignore
+    with pytest.raises(ConfigError, match=r"GDN: impl = 'eager' is unknown; choose one of auto, reference, chunked, t"):
+        GDN(WIDTH, num_heads=2, head_dim=4, impl="eager")  # pyrefly: ignore
     for shape in ((5, WIDTH), (1, 5, WIDTH - 1)):
         with pytest.raises(ConfigError, match=rf"GDN: x has shape .*; give \[batch, time, hidden_size\], .* = {WIDTH}"):
             layer(torch.zeros(shape))

@@ -46,8 +46,7 @@ def choose(op: str, impl: str, q: Tensor, v: Tensor, *others: Tensor | None, one
                 f"{op}: impl = 'triton' is not available here: {refusal}; impl='chunked' runs on any device"
             )
         return "step" if one_step else impl
-    if impl not in IMPLS:
-        raise ConfigError(f"{op}: impl = {impl!r} is unknown; choose one of {', '.join(IMPLS)}{nearest(impl, IMPLS)}")
+    check_choice(op, "impl", impl, IMPLS)
     return impl
 
 

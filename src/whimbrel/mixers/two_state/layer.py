@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 from whimbrel.mixers.base import Out
 from whimbrel.mixers.linear import LinearMixer
+from whimbrel.mixers.two_state.rule import check_options
+from whimbrel.scan.common import IMPLS, check_choice
 
 
 class TwoStateMixer(LinearMixer):
@@ -36,6 +38,9 @@ class TwoStateMixer(LinearMixer):
         norm_eps: float = 1e-5,
         impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
     ) -> None:
+        name = type(self).__name__
+        check_choice(name, "impl", impl, IMPLS)
+        check_options(name, clip=clip, combine=combine, residual=residual, recompute=recompute)
         super().__init__(
             hidden_size,
             partial(type(self)._op, clip=clip, combine=combine, residual=residual, recompute=recompute, impl=impl),

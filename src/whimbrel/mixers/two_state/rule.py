@@ -50,18 +50,23 @@ def checked_rule(
 
     `out` as for `step`.
     """
-    check_choice(op, "combine", combine, COMBINE)
-    check_choice(op, "residual", residual, RESIDUAL)
-    if clip is not None and not clip > 0:
-        raise ConfigError(f"{op}: clip = {clip} is not allowed; give a number above 0, or None for no clipping")
-    if not isinstance(recompute, int) or recompute < 0:
-        raise ConfigError(f"{op}: recompute = {recompute!r} is not allowed; give 0 (off) or a number of parts")
+    check_options(op, clip=clip, combine=combine, residual=residual, recompute=recompute)
     gates = {"log_decay": log_decay, "beta": beta, "gamma": gamma}
     before, after = _parts(op, "state", state), _parts(op, "out", out)
     check_inputs(op, q, k, v, gates, {**before, **after}, cu_seqlens)
     if after:
         _check_out(op, after, q, k, v, *gates.values(), *before.values())
     return Rule(clip, checked_scale(op, scale, q.shape[3]), combine == "gated", residual == "decayed")
+
+
+def check_options(op: str, *, clip: float | None, combine: str, residual: str, recompute: int) -> None:
+    """Raise ConfigError for an option that no call of `rla` or `rdn` takes."""
+    check_choice(op, "combine", combine, COMBINE)
+    check_choice(op, "residual", residual, RESIDUAL)
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"{op}: clip = {clip} is not allowed; give a number above 0, or None for no clipping")
+    if not isinstance(recompute, int) or recompute < 0:
+        raise ConfigError(f"{op}: recompute = {recompute!r} is not allowed; give 0 (off) or a number of parts")
 
 
 def _parts(op: str, name: str, state: State | None) -> dict[str, Tensor]:

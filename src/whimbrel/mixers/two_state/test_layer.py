@@ -93,6 +93,27 @@ def test_clip_zero_in_a_config_means_off(kind):
 def test_config_says_what_is_wrong(kind):
     with pytest.raises(ConfigError, match=r"mixer.clip = -1.0 is not allowed; use 0 \(off\) or a positive bound"):
         kind.config(clip=-1.0)
+    with pytest.raises(ConfigError, match=r"mixer.combine = 'mean' is not allowed; use one of 'gated', 'sum'"):
+        kind.config(combine="mean")
+
+
+@every
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"impl": "triten"},
+            "impl = 'triten' is unknown; choose one of auto, reference, chunked, triton; did you mean 't",
+        ),
+        ({"combine": "mean"}, "combine = 'mean' is unknown; choose one of gated, sum"),
+        ({"residual": "none"}, "residual = 'none' is unknown; choose one of undecayed, decayed"),
+        ({"clip": 0.0}, "clip = 0.0 is not allowed; give a number above 0, or None for no clipping"),
+        ({"recompute": -1}, "recompute = -1 is not allowed; give 0"),
+    ],
+)
+def test_a_layer_refuses_wrong_options_when_it_is_made(kind, options, message):
+    with pytest.raises(ConfigError, match=f"R[DL][NA]: {message}"):
+        kind.layer(8, num_heads=2, head_dim=4, **options)
 
 
 @every

@@ -154,7 +154,10 @@ def test_row_local_attends_over_its_plan():
         ({"coverage": 0.0}, "row_local.coverage = 0.0 is not allowed; use a share above 0 and up to 1"),
         ({"coverage": 1.2}, "row_local.coverage = 1.2 is not allowed; use a share above 0 and up to 1"),
         ({"row_share": 1.01}, "row_local.row_share = 1.01 is not allowed; use a share above 0 and up to 1"),
-        ({"estimate": "max"}, "row_local.estimate = 'max' is not allowed; use one of 'sampled', 'mean', 'exact'"),
+        (
+            {"estimate": "max"},
+            "row_local.estimate = 'max' is not allowed; did you mean 'mean'?; use one of 'sampled', 'mean', 'exact'",
+        ),
         (
             {"estimate": "mean", "probe_rows": 4},
             "row_local.probe_rows = 4 is not allowed; use None: only estimate='sampled' samples, not 'mean'",
