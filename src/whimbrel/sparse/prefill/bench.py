@@ -40,7 +40,11 @@ THRESHOLDS = (0.18, 0.05, 0.015, 0.005)
 """Of FlashPrefill V1; the first is its authors' for Llama."""
 LEAST_THRESHOLD = 1e-5
 """Below which no threshold of equal error is looked for."""
+LEAST_COVERAGE = 0.3
+"""Below which no coverage of equal recall is looked for."""
 AS_SERVED = "row_local, dense where short"
+AT_THEIR_RECALL = "row_local, equal recall"
+"""Asked for as little as keeps what the authors' FlexPrefill keeps at the coverage of the line."""
 CHUNK = 8192
 """Tokens of a chunk, where a prompt comes in chunks."""
 FADING = {"fading, 10 %": 0.1, "fading, 5 %": 0.05}
@@ -236,12 +240,14 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     on_plan = partial(_on_plan, problem, share)
     extra = {
         "flexprefill-official": _rival(problem, official),
+        AT_THEIR_RECALL: Rival(partial(_at_their_recall, problem, share), partial(_say_coverage, problem, share)),
         "xattention": _rival(problem, partial(rivals.xattention, coverage=share)),
         "flex-attention": Rival(on_plan, partial(_check_plan, on_plan)),
     }
     figures = {name: partial(_kept, problem, selector) for name, selector in problem.selectors(share).items()}
     if problem.on_gpu:
         figures["flexprefill-official"] = partial(_kept_by_theirs, problem, official, _plan_of_flexprefill(share))
+        figures[AT_THEIR_RECALL] = partial(_kept_at_their_recall, problem, share)
         theirs = partial(rivals.xattention, coverage=share), _plan_of_xattention(share)
         figures["xattention"] = partial(_kept_by_theirs, problem, *theirs)
     else:
@@ -259,6 +265,40 @@ def _as_served(problem: Problem, share: float) -> Callable[[], object]:
     selector = problem.selectors(share)["row_local"]
     least = sparse_from(torch.device(problem.device), int(problem.params["H"]))
     return _call(problem, partial(apply_selector, selector=selector, dense_below=least))
+
+
+def _at_their_recall(problem: Problem, share: float) -> Callable[[], object]:
+    selector = problem.selectors(equal_coverage(problem, share))["row_local"]
+    return _call(problem, partial(apply_selector, selector=selector, impl=problem.impl))
+
+
+def _say_coverage(problem: Problem, share: float) -> str:
+    return f"asked for a coverage of {equal_coverage(problem, share):.3f}"
+
+
+def _kept_at_their_recall(problem: Problem, share: float) -> Figures:
+    asked = equal_coverage(problem, share)
+    return {**_kept(problem, problem.selectors(asked)["row_local"]), "coverage_asked": (asked, "share")}
+
+
+@cache
+def equal_coverage(problem: Problem, share: float) -> float:
+    """What `row_local` is to be asked for, to three digits, so that the 5th percentile of its queries keeps no less
+    than that of the authors' FlexPrefill at `share`: by bisection."""
+    wanted = _least_kept(problem, rivals.flexprefill_plan(*problem.inputs(), coverage=share))
+    q, k, _ = problem.inputs()
+    low, high = round(1000 * LEAST_COVERAGE), 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _least_kept(problem, problem.selectors(middle / 1000)["row_local"](q, k))
+        low, high = (low, middle) if found >= wanted else (middle, high)
+    return high / 1000
+
+
+def _least_kept(problem: Problem, plan: Plan) -> float:
+    """`recall_p5`."""
+    q, k, _ = problem.inputs()
+    return float(achieved(q, k, plan, rows=_audited(problem)).double().quantile(0.05))
 
 
 def _thresholded(problem: Problem, threshold: float) -> list[Case]:

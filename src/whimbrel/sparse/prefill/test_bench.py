@@ -27,6 +27,7 @@ from whimbrel.sparse.prefill.bench import (
     _kept,
     _truth,
     cases,
+    equal_coverage,
     equal_threshold,
 )
 from whimbrel.testing.budget import assert_close
@@ -43,7 +44,8 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert list(first.rivals) == ["sdpa-cudnn", "sdpa-flash"]
     assert second.params == {**first.params, "coverage": 0.9}
     assert list(second.impls) == ["row_local", "row_local-16", "flex_prefill", "row_local, dense where short"]
-    assert list(second.rivals) == ["flexprefill-official", "xattention", "flex-attention"]
+    theirs = ["flexprefill-official", "row_local, equal recall", "xattention", "flex-attention"]
+    assert list(second.rivals) == theirs
     assert {case.metric for case in made if case.impls and "coverage" in case.params} == {"time", "time_select"}
     theirs = [case for case in made if "flashprefill-v1" in case.rivals]
     assert {case.params["threshold"] for case in theirs} == set(THRESHOLDS)
@@ -126,6 +128,23 @@ def test_the_threshold_of_equal_error_is_found(monkeypatch):
     assert 1e-4 < wanted < 0.18
     assert wanted * 0.95 <= equal_threshold(problem, 0.7) <= wanted
     equal_threshold.cache_clear()
+
+
+def test_the_coverage_of_equal_recall_is_found(monkeypatch):
+    """Where the authors' plan keeps what `row_local` keeps at 0.8, that is what is found."""
+    problem = Problem("mixed", 1024, "cpu")
+    q, k, _ = problem.inputs()
+    theirs = problem.selectors(0.8)["row_local"](q, k)
+    monkeypatch.setattr(rivals, "flexprefill_plan", lambda q, k, v, *, coverage: theirs)
+    equal_coverage.cache_clear()
+    asked = equal_coverage(problem, 0.95)
+    equal_coverage.cache_clear()
+    assert asked <= 0.8
+    wanted, found, less = (
+        _kept(problem, selector)["recall_p5"][0]
+        for selector in (lambda q, k, scale: theirs, *(problem.selectors(c)["row_local"] for c in (asked, asked - 0.001)))
+    )
+    assert less < wanted <= found
 
 
 def test_chunks_are_held_against_the_whole(monkeypatch):
