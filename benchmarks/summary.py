@@ -162,6 +162,7 @@ def _prefill(results: Path) -> Iterator[Row]:
         "row_local, dense where short": "dense where short",
         "sdpa-cudnn": "dense, cuDNN",
         "flexprefill-official": "FlexPrefill's own code",
+        "row_local, equal recall": "row_local at its recall",
         "flashprefill-v1": "FlashPrefill V1 (keeps less)",
         "flashprefill-v1, equal error": "FlashPrefill V1 at our error",
     }

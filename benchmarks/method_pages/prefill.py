@@ -21,6 +21,7 @@ PREFILL = {
     "sdpa-flash": "dense, flash",
     "flex-attention": "FlexAttention, blocks given",
     "flexprefill-official": "FlexPrefill, its authors' code",
+    "row_local, equal recall": "row_local at the recall of the authors' code",
     "xattention": "XAttention's selection",
     "flashprefill-v1": "FlashPrefill V1",
     "flashprefill-v1, equal error": "FlashPrefill V1 at the error of row_local",

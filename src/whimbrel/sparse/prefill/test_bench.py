@@ -142,7 +142,10 @@ def test_the_coverage_of_equal_recall_is_found(monkeypatch):
     assert asked <= 0.8
     wanted, found, less = (
         _kept(problem, selector)["recall_p5"][0]
-        for selector in (lambda q, k, scale: theirs, *(problem.selectors(c)["row_local"] for c in (asked, asked - 0.001)))
+        for selector in (
+            lambda q, k, scale: theirs,
+            *(problem.selectors(c)["row_local"] for c in (asked, asked - 0.001)),
+        )
     )
     assert less < wanted <= found
 
