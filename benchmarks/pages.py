@@ -25,6 +25,8 @@ FIGURES = (
 """Metric, what it is drawn against, end of the file's name, titles of the axes."""
 SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
 """What runs on one GPU and on several have in common."""
+BASE = "RDN"
+"""What the losses of the others are compared with, seed by seed."""
 LINKS = {COMPARISON: "../benchmarks/results", CARDS: "../../benchmarks/results"}
 
 
@@ -45,8 +47,9 @@ def _named(lines: Sequence[ResultLine]) -> list[str]:
     return list(dict.fromkeys(x["impl"] for x in lines))
 
 
-def _by_seed(lines: Sequence[ResultLine], digits: str) -> str:
-    return ", ".join(format(x["value"], digits) for x in sorted(lines, key=lambda x: int(x["params"]["seed"])))
+def _by_seed(lines: Sequence[ResultLine], factor: float, digits: str) -> str:
+    ordered = sorted(lines, key=lambda x: int(x["params"]["seed"]))
+    return "/".join(format(factor * x["value"], digits) for x in ordered)
 
 
 def _mean(lines: Sequence[ResultLine]) -> float:
@@ -55,6 +58,22 @@ def _mean(lines: Sequence[ResultLine]) -> float:
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _seeds_of(losses: dict[str, dict[int, float]]) -> str:
+    """Seeds of all, and those of models that have fewer."""
+    every = sorted({seed for found in losses.values() for seed in found})
+    fewer: dict[str, list[str]] = {}
+    for name, found in losses.items():
+        if len(found) < len(every):
+            fewer.setdefault(_seeds(sorted(found)), []).append(name)
+    return "; ".join([_seeds(every), *(f"{', '.join(names)}: {seeds} alone" for seeds, names in fewer.items())])
+
+
+def _mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and largest minus smallest where there are several."""
+    spread = f" ({max(values) - min(values):.4f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.4f}{spread}"
 
 
 def comparison_page(results: Path) -> str:
@@ -81,20 +100,34 @@ def _losses(results: Path) -> list[str]:
     part = ""
     if any(x["params"]["tokens"] != given["of_tokens"] for x in lines if x["metric"] == "loss"):
         part = f", judged after {max(int(x['params']['tokens']) for x in lines) / 1e6:.1f} M of them"
-    seeds = sorted({int(x["params"]["seed"]) for x in lines})
+    losses = {
+        name: {int(x["params"]["seed"]): x["value"] for x in lines if x["impl"] == name and x["metric"] == "loss"}
+        for name in names
+    }
     rows = [
         f"**After {int(given['of_tokens']) / 1e6:.1f} M tokens**{part}, {int(given['parameters']) / 1e6:.0f} M "
         f"parameters, {given['layers']} blocks of width {given['hidden_size']}, sequences of {given['T']}, AdamW at "
-        f"{given['lr']:g}, {_seeds(seeds)} ({about['device']}, "
+        f"{given['lr']:g}, {_seeds_of(losses)} ({about['device']}, "
         f"[lines]({LINKS[COMPARISON]}/comparison.jsonl)):",
         "",
-        *header("blocks", "parameters, M", "loss, nats a token, by seed", "above the best"),
+        *header(
+            "blocks",
+            "parameters, M",
+            "loss, nats a token, by seed",
+            "mean (largest - smallest)",
+            f"minus {BASE}'s, seed by seed",
+        ),
     ]
-    losses = {name: [x for x in lines if x["impl"] == name and x["metric"] == "loss"] for name in names}
-    best = min(_mean(found) for found in losses.values())
-    for name, found in sorted(losses.items(), key=lambda item: _mean(item[1])):
-        millions = int(found[0]["params"]["parameters"]) / 1e6
-        rows.append(f"| {name} | {millions:.2f} | {_by_seed(found, '.4f')} | {_mean(found) - best:+.4f} |")
+    base = losses.get(BASE, losses[names[0]])
+    # A model that lacks a seed is set beside the same seeds of the base, since seeds shift all models alike.
+    beside = {name: [found[seed] - base[seed] for seed in found if seed in base] for name, found in losses.items()}
+    for name in sorted(names, key=lambda name: statistics.mean(beside[name])):
+        found = [losses[name][seed] for seed in sorted(losses[name])]
+        given = next(x["params"] for x in lines if x["impl"] == name)
+        rows.append(
+            f"| {name} | {int(given['parameters']) / 1e6:.2f} | {'/'.join(f'{loss:.4f}' for loss in found)} | "
+            f"{_mean_and_spread(found)} | {_mean_and_spread(beside[name], '+')} |"
+        )
     return [*rows, ""]
 
 
@@ -116,7 +149,7 @@ def _on_the_way(results: Path) -> list[str]:
     ]
     best = min(_mean(own) for own in found.values())
     for name, own in sorted(found.items(), key=lambda item: _mean(item[1])):
-        rows.append(f"| {name} | {_by_seed(own, '.4f')} | {_mean(own) - best:+.4f} |")
+        rows.append(f"| {name} | {_by_seed(own, 1, '.4f')} | {_mean(own) - best:+.4f} |")
     return [*rows, ""]
 
 
@@ -124,12 +157,12 @@ def _recall(results: Path) -> list[str]:
     lines = quality_lines(results)
     rows: list[str] = []
     for metric, along, title in (
-        ("mqar", "pairs", "Multi-query associative recall**, share right by the number of pairs"),
+        ("mqar", "pairs", "Multi-query associative recall**, per cent right by the number of pairs"),
         (
             "needle",
             "length",
-            "One of four needles in held-out text**, share right by the length of the context, each behind 90, 50 and "
-            "10 % of the text",
+            "One of four needles in held-out text**, per cent right by the length of the context, each behind 90, 50 "
+            "and 10 % of the text",
         ),
     ):
         own = [x for x in lines if x["metric"] == metric]
@@ -138,7 +171,7 @@ def _recall(results: Path) -> list[str]:
         places = sorted({int(x["params"][along]) for x in own})
         chance = own[0]["params"]["chance"]
         rows += [
-            f"**{title}, mean of seeds (chance {chance:.1%}):",
+            f"**{title}, seed by seed (chance {chance:.1%}):",
             "",
             *header("blocks", *map(power_count, places)),
         ]
@@ -150,9 +183,11 @@ def _recall(results: Path) -> list[str]:
 
 
 def _shares(cell: Sequence[ResultLine]) -> str:
-    """The mean of seeds; of needles at each depth, the nearest to the question first."""
+    """Per cent of each seed, at each depth of a needle, the nearest to the question first."""
     depths = sorted({x["params"].get("depth", 0) for x in cell}, reverse=True)
-    return ", ".join(f"{_mean([x for x in cell if x['params'].get('depth', 0) == depth]):.0%}" for depth in depths)
+    return ", ".join(
+        _by_seed([x for x in cell if x["params"].get("depth", 0) == depth], 100, ".0f") for depth in depths
+    )
 
 
 def _recall_alone(results: Path) -> list[str]:
