@@ -7,11 +7,14 @@ import pkgutil
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 
 import whimbrel
 
+ROOT = Path(__file__).resolve().parents[1]
 # Public names by module. A name is added here on purpose, and taken away only with a line in CHANGELOG.md.
 PUBLIC = {
     "whimbrel": ["Config", "ConfigError", "WhimbrelError", "load_config", "load_model", "train"],
@@ -102,3 +105,25 @@ def test_version_is_the_packages() -> None:
     from importlib.metadata import version
 
     assert whimbrel.__version__ == version("whimbrel")
+
+
+def test_the_wheel_is_complete(tmp_path: Path) -> None:
+    """What a user installs: commands run from it alone, data files are in it, and no tests."""
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert not [name for name in names if "/test_" in name or "/fixtures/" in name]
+    package = ROOT / "src" / "whimbrel"
+    data = [path for path in package.rglob("*") if path.suffix in (".yaml", ".css", ".js", ".typed")]
+    assert len(data) > 5
+    assert {str(path.relative_to(package.parent)) for path in data} <= names
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import whimbrel; from whimbrel import cli; from whimbrel.mixers import RDN; from whimbrel.report import page\n"
+        "from whimbrel.testing import mixers, optim, recurrence, selectors, merge\n"
+        "assert cli.main(['show', 'tiny-rdn']) == cli.main(['show', 'kinds']) == 0\n"
+        "print(whimbrel.__file__)"
+    )
+    assert _python(code).stdout.splitlines()[-1] == str(tmp_path / "site" / "whimbrel" / "__init__.py")
