@@ -67,8 +67,10 @@ def main(argv: list[str]) -> int:
     args = parse(Args, argv, verb="merge")
     if args.out is None and not args.dry_run:
         raise ConfigError("whimbrel merge needs --out DIR, the folder to write (or --dry-run)")
+    from whimbrel.merge.job import Target
+    from whimbrel.merge.reading import disk_rate
     from whimbrel.merge.sources import open_source
-    from whimbrel.merge.stream import Target, disk_rate, merge_many, plan_merge
+    from whimbrel.merge.stream import merge_many, plan_merge
 
     paths = _paths(args)
     target = Target("", tuple(range(len(paths))), _method(args))

@@ -43,9 +43,11 @@ def main(argv: list[str]) -> int:
     args = parse(Args, argv, verb="merge sweep")
     if args.out is None and not args.dry_run:
         raise ConfigError("whimbrel merge sweep needs --out DIR, the folder to write (or --dry-run)")
+    from whimbrel.merge.job import Target
+    from whimbrel.merge.reading import disk_rate
     from whimbrel.merge.select import Candidate, say_tokens
     from whimbrel.merge.sources import open_source
-    from whimbrel.merge.stream import Target, disk_rate, merge_many, plan_merge
+    from whimbrel.merge.stream import merge_many, plan_merge
 
     methods = {text: _method(text) for text in args.methods}
     windows = _windows(args)

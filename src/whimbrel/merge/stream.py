@@ -1,9 +1,8 @@
 """The streaming average: read N checkpoints once, in file order and in bounded memory, write one or several.
 
 The plan cuts the result into pieces. A thread takes a piece, reads its bytes from every source, sums them in the order
-of the sources, rounds, and writes, while other threads wait for the disk. Pieces do not depend
-on each other, so the bytes written are the same for any number of threads, any size of piece, and after an
-interruption.
+of the sources, rounds, and writes, while the next piece is read. Pieces do not depend on each other, so the bytes
+written are the same for any number of threads, any size of piece, and after an interruption.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import errno
 import glob
 import hashlib
 import json
-import mmap
 import os
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,44 +27,25 @@ import numpy as np
 
 import whimbrel
 from whimbrel.checkpoint.crc import Pieces
-from whimbrel.checkpoint.tensorfile import ITEM_BYTES, read_exactly, write_exactly
-from whimbrel.config import MergeConfig, encode, require
+from whimbrel.checkpoint.tensorfile import ITEM_BYTES, write_exactly
+from whimbrel.config import MergeConfig, encode
 from whimbrel.errors import CheckpointError, ConfigError
 from whimbrel.files import disk_space, publish_folder, remove_leftovers, sha256_file
-from whimbrel.merge.blocks import BLOCK, Averager, BadValue
+from whimbrel.merge.blocks import Averager, BadValue
 from whimbrel.merge.config import merge_config
+from whimbrel.merge.job import Job, Result, Target, fingerprint, prepare
 from whimbrel.merge.journal import Done, Journal, Part, open_journal, work_folder
-from whimbrel.merge.outputs import MANIFEST, Layout, finish_folder, make_layout, write_step_meta
-from whimbrel.merge.plan import Extent, Item, Piece, Read, Rules, Slot, cut, list_items, make_extents, reads
+from whimbrel.merge.outputs import MANIFEST, finish_folder, write_step_meta
+from whimbrel.merge.plan import Extent, Piece, Rules, cut
 from whimbrel.merge.pma import Number, Weights
-from whimbrel.merge.sources import Source, Stored, named_one_by_one, open_sources, tied_pairs
+from whimbrel.merge.reading import Buffers, Handles, check_unchanged, disk_rate
+from whimbrel.merge.sources import named_one_by_one
 
 Progress = Callable[[int, int], None]
 
-# Larger ones leave the caches before they are summed, smaller ones cost the disk its order (docs/log.md).
-_LARGEST_PIECE = 4 * 2**20
-# As far as kernels read ahead.
-_STRETCH = 8 * 2**20
-_SMALLEST_PIECE = 64 * 2**10
-_COMPARED_PIECE = 4 * 2**20
 # Seconds between two times that what was written goes to the disk and into the journal.
 _SYNC_SECONDS = 2.0
-_SAMPLE_BYTES = 64 * 2**20
-# Threads that read and sum, unless told otherwise: one for each processor, while pieces stay large.
-_MOST_WORKERS = 4
-_WORKERS_PIECE = 512 * 2**10
 _DEFAULT = Rules()
-
-
-class Target(NamedTuple):
-    """One of the averages that a pass over the sources forms."""
-
-    name: str
-    """Its folder below the result's; "" for the result itself."""
-    members: tuple[int, ...]
-    """Numbers of its sources, oldest first."""
-    config: MergeConfig
-    """Its method."""
 
 
 class MergeReport(NamedTuple):
@@ -110,40 +88,6 @@ class MergePlan(NamedTuple):
     """Bytes a second at which the newest source was read for a moment, in order."""
     seconds: float
     """Bytes to read and write at that rate."""
-
-
-class _Result(NamedTuple):
-    target: Target
-    weights: Weights
-
-
-class _Job(NamedTuple):
-    """A merge that was checked and planned."""
-
-    sources: list[Source]
-    results: list[_Result]
-    rules: Rules
-    layout: Layout
-    extents: list[Extent]
-    piece: int
-    workers: int
-    buffers: int
-
-    def needed(self, item: Item) -> list[int]:
-        """The sources that a tensor is read from."""
-        if item.policy == "newest":
-            return sorted({result.target.members[-1] for result in self.results})
-        return list(range(len(self.sources)))
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of all extents in all sources that they need."""
-        return sum(extent.size * len(self.needed(extent.item)) for extent in self.extents)
-
-    @property
-    def written_bytes(self) -> int:
-        """Bytes of all files of tensors of all results."""
-        return self.layout.written_bytes * len(self.results)
 
 
 def merge_checkpoints(
@@ -228,14 +172,14 @@ def merge_many(
     begin = time.perf_counter()
     sources, out = named_one_by_one(sources), Path(out)
     _check_out(out, sources, overwrite)
-    job = _prepare(sources, targets, rules, memory_limit, workers, tokens_per_step)
+    job = prepare(sources, targets, rules, memory_limit, workers, tokens_per_step)
     remove_leftovers(out.parent, glob.escape(out.name))
-    journal_of = open_journal(out, _fingerprint(job))
+    journal_of = open_journal(out, fingerprint(job))
     allocated = _allocated(work_folder(out))
     needed = max(job.written_bytes + 2**20 - allocated, 0)
     with disk_space(out, needed, f"merge {out}", CheckpointError), journal_of as journal:
         resumed = _Pass(job, journal, progress).run()
-        _check_unchanged(job.sources)
+        check_unchanged(job.sources)
         publish_folder(journal.folder, out, overwrite=overwrite)
     seconds = time.perf_counter() - begin
     tensors = len({slot.item.name for slot in job.layout.slots})
@@ -253,7 +197,7 @@ def plan_merge(
     workers: int | None = None,
 ) -> MergePlan:
     """What `merge_many` would do, after all checks that need no data; reads a moment to see how fast the disk is."""
-    job = _prepare(sources, targets, rules, memory_limit, workers)
+    job = prepare(sources, targets, rules, memory_limit, workers)
     rate = disk_rate(job.sources[-1])
     seconds = (job.read_bytes + job.written_bytes) / max(rate, 1.0)
     tensors = len({slot.item.name for slot in job.layout.slots})
@@ -261,52 +205,6 @@ def plan_merge(
         tuple(Path(source) for source in sources), job.results[0].weights, tensors, job.read_bytes,
         job.written_bytes, job.buffers, rate, seconds,
     )  # fmt: skip
-
-
-def disk_rate(source: Source) -> float:
-    """Bytes a second at which the largest file of a source is read in order, from the disk; 64 MiB of it are tried."""
-    path = max((file.path for file in source.files.values()), key=lambda path: path.stat().st_size)
-    size = min(path.stat().st_size, _SAMPLE_BYTES)
-    buffer = memoryview(bytearray(4 * 2**20))
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
-        begin = time.perf_counter()
-        for start in range(0, size, len(buffer)):
-            read_exactly(handle, buffer[: min(len(buffer), size - start)], start, path)
-        return size / max(time.perf_counter() - begin, 1e-9)
-    finally:
-        os.close(handle)
-
-
-def _prepare(
-    paths: Sequence[str | Path],
-    targets: Sequence[Target],
-    rules: Rules,
-    memory_limit: int,
-    workers: int | None,
-    tokens_per_step: int | None = None,
-) -> _Job:
-    if rules.optimizer is not None and len(targets) > 1:
-        raise ConfigError(f"merge.optimizer = '{rules.optimizer}' is for a single result; merge those one by one")
-    training = rules.optimizer is not None
-    sources = open_sources(paths, rename=rules.rename, training=training, tokens_per_step=tokens_per_step)
-    results = [_Result(target, target.config.weights(len(target.members))) for target in targets]
-    for result in results:
-        _check_order([sources[member] for member in result.target.members], result.weights)
-    tied = [*rules.tied, *(pair for pair in tied_pairs(sources) if pair not in rules.tied)]
-    items, state = list_items(sources, rules, tied)
-    _check_tied(sources, tied)
-    layout = make_layout(items, state, sources[-1], rules)
-    extents = make_extents(layout.slots)
-    wider = max([ITEM_BYTES[item.out_dtype] // ITEM_BYTES[item.dtype] for item in items], default=1)
-    num_outputs = len(targets) * max(wider, 1)
-    if workers is None:
-        most = memory_limit // ((len(sources) + num_outputs + 1) * _WORKERS_PIECE)
-        workers = max(2, min(_MOST_WORKERS, len(os.sched_getaffinity(0)), most))
-    require(workers >= 1, "merge.workers", workers, "at least one thread")
-    piece, buffers = _piece_bytes(memory_limit, workers, len(sources), num_outputs)
-    return _Job(sources, results, rules, layout, extents, piece, workers, buffers)
 
 
 def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
@@ -323,173 +221,30 @@ def _check_out(out: Path, sources: Sequence[str | Path], overwrite: bool) -> Non
         raise ConfigError(f"merge.out = '{out}' is not a merge and is not overwritten; choose another folder")
 
 
-def _check_order(opened: list[Source], weights: Weights) -> None:
-    """Where order matters and the steps are known, they must rise."""
-    if len(set(weights.values)) <= 1:
-        return
-    known = [(source.path, source.step) for source in opened if source.step is not None]
-    for (path_before, before), (path, after) in pairwise(known):
-        if after < before:
-            raise ConfigError(
-                f"{path} (step {after}) comes after {path_before} (step {before}); name the checkpoints from oldest to"
-                " newest"
-            )
-
-
-def _piece_bytes(memory_limit: int, workers: int, num_sources: int, num_outputs: int) -> tuple[int, int]:
-    """Bytes to read from each source at a time, so that all buffers fit the limit, and what these take."""
-    # One share more holds bytes that are to be spread over a piece.
-    shares = workers * (num_sources + num_outputs + 1)
-    scratch = workers * 64 * BLOCK
-    least = shares * _SMALLEST_PIECE + scratch
-    allowed = f"at least {least} bytes ({-(-least // 2**20)} MiB) for {num_sources} sources and {workers} threads"
-    require(memory_limit >= least, "merge.memory_limit", memory_limit, allowed)
-    piece = min(_LARGEST_PIECE, (memory_limit - scratch) // shares // 8 * 8)
-    return piece, shares * piece + scratch
-
-
-def _fingerprint(job: _Job) -> str:
-    """What the bytes of the result, and their cutting into pieces, depend on."""
-    described = {
-        "whimbrel": whimbrel.__version__,
-        "sources": [
-            [str(source.path.resolve()), [(name, *file[1:]) for name, file in source.files.items()]]
-            for source in job.sources
-        ],
-        "results": [(result.target.name, result.target.members, result.weights.texts()) for result in job.results],
-        "rules": asdict(job.rules),
-        "piece": job.piece,
-    }
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
 def _allocated(folder: Path) -> int:
     """Bytes on the disk of what an interrupted merge has left in `folder`."""
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def _check_tied(sources: Sequence[Source], tied: Sequence[tuple[str, str]]) -> None:
-    for a, b in tied:
-        for source in sources:
-            if a in source.tensors and b in source.tensors and not _equal(source.tensors[a], source.tensors[b]):
-                raise CheckpointError(f"tensors '{a}' and '{b}' are tied, but differ in {source.path}")
+class _OfThread(threading.local):
+    """What a thread that merges owns; made when it first asks for it."""
 
-
-def _equal(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    handles = _Handles()
-    with handles.closing():
-        both = Item("", one.dtype, one.dtype, one.shape, "equal", (one, other))
-        extents = make_extents([Slot(both, (0,) * len(one.shape), one.shape, "", 0)])
-        buffers = _Buffers(2, _COMPARED_PIECE, 0, [])
-        for piece in cut(extents, _COMPARED_PIECE):
-            for number in range(2):
-                buffers.fill(piece, number, handles)
-            if buffers.data(piece, 0) != buffers.data(piece, 1):
-                return False
-    return True
-
-
-class _Handles:
-    """Files open for reading, as many as the process may well hold; others are opened for each read."""
-
-    def __init__(self) -> None:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._room = max((limit if limit != resource.RLIM_INFINITY else 4096) // 2 - 64, 0)
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def use(self, path: Path) -> Iterator[int]:
-        """A handle for reading `path` from its beginning to its end."""
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is None and len(self._open) < self._room:
-                handle = self._open[path] = self._new(path)
-        if handle is not None:
-            yield handle
-            return
-        handle = self._new(path)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
-
-    @staticmethod
-    def _new(path: Path) -> int:
-        handle = os.open(path, os.O_RDONLY)
-        # The kernel then reads twice as far ahead, which is what keeps the disk busy while pieces are summed.
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return handle
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Close all of them at the end of the block, and leave nothing of them in the page cache."""
-        try:
-            yield
-        finally:
-            for handle in self._open.values():
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(handle)
-
-
-class _Buffers:
-    """The memory of one thread."""
-
-    def __init__(self, num_sources: int, piece: int, wider: int, averagers: list[Averager]) -> None:
-        # Rows a multiple of large powers of two apart would share few places of the caches.
-        room = -(-piece // 4096) * 4096 + 64
-        self.inputs = np.frombuffer(mmap.mmap(-1, num_sources * room), np.uint8).reshape(num_sources, room)
-        self._spread = memoryview(mmap.mmap(-1, room))
-        self.output = bytearray(piece * wider)
-        self.averagers = averagers
-
-    def fill(self, piece: Piece, source: int, handles: _Handles) -> list[tuple[Read, int]]:
-        """Put the piece's bytes of a source into its row; returns the CRC-32 of reads of boxes that have one."""
-        size, width = piece.stop - piece.start, ITEM_BYTES[piece.extent.item.dtype]
-        row = self.inputs[source, :size]
-        stored = piece.extent.item.stored[source].boxes
-        crcs: list[tuple[Read, int]] = []
-        for read in reads(piece, source):
-            whole = row.data[read.offset :] if read.into is None else self._spread
-            data = whole[: read.size]
-            with handles.use(read.path) as handle:
-                read_exactly(handle, data, read.start, read.path)
-                _forget(handle, read)
-            if stored[read.box].crc is not None:
-                crcs.append((read, zlib.crc32(data)))
-            if read.into is not None:
-                item = f"V{width}"
-                row.view(item).reshape(piece.sizes)[read.into] = np.frombuffer(data, item).reshape(read.sizes)
-        return crcs
-
-    def data(self, piece: Piece, source: int) -> memoryview:
-        """The piece's bytes of a source that `fill` has read."""
-        return self.inputs[source, : piece.stop - piece.start].data
-
-
-def _forget(handle: int, read: Read) -> None:
-    """Take out of the page cache what was read, in whole stretches, so that other programs keep what they have there.
-
-    Parts of them are left until the last read in a stretch: what the kernel read at once it would have to take apart.
-    """
-    first, last = (place // _STRETCH * _STRETCH for place in (read.start, read.start + read.size))
-    if last > first:
-        os.posix_fadvise(handle, first, last - first, os.POSIX_FADV_DONTNEED)
+    def __init__(self, job: Job) -> None:
+        self.buffers = Buffers(len(job.sources), job.piece)
+        self.averagers = [Averager(result.weights, job.rules.accumulate) for result in job.results]
+        wider = max(ITEM_BYTES[e.item.out_dtype] // ITEM_BYTES[e.item.dtype] for e in job.extents)
+        self.output = bytearray(job.piece * max(wider, 1))
 
 
 class _Pass:
     """One pass over the sources, which writes all results into the journal's folder."""
 
-    def __init__(self, job: _Job, journal: Journal, progress: Progress | None) -> None:
+    def __init__(self, job: Job, journal: Journal, progress: Progress | None) -> None:
         self._job, self._journal, self._progress = job, journal, progress
-        self._handles = _Handles()
+        self._handles = Handles()
         # One piece is read at a time: disks and the kernel's reading ahead are fastest with files read in order.
         self._reading = threading.Lock()
-        self._local = threading.local()
+        self._own = _OfThread(job)
         self._files: dict[tuple[int, str], int] = {}
         self._hashes = {
             (k, file): hashlib.sha256() for k in range(len(job.results)) for file in job.layout.places.values()
@@ -533,33 +288,30 @@ class _Pass:
         self._finish()
         return resumed
 
-    def _folder(self, result: _Result) -> Path:
+    def _folder(self, result: Result) -> Path:
         return self._journal.folder / result.target.name
 
     def _merge(self, piece: Piece) -> Done:
         """Merge one piece for every result."""
         job, extent = self._job, piece.extent
-        if not hasattr(self._local, "buffers"):
-            averagers = [Averager(result.weights, job.rules.accumulate) for result in job.results]
-            wider = max(ITEM_BYTES[e.item.out_dtype] // ITEM_BYTES[e.item.dtype] for e in job.extents)
-            self._local.buffers = _Buffers(len(job.sources), job.piece, max(wider, 1), averagers)
-        buffers: _Buffers = self._local.buffers
-        parts: list[Part] = []
+        buffers, parts = self._own.buffers, list[Part]()
         with self._reading:
-            for source in job.needed(extent.item):
-                crcs = buffers.fill(piece, source, self._handles)
-                parts += [Part(source, read.box, read.at, read.size, crc) for read, crc in crcs]
+            filled = [(source, buffers.fill(piece, source, self._handles)) for source in job.needed(extent.item)]
+        for source, checked in filled:
+            for read, known in checked:
+                crc = buffers.checksum(source, read) if known is None else known
+                parts.append(Part(source, read.box, read.at, read.size, crc))
         written = []
         for number, result in enumerate(job.results):
-            out = memoryview(buffers.output)[: _out_bytes(extent, piece.stop - piece.start)]
-            self._combine(piece, result.target.members, buffers, buffers.averagers[number], out)
+            out = memoryview(self._own.output)[: _out_bytes(extent, piece.stop - piece.start)]
+            self._combine(piece, result.target.members, buffers, self._own.averagers[number], out)
             slot = extent.slots[0]
             write_exactly(self._files[number, slot.file], out, slot.start + _out_bytes(extent, piece.start))
             written.append(zlib.crc32(out))
         return Done(tuple(written), tuple(parts))
 
     def _combine(
-        self, piece: Piece, members: tuple[int, ...], buffers: _Buffers, averager: Averager, out: memoryview
+        self, piece: Piece, members: tuple[int, ...], buffers: Buffers, averager: Averager, out: memoryview
     ) -> None:
         item, newest = piece.extent.item, buffers.data(piece, members[-1])
         if item.policy == "newest":
@@ -676,7 +428,7 @@ class _Pass:
                 for number in range(len(self._job.results))
             )
             if found != done.written:
-                self._journal.keep(count, _fingerprint(self._job))
+                self._journal.keep(count, fingerprint(self._job))
                 break
             self._count(piece, done)
         return self._done_bytes
@@ -713,15 +465,7 @@ def _create(path: Path, size: int, stack: ExitStack) -> int:
     return handle
 
 
-def _check_unchanged(sources: Sequence[Source]) -> None:
-    for source in sources:
-        for file in source.files.values():
-            status = file.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise CheckpointError(f"{file.path} changed while it was merged; start again")
-
-
-def _write_manifest(folder: Path, job: _Job, result: _Result, hashes: Mapping[str, str]) -> None:
+def _write_manifest(folder: Path, job: Job, result: Result, hashes: Mapping[str, str]) -> None:
     """Record what was averaged and what came out; `files` is as in a checkpoint's meta.json."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = {
@@ -759,7 +503,7 @@ def _write_manifest(folder: Path, job: _Job, result: _Result, hashes: Mapping[st
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_contents(folder: Path, job: _Job) -> None:
+def _write_contents(folder: Path, job: Job) -> None:
     """Which merges a sweep's folder holds."""
     merges = {
         result.target.name: {

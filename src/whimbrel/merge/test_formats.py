@@ -98,7 +98,7 @@ def mean(tmp_path: Path) -> dict[str, Tensor]:
 def test_shardings_that_differ_give_the_bytes_of_plain_files(
     piece: int, mean: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", piece)
+    monkeypatch.setattr("whimbrel.merge.job._LARGEST_PIECE", piece)
     sources = [
         cut_into(tmp_path / "a", weights(0), 3, axis=0),
         cut_into(tmp_path / "b", weights(1), 4, axis=1),

@@ -15,9 +15,10 @@ from whimbrel.errors import CheckpointError, ConfigError
 from whimbrel.files import sha256_file
 from whimbrel.merge import merge_checkpoints
 from whimbrel.merge.config import SMAConfig, WMAConfig
+from whimbrel.merge.job import Target
 from whimbrel.merge.plan import Rules
 from whimbrel.merge.select import learning_rates, list_candidates, parse_tokens, preset, select_window
-from whimbrel.merge.stream import Target, merge_many
+from whimbrel.merge.stream import merge_many
 
 
 def checkpoint(run: Path, name: str, value: float) -> Path:

@@ -24,10 +24,11 @@ from torch import Tensor
 from whimbrel.checkpoint.steps import Meta, write_meta
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError
 from whimbrel.files import sha256_file
-from whimbrel.merge import merge_checkpoints, stream
+from whimbrel.merge import merge_checkpoints
 from whimbrel.merge.blocks import Averager
 from whimbrel.merge.config import DecayConfig, ExplicitConfig
 from whimbrel.merge.pma import sma
+from whimbrel.merge.reading import Handles
 
 NAN, INF = float("nan"), float("inf")
 
@@ -121,11 +122,11 @@ def test_reads_of_any_place_and_size_give_the_same_bytes(
         else:
             dcp.save(tensors, checkpoint_id=path, no_dist=True)
     merge_checkpoints(paths, tmp_path / "whole")
-    monkeypatch.setattr(stream, "_LARGEST_PIECE", 30_008)
+    monkeypatch.setattr("whimbrel.merge.job._LARGEST_PIECE", 30_008)
     merge_checkpoints(paths, tmp_path / "cut", workers=3)
     opened: list[Path] = []
-    new = stream._Handles._new
-    monkeypatch.setattr(stream._Handles, "_new", staticmethod(lambda path: opened.append(path) or new(path)))
+    new = Handles._new
+    monkeypatch.setattr(Handles, "_new", staticmethod(lambda path: opened.append(path) or new(path)))
     monkeypatch.setattr("resource.getrlimit", lambda _: (0, 0))
     merge_checkpoints(paths, tmp_path / "opened", workers=3)
     assert len(opened) > 3 * len(paths)
@@ -138,7 +139,7 @@ def test_reads_of_any_place_and_size_give_the_same_bytes(
 def test_pieces_and_blocks_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [step(tmp_path / "run", i, {"a": normal(i, 1001), "b": normal(9 + i, 77)}) for i in (1, 2, 3)]
     merge_checkpoints(paths, tmp_path / "whole")
-    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", 200)
+    monkeypatch.setattr("whimbrel.merge.job._LARGEST_PIECE", 200)
     monkeypatch.setattr("whimbrel.merge.blocks.BLOCK", 13)
     done: list[tuple[int, int]] = []
     merge_checkpoints(paths, tmp_path / "cut", progress=lambda now, total: done.append((now, total)))
@@ -548,8 +549,8 @@ def test_source_that_changes_meanwhile(run: list[Path], tmp_path: Path) -> None:
 
 SLOW_MERGE = """
 import sys, time
-from whimbrel.merge import stream
-stream._LARGEST_PIECE, stream._SYNC_SECONDS = 300, 0.0
+from whimbrel.merge import job, stream
+job._LARGEST_PIECE, stream._SYNC_SECONDS = 300, 0.0
 count = int(sys.argv[1])
 def slow(done, total):
     global count
@@ -574,7 +575,7 @@ def test_killed_merge_leaves_a_hidden_folder_and_is_taken_up_from_there(
     run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed four times, each time further on; then a merge that reads only the rest and gives the same bytes."""
-    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", 300)
+    monkeypatch.setattr("whimbrel.merge.job._LARGEST_PIECE", 300)
     whole = merge_checkpoints(run, tmp_path / "whole")
     out = tmp_path / "out"
     for pieces in (5, 20, 21, 40):
@@ -592,7 +593,7 @@ def test_killed_merge_leaves_a_hidden_folder_and_is_taken_up_from_there(
 
 def test_interruption_at_any_point(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after any piece, and after it other damage: a torn line, bytes that never reached the disk."""
-    monkeypatch.setattr("whimbrel.merge.stream._LARGEST_PIECE", 300)
+    monkeypatch.setattr("whimbrel.merge.job._LARGEST_PIECE", 300)
     monkeypatch.setattr("whimbrel.merge.stream._SYNC_SECONDS", -1.0)
     merge_checkpoints(run, tmp_path / "whole", method="wma")
     wanted = sha256_file(tmp_path / "whole" / "model.safetensors")
@@ -643,7 +644,7 @@ def test_two_merges_into_one_folder(run: list[Path], tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from whimbrel.merge import merge_checkpoints, stream
+from whimbrel.merge import merge_checkpoints
 merge_checkpoints(sys.argv[4:], sys.argv[1], method=sys.argv[2], memory_limit=int(sys.argv[3]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print("torch" in sys.modules)

@@ -17,7 +17,7 @@ from whimbrel.config import Config, OnlineConfig, encode, to_toml
 from whimbrel.errors import CheckpointError
 from whimbrel.files import publish_folder, remove, remove_leftovers, temporary_name
 from whimbrel.merge.online import OnlineAverage
-from whimbrel.merge.stream import MANIFEST
+from whimbrel.merge.outputs import MANIFEST
 from whimbrel.model import Decoder
 
 
