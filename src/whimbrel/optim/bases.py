@@ -40,11 +40,11 @@ class Bases:
         self._gaps: dict[Key, HostCopy] = {}
         self._drawn: dict[tuple[int, int, int], tuple[tuple[int, ...], Tensor]] = {}
 
-    def read(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
-        """The bases [B, d, r], whole on every process."""
+    def read(self, group: dict[str, Any], batch: Sequence[Matrix], *, opened: bool = True) -> Tensor:
+        """The bases [B, d, r], whole on every process: in float32, or as they are held where they need no decoding."""
         _, d = sides(batch[0].shape, group["side"])
         if group["refresh"] != "random":
-            return storage.read_basis([matrix.state for matrix in batch], d)
+            return storage.read_basis([matrix.state for matrix in batch], d, opened=opened)
         return lowrank.drawn(self.drawn_keys(group, batch), d, group["rank"])
 
     def drawn_keys(self, group: dict[str, Any], batch: Sequence[Matrix]) -> Tensor:
@@ -136,8 +136,12 @@ class Bases:
         fresh: set[Key],
         old: Tensor | None = None,
         spread: Spread = WHOLE,
+        size: Tensor | None = None,
     ) -> Tensor:
-        """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones."""
+        """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones.
+
+        size: norms [B] of the whole gradients in float64, where they are known.
+        """
         rank = group["rank"]
         if group["refresh"] == "exact" or chosen[0].key in fresh:
             stack = grad if isinstance(grad, Tensor) else storage.stack(grad)
@@ -146,9 +150,9 @@ class Bases:
             noise = spread.depth.cut(self._noise(group, chosen, stack.device, side), -2)
             return spread.depth.join(lowrank.fit_first(stack.float(), noise, side, rank, spread=spread), -2)
         old = self.read(group, chosen) if old is None else old
-        half = chosen[0].grad.dtype == torch.bfloat16
+        products = torch.bfloat16 if chosen[0].grad.dtype == torch.bfloat16 else torch.float32
         start = spread.depth.cut(old, -2)
-        new = lowrank.fit_warm(grad, start, side, products=torch.bfloat16 if half else torch.float32, spread=spread)
+        new = lowrank.fit_warm(grad, start, side, products=products, size=size, spread=spread)
         return spread.depth.join(new, -2)
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[Matrix], device: torch.device, side: str) -> Tensor:
@@ -192,9 +196,12 @@ class Bases:
         fresh: matrices that get their first bases, all of the batch or none. apart: what `fit_apart` has found.
         """
         grads = [matrix.grad for matrix in batch]
-        norms = storage.stack(torch._foreach_norm(grads, dtype=torch.float32))
-        active = amp.active(batch[0].spread.everywhere(norms.square()))
-        self._refresh(group, batch, grads, active, fresh, apart)
+        size, spread = lowrank.norms(grads), batch[0].spread
+        if spread.split:
+            size = spread.everywhere(size.square()).sqrt()
+        # out of the range of float32, as in a step
+        active = amp.active(size.float().square())
+        self._refresh(group, batch, grads, active, fresh, apart, size)
 
     def _refresh(
         self,
@@ -204,21 +211,22 @@ class Bases:
         active: Tensor,
         fresh: set[Key],
         apart: dict[Key, Tensor],
+        size: Tensor | None = None,
     ) -> None:
-        """Fit the bases of B matrices anew where they are active [B]."""
+        """Fit the bases of B matrices anew where they are active [B]; size: norms [B] of the whole gradients."""
         spread, side = chosen[0].spread, resolve_side(group["side"], chosen[0].shape)
-        old = self.read(group, chosen)
+        old = self.read(group, chosen, opened=False)
         if all(matrix.key in apart for matrix in chosen):
             new = storage.stack([apart[matrix.key] for matrix in chosen])
         else:
-            new = self.fit(group, chosen, grad, side, fresh, old, spread)
-        # a fit that fails leaves NaN, which reaches the sum, and the old basis then stays
-        active = active & new.sum((-2, -1)).isfinite()
+            new = self.fit(group, chosen, grad, side, fresh, old, spread, size)
+        # a fit that fails leaves NaN, at the latest in the last column, and the old basis then stays
+        active = active & new[..., -1].sum(-1).isfinite()
         new = torch.where(active[:, None, None], new, old)
         if group["on_refresh"] != "keep":
-            self._carry(group, chosen, old, new, side, active)
+            self._carry(group, chosen, old.float(), new, side, active)
         if group["lazy_overlap"]:
-            self._widen(group, chosen, old, new)
+            self._widen(group, chosen, old.float(), new)
         storage.write_basis([matrix.state for matrix in chosen], new)
 
     def _carry(

@@ -87,22 +87,26 @@ def orthonormal(x: Tensor, *, rounds: int = 2, split: Split = WHOLE.depth) -> Te
 
 
 def _orthonormal_once(x: Tensor, split: Split) -> Tensor:
-    """The same of products of bfloat16, float32, k <= d / 2, in one round; x is overwritten.
+    """The same of products of bfloat16, float32, k <= d / 2, in one round.
 
     With COARSE_FILL the condition is far from what float64 survives without a shift.
     """
-    y = _filled(x, COARSE_FILL, split).double()
+    # columns of norm 1 / COARSE_FILL, as their size does not matter
+    y = torch.addcdiv(_filling(x, split), x, _column_norms(x, split), value=1 / COARSE_FILL)
     return torch.linalg.solve_triangular(_factor(split.sum(y.mT @ y)).mT, y, upper=True, left=False).float()
 
 
 def _filled(x: Tensor, fill: float, split: Split) -> Tensor:
     """x with columns of norm 1 and `fill` of fixed noise, in its place."""
+    return x.div_(_column_norms(x, split)).add_(_filling(x, split), alpha=fill)
+
+
+def _column_norms(x: Tensor, split: Split) -> Tensor:
+    """Norms [B, 1, k] in float64, none below the range of float32."""
     norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True, dtype=torch.float64)
     if split.groups:
         norm = split.sum(norm.square()).sqrt()
-    x.div_(norm.clamp_min(torch.finfo(torch.float32).tiny).to(x.dtype))
-    rows = split.rows(x)
-    return x.add_(split.cut(_filling(rows, x.shape[-1], x.device), -2), alpha=fill / math.sqrt(rows) / (1 << 16))
+    return norm.clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def _factor(gram: Tensor) -> Tensor:
@@ -111,15 +115,27 @@ def _factor(gram: Tensor) -> Tensor:
     return lower.masked_fill_((failed != 0)[..., None, None], math.nan)
 
 
+def _filling(x: Tensor, split: Split) -> Tensor:
+    """Fixed noise for the rows of x that are here, in columns of some norm below 1."""
+    return split.cut(_noise_of(split.rows(x), x.shape[-1], x.device), -2)
+
+
 @functools.lru_cache(maxsize=16)
-def _filling(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Fixed noise, int16. Kept for the few shapes of a model: drawing it is most of what a refresh would launch."""
+def _noise_of(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Kept for the few shapes of a model: drawing it is most of what a refresh would launch."""
     key = torch.zeros((), dtype=torch.int64, device=device)
-    return counter.lattice(key, rows, columns).sub_(1 << 15).short()
+    return counter.lattice(key, rows, columns).sub_(1 << 15).float().div_(math.sqrt(rows) * (1 << 16))
 
 
 Matrices = Tensor | Sequence[Tensor]
 """[B, m, n], or B matrices [m, n] that lie anywhere."""
+
+
+def norms(matrices: Matrices) -> Tensor:
+    """Frobenius norms [B], float64."""
+    if isinstance(matrices, Tensor):
+        return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)
+    return storage.stack([torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in matrices])
 
 
 def times(matrices: Matrices, x: Tensor) -> Tensor:
@@ -178,21 +194,26 @@ def fit_warm(
     side: str,
     *,
     products: torch.dtype = torch.float32,
+    size: Tensor | None = None,
     spread: Spread = WHOLE,
 ) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps.
 
     grad: [B, m, n], or B matrices, which are then not stacked. products: dtype of the factors, for a gradient in
     bfloat16 its own. That gradient is rounded by 2^-9 of its elements, so directions that would be lost without an
-    orthonormalisation between the two products are mostly rounding, and one round does in place of three.
+    orthonormalisation between the two products are mostly rounding, and one round does in place of three. size:
+    the norms [B] of the whole gradients in float64, where they are known.
     """
     if products == torch.float32:
-        return iterate(grad, basis, side, WARM_ITERATIONS, spread=spread)
+        return iterate(grad, basis.float(), side, WARM_ITERATIONS, spread=spread)
+    if size is None:
+        size = spread.everywhere(norms(grad).square()).sqrt() if spread.split else norms(grad)
     g, transposed = _both_ways(grad, side, products)
     middle = spread.depth.sum(times(transposed, basis))
     # a product more would leave the range of float32 for gradients that are still in it
-    size = spread.slices.sum(torch.linalg.vector_norm(middle, dim=(-2, -1), keepdim=True, dtype=torch.float64))
-    new = spread.slices.sum(times(g, middle.div_(size.clamp_min(torch.finfo(torch.float32).tiny).float())))
+    size = size.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    middle = torch.div(middle, size, out=torch.empty_like(middle, dtype=products))
+    new = spread.slices.sum(times(g, middle))
     if 2 * new.shape[-1] > spread.depth.rows(new):
         return orthonormal(new, split=spread.depth)
     return _orthonormal_once(new, spread.depth)

@@ -123,11 +123,11 @@ def write_moment(
         store(states, key, new)
 
 
-def read_basis(states: Sequence[dict[str, Tensor]], rows: int) -> Tensor:
-    """The bases [B, rows, r] of several equal matrices, float32."""
+def read_basis(states: Sequence[dict[str, Tensor]], rows: int, *, opened: bool = True) -> Tensor:
+    """The bases [B, rows, r] of several equal matrices, float32; not `opened`, as they are held unless in codes."""
     stored = stack([state["basis"] for state in states])
     if "basis_scale" not in states[0]:
-        return stored.float()
+        return stored.float() if opened else stored
     return decode_basis(Codes(stored, stack([state["basis_scale"] for state in states])), rows)
 
 
