@@ -19,11 +19,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Audit": "whimbrel.sparse.coverage:Audit",
         "DenseConfig": "whimbrel.sparse.dense.config:DenseConfig",
         "FlexPrefillConfig": "whimbrel.sparse.flex_prefill.config:FlexPrefillConfig",
+        "KeyStatistics": "whimbrel.sparse.statistics:KeyStatistics",
         "Out": "whimbrel.sparse.apply:Out",
         "RowLocalConfig": "whimbrel.sparse.row_local.config:RowLocalConfig",
         "Target": "whimbrel.sparse.apply:Target",
         "Selector": "whimbrel.sparse.apply:Selector",
         "WindowConfig": "whimbrel.sparse.window.config:WindowConfig",
         "apply_selector": "whimbrel.sparse.apply:apply_selector",
+        "key_statistics": "whimbrel.sparse.statistics:key_statistics",
     },
 )

@@ -15,12 +15,12 @@ from whimbrel.attend.shapes import check_qkv, default_scale
 from whimbrel.errors import ConfigError
 from whimbrel.sparse.blocks import (
     block_mass,
-    block_means,
     cover_rows,
     heads_first,
     per_key_head,
     rows_needed,
 )
+from whimbrel.sparse.statistics import KeyStatistics, check_statistics, key_statistics
 
 
 class Audit(NamedTuple):
@@ -90,13 +90,21 @@ def coverage(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None, ro
 
 
 def bounds(
-    q: Tensor, k: Tensor, plan: Plan, lse: Tensor, *, scale: float | None = None, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    plan: Plan,
+    lse: Tensor,
+    *,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    statistics: KeyStatistics | None = None,
 ) -> Bounds:
     """What statistics of the key blocks prove about the coverage of a plan.
 
     Args:
         q, k, plan, scale, rows: as for `coverage`.
         lse: [B, Tq, H], of attention over the plan; `attend` returns it.
+        statistics: of all keys of k in the blocks of the plan, where they are at hand; else they are computed.
 
     A block left out holds keys with mean c, all within the radius r of c and within a box. The mean of exp over them is
     at least exp(scale q . c) (Jensen), and at most that of the chord of exp over the range of their logits, which is
@@ -108,11 +116,10 @@ def bounds(
     grid = plan.grid
     rows = torch.arange(grid.q_len, device=q.device) if rows is None else rows
     query = heads_first(q[:, rows]) * default_scale(shape.dim, scale)
-    keys = heads_first(k)
-    means, counts = block_means(keys, grid.block_size)
-    spread = [x - mean for x, mean in zip(keys.split(grid.block_size, 2), means.unsqueeze(3).unbind(2))]
-    least, most = (torch.stack([f(part, 2) for part in spread], 2) for f in (torch.amin, torch.amax))
-    radius = torch.stack([part.norm(dim=-1).amax(2) for part in spread], 2)  # [B, Hkv, blocks]
+    if statistics is None:
+        statistics = key_statistics(k, grid.block_size)
+    check_statistics(statistics, k, grid.block_size)
+    means, least, most, radius = statistics[2:]
     middle = per_key_head(query, means)
     up, down = query.clamp_min(0), query.clamp_max(0)
     ball = query.norm(dim=-1, keepdim=True) * radius.repeat_interleave(shape.heads // k.shape[2], 1).unsqueeze(2)
@@ -122,7 +129,7 @@ def bounds(
     at = rows + grid.offset
     whole = torch.arange(grid.key_blocks, device=q.device) < (at // grid.block_size)[:, None]
     dropped = whole & ~plan.to_mask()[:, :, at // grid.block_size - grid.first_block]
-    base = middle + counts.log() - lse[:, rows].transpose(1, 2).unsqueeze(-1)
+    base = middle + statistics.counts.log() - lse[:, rows].transpose(1, 2).unsqueeze(-1)
     low, high = (
         (1 + x.masked_fill(~dropped, -math.inf).clamp_max(80).exp().sum(-1)).reciprocal() for x in (base + chord, base)
     )

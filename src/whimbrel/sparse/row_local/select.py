@@ -10,14 +10,13 @@ from torch import Tensor
 
 from whimbrel.attend.plan import Grid, Plan
 from whimbrel.attend.shapes import check_qkv, default_scale
-from whimbrel.errors import UnsupportedError
+from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.sparse.blocks import (
     JUDGED_AT,
     PILOT_ROWS,
     PROBE_ROWS,
     always_kept,
     block_mass,
-    block_means,
     blocks_of,
     cover_rows,
     doubtful,
@@ -28,6 +27,7 @@ from whimbrel.sparse.blocks import (
     within_budget,
 )
 from whimbrel.sparse.kernels import proven, unfit
+from whimbrel.sparse.statistics import KeyStatistics, check_statistics, key_statistics
 
 
 def select(
@@ -43,8 +43,11 @@ def select(
     block_size: int,
     impl: str = "auto",
     scale: float | None = None,
+    statistics: KeyStatistics | None = None,
 ) -> Plan:
     """The plan for q [B, Tq, H, D], the last Tq positions, and k [B, Tk, Hkv, D].
+
+    statistics: of all keys of k in blocks of `block_size`, for estimate="mean" where they are at hand.
 
     The choice for a query block does not change with what follows it, nor with where the prompt is cut, as
     long as the cuts lie on block borders. Every query block is computed with shapes that depend on its place
@@ -59,6 +62,8 @@ def select(
         "least": blocks_of(min_budget, block_size),
         "most": None if max_budget is None else blocks_of(max_budget, block_size),
     }
+    if statistics is not None and estimate != "mean":
+        raise ConfigError(f"row_local: estimate='{estimate}' reads no statistics of keys; leave them out")
     why = unfit(q, block_size)
     if impl == "triton" and why is not None:
         raise UnsupportedError(f"row_local: impl='triton' cannot run here: {why}; use impl='auto'")
@@ -68,7 +73,7 @@ def select(
         rows = block_size if estimate == "exact" else probe_rows
         return sampled_plan(q, k, grid, probe_rows=rows, coverage=coverage, row_share=row_share, scale=scale, **budget)
     query, keys = heads_first(q), heads_first(k)
-    means = block_means(keys, block_size)[0]
+    means = _means(k, block_size, estimate, statistics)
 
     causal, forced = grid.causal(q.device), always_kept(grid, q.device)
     chosen = torch.zeros(
@@ -91,6 +96,16 @@ def select(
             found = choose(mass(probe_rows if estimate == "sampled" else None), coverage)
         chosen[:, :, row, seen] = found
     return plan_of(chosen, grid)
+
+
+def _means(k: Tensor, block_size: int, estimate: str, statistics: KeyStatistics | None) -> Tensor:
+    """Mean keys [B, Hkv, blocks, D]; none where the estimate asks for none."""
+    if estimate != "mean":
+        return k.new_empty(0)
+    if statistics is None:
+        statistics = key_statistics(k, block_size)
+    check_statistics(statistics, k, block_size)
+    return statistics.means
 
 
 def _mass(
