@@ -61,6 +61,11 @@ def test_tables_show_tasks_lengths_places_and_the_worst(run, capsys) -> None:
     assert all(" to " in line for line in lines)
 
 
+def test_lengths_are_those_of_needles_too(run, capsys) -> None:
+    assert main(["eval", run, "--tasks", "needle", "--lengths", "48", "64", "--num-sequences", "2", "--json"]) == 0
+    assert {cell["length"] for cell in json.loads(capsys.readouterr().out)["needle"]} == {48, 64}
+
+
 def test_bfloat16_is_arithmetic_of_its_own_and_close(run, capsys) -> None:
     found = {}
     for dtype in ("float32", "bfloat16"):
@@ -78,6 +83,14 @@ def test_bfloat16_is_arithmetic_of_its_own_and_close(run, capsys) -> None:
         (["--methods", "row_local:coverge=0.5"], "unknown setting 'row_local.coverge'; did you mean 'coverage'?"),
         (["--methods", "row_local:coverage=2.0"], "row_local.coverage = 2.0 is not allowed"),
         (["--tasks", "copying", "--lengths", "1"], "length = 1 has no room for the task 'copying'; use at least 2"),
+        (
+            ["--tasks", "mqar", "--lengths", "64"],
+            "lengths = [64] has no task; add needle, or tasks of the grid, or leave",
+        ),
+        (
+            ["--tasks", "bpb", "--methods", *METHODS[:2]],
+            "methods are compared in tasks of the grid; add grid, or one of",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(run, arguments, message, capsys) -> None:

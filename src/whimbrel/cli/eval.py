@@ -26,7 +26,7 @@ class Args:
     tasks: tuple[str, ...] = ("bpb", "mqar", "needle")
     """Any of bpb, mqar, needle, and of the tasks of the grid by name; `grid` is all of these."""
     lengths: tuple[int, ...] = ()
-    """Tokens of a sequence in the grid; default: the run's eval.needle_lengths."""
+    """Tokens of a sequence of needle and of the grid; default: the run's eval.needle_lengths."""
     methods: tuple[str, ...] = ("dense",)
     """Attention of the grid: dense, or KIND:setting=value,... of a selector, e.g. flex_prefill:coverage=0.9."""
     lm_eval: tuple[str, ...] = ()

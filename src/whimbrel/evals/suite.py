@@ -38,12 +38,19 @@ def run_evals(
 
     Tasks of `whimbrel.evals.tasks` are evaluated together, with the held-out text as haystack, and are one dictionary,
     "grid" (see `evaluate_grid`). tokenizer: the model's. shards: held-out text. seq_len: window of the bits per byte
-    and least length of an MQAR sequence, usually the length trained on. lengths, methods: of the grid; the lengths of
-    the needles if empty. Raises ConfigError for an unknown task, DataError if the text was made with another tokenizer.
+    and least length of an MQAR sequence, usually the length trained on. lengths: of needles and of the grid; those of
+    the configuration if empty. methods: of the grid. Raises ConfigError for an unknown task, and for lengths or methods
+    that no task takes, DataError if the text was made with another tokenizer.
     """
     for task in tasks:
         if task not in TASKS:
             raise ConfigError(f"unknown task '{task}'{nearest(task, TASKS)}; use one of {', '.join(TASKS)}")
+    grid = tuple(GRID) if "grid" in tasks else tuple(task for task in tasks if task in GRID)
+    if lengths and not grid and "needle" not in tasks:
+        raise ConfigError(f"lengths = {list(lengths)} has no task; add needle, or tasks of the grid, or leave it out")
+    if tuple(methods) != (DENSE,) and not grid:
+        raise ConfigError("methods are compared in tasks of the grid; add grid, or one of them, or leave methods out")
+    lengths = tuple(lengths) or config.needle_lengths
     if tokenizer.to_json() != shards.tokenizer().to_json():
         raise DataError(
             f"the shards in {shards.folder} were made with another tokenizer than the model's; "
@@ -51,7 +58,6 @@ def run_evals(
         )
     sizes = {"seed": config.seed, "num_sequences": config.num_sequences}
     results: dict[str, Any] = {}
-    grid = tuple(GRID) if "grid" in tasks else tuple(task for task in tasks if task in GRID)
     others = [task for task in tasks if task in DEFAULT]
     with track("evaluate", len(others), "task", quiet=quiet) as bar:
         for task in others:
@@ -64,7 +70,7 @@ def run_evals(
                 cells = evaluate_mqar(model, tokenizer.symbols, pairs=config.mqar_pairs, seq_len=seq_len, **sizes)
                 results[task] = [cell._asdict() for cell in cells]
             else:
-                cells = evaluate_needle(model, shards, tokenizer.symbols, lengths=config.needle_lengths, **sizes)
+                cells = evaluate_needle(model, shards, tokenizer.symbols, lengths=tuple(lengths), **sizes)
                 results[task] = [cell._asdict() for cell in cells]
             bar.advance()
     if grid:
@@ -72,7 +78,7 @@ def run_evals(
             model,
             tokenizer.symbols,
             tasks=grid,
-            lengths=tuple(lengths) or config.needle_lengths,
+            lengths=tuple(lengths),
             methods=methods,
             haystack=held_out_text(shards),
             quiet=quiet,
