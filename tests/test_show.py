@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from whimbrel.cli import main
-from whimbrel.config import Config, load_config, with_overrides
+from whimbrel.config import Config, load_config, to_toml, with_overrides
 from whimbrel.model.memory import parameter_counts
 from whimbrel.training.loop import train
 
@@ -55,3 +55,11 @@ def test_what_cannot_be_shown(run: tuple[Config, Path], tmp_path: Path, capsys) 
     assert "holds neither model.safetensors nor a complete checkpoint" in capsys.readouterr().err
     assert main(["show", str(run[1]), "--tokens", "0"]) != 0
     assert "--tokens = 0 is not allowed; use positive numbers of tokens" in capsys.readouterr().err
+
+
+def test_a_model_too_small_for_the_optimizer_of_its_configuration(run: tuple[Config, Path], tmp_path: Path) -> None:
+    """As `whimbrel convert` leaves a small model of the Llama family: the default optimizer has a higher rank."""
+    config, folder = run
+    (tmp_path / "model.safetensors").symlink_to(folder / "step-000002" / "model.safetensors")
+    (tmp_path / "config.toml").write_text(to_toml(with_overrides(config, {"optim.rank": 4096})))
+    assert main(["show", str(tmp_path), "--device", "cpu"]) == 0

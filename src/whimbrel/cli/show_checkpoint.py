@@ -55,7 +55,7 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
     from whimbrel.checkpoint.tensorfile import read_folder
     from whimbrel.config import kind_of, require
     from whimbrel.infer.load import load_run_config, model_dir
-    from whimbrel.model.memory import LENGTHS, model_report
+    from whimbrel.model.memory import LENGTHS, parameter_counts, state_bytes
     from whimbrel.training.processes import pick_device
 
     for tokens in lengths:
@@ -63,7 +63,6 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
     folder = model_dir(path)
     config = load_run_config(folder)
     lengths = tuple(lengths) or LENGTHS
-    report = model_report(config, lengths=lengths)
     tensors = read_folder(folder)
     entries = [tensors.entry(name) for name in tensors.places]
     disk = {"weights": sum(entry.stop - entry.start for entry in entries)}
@@ -81,7 +80,7 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
     return {
         "path": str(folder),
         "what": what,
-        "parameters": report["parameters"],
+        "parameters": parameter_counts(config.model),
         "disk": disk,
         "layers": [
             {
@@ -93,7 +92,7 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
             }
             for block, mixer in enumerate(config.model.layers())
         ],
-        "inference": report["inference"],
+        "inference": [state_bytes(config.model, tokens, bytes_per_element=element)._asdict() for tokens in lengths],
         "device": str(place),
         "code": _code(config, place),
     }
