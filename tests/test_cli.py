@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from whimbrel.cli import VERBS, main
+from whimbrel.cli.args import print_table
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -158,6 +159,14 @@ def test_show_json_and_kinds(capsys) -> None:
     kinds = json.loads(run(capsys, "show", "kinds", "--json")[1])
     assert {"rla", "rdn", "softmax"} <= set(kinds["mixers"])
     assert "fira" in kinds["optim"]
+
+
+def test_columns_of_words_stand_on_the_left_and_figures_on_the_right(capsys) -> None:
+    print_table("Title", ("part", "why", "bytes"), [("a", "short", "1,000"), ("b", "longer than that", "5")])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "a     short             1,000",
+        "b     longer than that      5",
+    ]
 
 
 def test_merge_by_a_decay_curve_and_by_fractions(capsys, tmp_path) -> None:

@@ -98,7 +98,7 @@ def _method(hint: str, complaint: str) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; the first column is text, the others are figures."""
+    """A table on stdout; the first column and columns of words stand on the left, figures on the right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -108,7 +108,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        words = any(str(row[i])[:1].isalpha() for row in rows)
+        table.add_column(column, justify="left" if i == 0 or words else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console.print(table)
