@@ -111,12 +111,13 @@ def backward_stream(
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
     GATHER: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
     q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
     x is what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first,
-    or for the only one. `clip` bounds residuals; without the delta rule, residuals as they are stored.
+    or for the only one. KEPT: x is what the stream wrote, but for its rate, so nothing is solved for. `clip` bounds residuals; without the delta rule, residuals as they are stored.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
     the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
     stretches behind ask for: `local`, of `reach`, and the `carried` decays.
@@ -137,6 +138,7 @@ def backward_stream(
     READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
     STREAM: gl.constexpr = 0 if FIRST else 1
     APART: gl.constexpr = WEIGHTED or (FIRST and not GATED)  # the queries' pairs count in a sum of their own too
+    SOLVES: gl.constexpr = DELTA and not KEPT
     LEFT: gl.constexpr = FIRST and not DELTA  # nothing asks what was read, but the residual, which tells it
     SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
     MIDDLE: gl.constexpr = 256 * V + 2 * K * V + (128 * V if LEFT else 0)
@@ -166,7 +168,9 @@ def backward_stream(
         else:
             z_s = work_s._reinterpret(dtype, [1, 64, 64], TILE)
     # The delta rule's error, and dx, which may take the place of x once no product reads it any more.
-    if DELTA:
+    if KEPT:
+        e_s, dx_s = x_s, two_s
+    elif DELTA:
         e_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
         dx_s = x_s if FIRST else two_s
     else:
@@ -275,7 +279,7 @@ def backward_stream(
         publish()
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
-        if DELTA:
+        if SOLVES:
             seen = multiply(k_s.index(o), state_s.index(o), LV, 64, V)
         pull = multiply(k_s.index(o), pull_s.index(o), LV, 64, V)
         one_s.index(o).store(
@@ -293,13 +297,13 @@ def backward_stream(
             fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
         else:
             fade = gl.where(row_c[:, None] >= col[None, :], fade, 0.0)
-        if DELTA:
+        if SOLVES:
             score = warpgroup_mma_wait(2, deps=(score,))
         else:
             score = warpgroup_mma_wait(1, deps=(score,))
         score = score * fade
         p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
-        if DELTA:
+        if SOLVES:
             work = x_s.index(o).load(LV)
             seen = warpgroup_mma_wait(1, deps=(seen,))
             work = work.to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
@@ -309,13 +313,13 @@ def backward_stream(
         publish()
 
         o = opaque(0)
-        if DELTA:
+        if SOLVES:
             inner = multiply(l_s.index(o), two_s.index(o), LV, 64, V)
         pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
         ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
         if HAS_TILE:
             alpha = table[ALPHA].index(phase).load(RV)
-        if DELTA:
+        if SOLVES:
             inner = warpgroup_mma_wait(2, deps=(inner,))
             e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
         if FIRST:

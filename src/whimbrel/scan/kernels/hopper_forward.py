@@ -94,7 +94,8 @@ def walk(
 
     LINKED: the other stream runs beside this one. The first puts residual and share of y into `left_s` and `share_s`,
     two places each, and says so in `ready`; the second says in `done` that it has read them, and asks for the keys and
-    queries of later chunks when both are through with a place.
+    queries of later chunks when both are through with a place. With SAVE the residual goes to memory, and for the
+    delta rule in its place the second stream's error.
     GATHER: the start is put together from `starts`, of the sequence, and what the stretches before leave: `local` and
     `decays` of `stretch_ends`. `ends` are those of sequences.
     """
@@ -112,6 +113,8 @@ def walk(
     # Without the delta rule, what is written is known before the state is: its products need not wait. A second stream
     # has too few of them to gain, and beside each other two streams fill the time already.
     EARLY: gl.constexpr = not DELTA and FIRST and not LINKED
+    # The backward of a second stream then need not solve for its error again.
+    LEAVES: gl.constexpr = LINKED and DELTA and SAVE
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     n = gl.cdiv(end - start, 64)
@@ -294,7 +297,10 @@ def walk(
             else:
                 left_s.index(o).store(left.to(dtype))
         if DELTA:
-            work = (work + inner * alpha[:, None]) * rate[:, None]
+            work = work + inner * alpha[:, None]
+            if LEAVES and not FIRST:
+                left_s.index(par).store(work.to(dtype))
+            work = work * rate[:, None]
         if EARLY:
             # Again, since it would take registers that products want.
             work = given.load(ACC).to(gl.float32) * rate[:, None]
@@ -322,12 +328,11 @@ def walk(
             until_s.index(0).store(next_until)
             before_s.index(0).store(next_before)
             rate_s.index(0).store(next_rate)
-        if FIRST:
-            if LINKED:
-                if SAVE:
-                    put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
-            else:
-                put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
+        if LINKED:
+            if SAVE and FIRST != LEAVES:
+                put(left_s.index(par), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
+        elif FIRST:
+            put(left_s.index(o), residual, residual_memory, first, value_col, rows, HV * V, 64, 4)
         s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
@@ -344,6 +349,8 @@ def walk(
             if LINKED:
                 out += share_s.index(par).load(ACC).to(gl.float32)
                 y_s.index(o).store(out.to(dtype))
+                if LEAVES:
+                    tma.store_wait(0)
                 publish()
                 mbarrier.arrive(done.index(par), count=1)
                 o = opaque(0)

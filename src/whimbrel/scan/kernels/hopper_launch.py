@@ -85,6 +85,11 @@ def _below(clip: float | None, dtype: torch.dtype) -> float:
     return float((torch.tensor(clip, dtype=dtype).view(bits) - 1).view(dtype))
 
 
+def kept_errors(flags: Any, splits: int) -> bool:
+    """Whether the forward keeps the second stream's error in place of the residual, which only stretches ask for."""
+    return flags.DELTA and flags.TWO and splits == 1
+
+
 def _matrices(*tensors: Tensor, rows: int = 64, columns: int = 64) -> list[Matrix]:
     """Blocks of [rows, columns] of [B, T, heads, D] as [B * T, heads * D], of all else as [.., last]."""
     return [Matrix(x, x.shape[-1] * (x.shape[2] if x.dim() == 4 else 1), rows, columns) for x in tensors]
@@ -366,6 +371,7 @@ def backward(
             FIRST=first,
             FROM=finals is not None,
             GATHER=splits > 1 and not flags.DELTA,
+            KEPT=kept_errors(flags, splits) and not first,
             num_warps=8,
             **flags._asdict(),
         )
