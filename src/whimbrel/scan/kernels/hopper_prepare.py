@@ -1,7 +1,8 @@
 """What the states do not enter, for the delta rule on Hopper, in Gluon: `prepare`, with both streams in one program.
 
-The inverse of a chunk's triangle is four of 16 rows, joined by products, two by two and then all. A thread solves a column
-of one of them: row after row, from what is in registers, the triangle's rows read by all threads of a block at once.
+The inverse of a chunk's triangle is four of 16 rows, joined by products, two by two and then all. A thread solves a
+column of one of them: row after row, from what is in registers, the triangle's rows read by all threads of a block at
+once.
 """
 
 from __future__ import annotations

@@ -156,14 +156,15 @@ kinds |= dict.fromkeys("scale clip below".split(), "fp32")
 kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk chunk_start chunk_end".split(), "*i32")
 kinds |= dict.fromkeys("y_memory residual_memory dresidual clipped dx_memory dq_memory dk_memory".split(), "*bf16")
 flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
-flags |= dict(SAVE=True, GATHER=False, MAPS=True)
+flags |= dict(SAVE=True, GATHER=False, MAPS=True, KEPT=False)
 rla, one = dict(DELTA=False, GATED=False, DECAYED=True, MAPS=False), dict(FIRST=False, TWO=False)
 for function, changes in (
     (forward, {}), (forward, rla), (forward, one), (forward, dict(FIRST=False)),
     (ends, {}), (ends, rla), (ends, one), (ends, dict(FIRST=False, MAPS=False)), (reach, {}), (reach, rla),
     (both, {}), (both, rla | dict(SAVE=False)), (both, dict(K=64, V=64)),
     (backward, {}), (backward, rla), (backward, one), (backward, dict(FIRST=False)), (backward, dict(K=64)),
-    (backward, dict(V=64, FIRST=False)), (backward, dict(K=64, V=64, DELTA=False, FIRST=False)),
+    (backward, dict(FIRST=False, KEPT=True)), (backward, dict(V=64, FIRST=False)),
+    (backward, dict(K=64, V=64, DELTA=False, FIRST=False)),
     (prepare, {}), (prepare, dict(K=64, TWO=False)),
 ):
     constants = {n: v for n, v in (flags | changes).items() if n in function.arg_names}
