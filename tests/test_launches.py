@@ -177,6 +177,26 @@ def test_launches_are_made_again_with_other_addresses(tape):
         assert tape(a, b) == (calls, 4)
 
 
+def test_launches_for_addresses_that_came_before_are_kept(tape, monkeypatch):
+    (a, b), (c, d) = squares(), squares()
+    for _ in range(3):
+        first = tape(a, b)[0]
+    tape(c, d)  # made for want of d's descriptor
+    second = tape(c, d)[0]
+    assert first != second
+    with monkeypatch.context() as patch:
+        patch.setattr(launches, "_calls", None)  # neither is put together again
+        launches._descriptors.clear()
+        assert tape(a, b) == (first, 3)
+        assert tape(c, d) == (second, 3)
+    (sequence,) = launches._tapes.values()
+    assert len(sequence.ready) == 2
+    monkeypatch.setattr(launches, "MOST_CALLS", 2)
+    tape(a, d)
+    tape(a, d)
+    assert list(sequence.ready) == [(a.data_ptr(), 0, d.data_ptr())]
+
+
 def test_a_tape_is_of_its_key(tape):
     a, b = squares()
     for n in (40, 40, 40, 41, 41):

@@ -27,6 +27,8 @@ MOST = 1 << 14
 """Descriptors kept, of some 300 bytes each; when there are more, all are forgotten."""
 MOST_TAPES = 1 << 8
 """Sequences of launches kept, of some 10 KB each."""
+MOST_CALLS = 1 << 8
+"""Sets of addresses for which a sequence is kept ready, of some 1 KB a launch each: the layers of a model, for one."""
 
 
 class Matrix(NamedTuple):
@@ -124,9 +126,16 @@ class _Move(NamedTuple):
     """As the launcher takes them, with anything where an address belongs."""
     pointers: list[tuple[int, int, int]]
     """Place in the arguments, number of the tensor, bytes from its start."""
-    descriptors: list[tuple[int, int, int, int, tuple[Any, ...], dict[int, list[Any]]]]
-    """First place and the one behind the last, number of the tensor, bytes from its start, what a descriptor says
-    besides its address, and descriptors by address."""
+    descriptors: list[tuple[int, int, int, int, tuple[Any, ...]]]
+    """First place and the one behind the last, number of the tensor, bytes from its start, and what a descriptor says
+    besides its address."""
+
+
+class _Sequence(NamedTuple):
+    """Launches to make again, and as they are for addresses that came before: memory is given out in turns."""
+
+    moves: list[_Move]
+    ready: dict[tuple[int, ...], list[tuple[_Ready, tuple[int, ...], list[Any]]]]
 
 
 class _Tape:
@@ -151,7 +160,7 @@ class _Tape:
                 address, *rest = x.key()
                 found = _descriptors.get((address, *rest), [])
                 end = place + len(found)
-                descriptors.append((place, end, *self.find(address), tuple(rest), {address: found}))
+                descriptors.append((place, end, *self.find(address), tuple(rest)))
             elif isinstance(x, Tensor) and x.numel():
                 pointers.append((place, *self.find(x.data_ptr())))
             place = end
@@ -170,7 +179,7 @@ class _Tape:
 
 _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
-_tapes: dict[Any, list[_Move]] = {}
+_tapes: dict[Any, _Sequence] = {}
 _recording = threading.local()
 
 
@@ -188,9 +197,9 @@ def replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None])
 
 
 def _replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None], device: int) -> None:
-    moves = _tapes.get(key)
-    if moves is not None:
-        if not _play(moves, tensors, device):
+    sequence = _tapes.get(key)
+    if sequence is not None:
+        if not _play(sequence, tensors, device):
             make()
         return
     tape = _recording.tape = _Tape(tensors)
@@ -201,38 +210,44 @@ def _replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None]
     if tape.holds:
         if len(_tapes) >= MOST_TAPES:
             _tapes.clear()
-        _tapes[key] = tape.moves
+        _tapes[key] = _Sequence(tape.moves, {})
 
 
-def _play(moves: list[_Move], tensors: Sequence[Tensor | None], device: int) -> bool:
+def _play(sequence: _Sequence, tensors: Sequence[Tensor | None], device: int) -> bool:
     """Whether all was launched; otherwise nothing was."""
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    together = 0
-    for address in addresses:
-        together |= address
-    if together % ALIGNMENT or _watched():
+    if _watched():
         return False
+    addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
+    calls = sequence.ready.get(addresses)
+    if calls is None:
+        calls = _calls(sequence.moves, addresses)
+        if calls is None:
+            return False
+        if len(sequence.ready) >= MOST_CALLS:
+            sequence.ready.clear()
+        sequence.ready[addresses] = calls
+    stream = driver.active.get_current_stream(device)
+    for ready, grid, flat in calls:
+        _run(ready, grid, stream, flat)
+    return True
+
+
+def _calls(moves: list[_Move], addresses: Sequence[int]) -> list[tuple[_Ready, tuple[int, ...], list[Any]]] | None:
+    """Launches with these addresses in them; None where one is off alignment or a descriptor is not known yet."""
+    if any(address % ALIGNMENT for address in addresses):
+        return None
     calls = []
     for ready, grid, arguments, pointers, descriptors in moves:
         flat = arguments.copy()
         for place, number, offset in pointers:
             flat[place] = addresses[number] + offset
-        for place, end, number, offset, rest, known in descriptors:
-            address = addresses[number] + offset
-            found = known.get(address)
+        for place, end, number, offset, rest in descriptors:
+            found = _descriptors.get((addresses[number] + offset, *rest))
             if found is None:
-                found = _descriptors.get((address, *rest))
-                if found is None:
-                    return False
-                if len(known) >= MOST_TAPES:
-                    known.clear()
-                known[address] = found
+                return None
             flat[place:end] = found
         calls.append((ready, grid, flat))
-    stream = driver.active.get_current_stream(device)
-    for ready, grid, flat in calls:
-        _run(ready, grid, stream, flat)
-    return True
+    return calls
 
 
 def _run(ready: _Ready, grid: tuple[int, ...], stream: int, flat: list[Any]) -> None:

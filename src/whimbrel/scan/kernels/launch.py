@@ -99,7 +99,7 @@ def _scan_forward(
     saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
     inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
     residual, carried, scratch = (
-        _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save)
+        _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save, hopper)
     )
     kept = y, ends, gates, tiles, saved, inside, residual, carried
     if tokens == 0:
@@ -239,7 +239,7 @@ def _fake_forward(
     chunk, parts = _chunk(hopper), _hopper.splits(q, v, sequences) if hopper else 1
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
     chunks = count_chunks(batch * time, sequences, chunk)
-    residual, carried, _ = _hopper_extras(q, v, flags, sequences, parts, save)
+    residual, carried, _ = _hopper_extras(q, v, flags, sequences, parts, save, hopper)
     return (
         torch.empty_like(v),
         _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32),
@@ -252,10 +252,10 @@ def _fake_forward(
 
 
 def _hopper_extras(
-    q: Tensor, v: Tensor, flags: Flags, sequences: int, parts: int, save: bool
+    q: Tensor, v: Tensor, flags: Flags, sequences: int, parts: int, save: bool, hopper: bool
 ) -> list[tuple[Any, torch.dtype]]:
     """Shape and dtype of what only the kernels for Hopper have: the residual, what carries a state on, and scratch."""
-    if not _hopper.fits(q, v):
+    if not hopper:
         return [((0,), q.dtype), ((0,), torch.float32), ((0,), torch.float32)]
     value_heads, value_dim = v.shape[2:]
     carried = _hopper.carried_shape(flags.DELTA, sequences * parts, parts, value_heads, q.shape[3])
