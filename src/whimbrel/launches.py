@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -183,6 +184,29 @@ _tapes: dict[Any, _Sequence] = {}
 _recording = threading.local()
 
 
+_compiled_ahead: dict[Any, threading.Thread] = {}
+"""Who compiles a kernel that nobody has launched yet, by what `_ready` knows it by."""
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Launches in here, by this thread, launch nothing: each compiles its kernel in a thread of its own.
+
+    A call that begins with one kernel and ends with another waits for one compiler after the other; most of what
+    they do leaves the interpreter free, so they can work side by side. A launch waits for the thread of its kernel.
+    """
+    _recording.ahead = True
+    try:
+        yield
+    finally:
+        _recording.ahead = False
+
+
+def _compile(kernel: Any, arguments: list[Any], grid: tuple[int, ...], constants: dict[str, Any], device: int) -> None:
+    with torch.cuda.device(device), suppress(Exception):  # who launches it will hear of what is wrong
+        kernel.warmup(*arguments, grid=grid, **constants)
+
+
 def replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None]) -> None:
     """make(), or from its third call with this `key` on the launches it made, without making them.
 
@@ -190,7 +214,9 @@ def replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None])
     tensors: in the same order for one key; all memory that the launches take lies in them, and they do nothing else.
     """
     place = tensors[0].device  # pyrefly: ignore [missing-attribute]
-    if place.type == "cuda" and place.index == driver.active.get_current_device():
+    if getattr(_recording, "ahead", False):
+        make()
+    elif place.type == "cuda" and place.index == driver.active.get_current_device():
         _replay((key, place.index), tensors, make, place.index)
     else:
         make()
@@ -270,6 +296,8 @@ def launch(
     device = (first.data if type(first) in _DESCRIBED else first).device  # pyrefly: ignore [missing-attribute]
     grid = (programs,) if isinstance(programs, int) else programs
     if not isinstance(kernel, JITFunction):  # interpreted
+        if getattr(_recording, "ahead", False):
+            return
         kernel[grid](*_as_triton_has_them(arguments), **constants)
     elif device.type != "cuda" or device.index == driver.active.get_current_device():
         _launch(kernel, grid, arguments, constants)
@@ -310,7 +338,15 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
     key = (*kinds, *constants.items())
     ready = None if addresses % ALIGNMENT or _watched() else _ready.get(key)
     tape = getattr(_recording, "tape", None)
+    if getattr(_recording, "ahead", False):
+        if ready is None and key not in _compiled_ahead:
+            given = kernel, _as_kinds(arguments), grid, constants, current
+            _compiled_ahead[key] = threading.Thread(target=_compile, args=given, daemon=True)
+            _compiled_ahead[key].start()
+        return
     if ready is None:
+        if (thread := _compiled_ahead.pop(key, None)) is not None:
+            thread.join()
         if tape is not None:
             tape.holds = False
         compiled = kernel[grid](*_as_triton_has_them(arguments), **constants)
@@ -326,6 +362,16 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
 
 def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:
     return [x.descriptor() if type(x) in _DESCRIBED else x for x in arguments]
+
+
+def _as_kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """The same for a compiler alone: nothing in it holds memory."""
+    found = []
+    for x in arguments:
+        if type(x) is Matrix:
+            x = x._replace(data=torch.empty_like(x.data, device="meta"))
+        found.append(x.dtype if isinstance(x, Tensor) else x)
+    return _as_triton_has_them(tuple(found))
 
 
 def _watched() -> bool:

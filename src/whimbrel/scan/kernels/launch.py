@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from whimbrel.launches import launch, replay
+from whimbrel.launches import compiling_ahead, launch, replay
 from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
@@ -29,6 +29,10 @@ WARPS = 2
 Two warps keep Triton from Hopper's matrix instructions: with them Triton 3.6 miscompiled these kernels (a wrong output
 at K = 32, an illegal access at 32 columns), and Hopper has kernels of its own.
 """
+
+
+_begun: set[Any] = set()
+"""Kinds of calls with gradients whose kernels were compiled, or are being compiled side by side."""
 
 
 class Flags(NamedTuple):
@@ -85,6 +89,17 @@ def _scan_forward(
     tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
     dtypes = [None if x is None else x.dtype for x in (q, log_decay, first_rate, second_rate, start)]
     shapes = q.shape, v.shape, sequences, parts, *dtypes
+    kind = flags, key_dim, value_dim, parts == 1, start is None, *dtypes
+    if tokens and hopper and save and kind not in _begun:
+        _begun.add(kind)
+        with compiling_ahead():
+            result, _, *kept = _scan_forward(
+                q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
+            )
+            _scan_backward(
+                result, None, q, k, v, *kept, cu_seqlens, delta, flags.TWO, gated, decayed, clip, scale
+            )  # fmt: skip
+            del result, kept
     if tokens:
         # By itself and first, so that the device is at work while the host finds memory for the rest.
         replay(
