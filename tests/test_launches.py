@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import count
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +65,44 @@ def test_what_compiles_to_another_kernel_is_compiled(kernel):
         assert (kernel.compiled, len(kernel.launched)) == (number, number)
     launches.launch(kernel, 5, *tensors(torch.float16), 40, 0.5, SIZE=8)
     assert kernel.compiled == len(calls) + 1
+
+
+def test_kernels_are_compiled_side_by_side_and_hold_no_memory(kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(launches, "_compiled_ahead", {})
+    monkeypatch.setattr(launches.Matrix, "descriptor", lambda self: self)
+    meet, done = Barrier(2, timeout=20), []
+
+    def warmup(*arguments, grid, **constants):
+        meet.wait()  # for the other compiler
+        done.append(arguments)
+
+    kernels = kernel, Kernel()
+    for each in kernels:
+        each.warmup = warmup  # pyrefly: ignore [missing-attribute]
+    monkeypatch.setattr(launches, "_get_ready", lambda *_: None)
+    a = tensors()[0]
+    given = a, _matrix(), 40, 0.5
+    with launches.compiling_ahead():
+        for each in (*kernels, kernel):
+            launches.launch(each, 5, *given, SIZE=8)
+        launches.replay("key", (a,), lambda: launches.launch(kernel, 5, *given, SIZE=8))
+        assert kernel.compiled == 0
+        assert len(launches._compiled_ahead) == 2
+    for each in kernels:
+        launches.launch(each, 5, *given, SIZE=8)
+        assert each.compiled == 1
+        assert not each.launched
+    assert not launches._compiled_ahead
+    assert [(x[0], x[1].data.device.type, *x[2:]) for x in done] == 2 * [(torch.float32, "meta", 40, 0.5)]
+
+
+def test_what_cannot_be_compiled_ahead_is_compiled_later(kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with launches.compiling_ahead():  # this kernel has no `warmup`
+        launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+    assert kernel.compiled == 1
 
 
 def test_an_address_off_alignment_goes_tritons_way(kernel):
