@@ -251,7 +251,6 @@ def backward_stream(
                 tma.async_copy_global_to_shared(dx, [begin, value_col], side, work_s.index(0))
     until, before, rate, last, ok = load_gates(gate_row, rate_row, start + gl.maximum(n - 1, 0) * 64, end, LINE)
     keep_gates(table, 0, until, before, rate, last, ok, scale, WEIGHTED)
-    pull_s.index(0).store(ds.to(dtype))
 
     for back in range(n):
         i = n - 1 - back
@@ -262,6 +261,7 @@ def backward_stream(
         rows = end - first
         whole = gl.exp2(last)
         o = opaque(0)
+        pull_s.index(o).store(ds.to(dtype))
         tma.store_wait(0)
         mbarrier.wait(outer, phase)
         mbarrier.wait(middle, phase)
@@ -390,6 +390,11 @@ def backward_stream(
             bare_s.index(o).store((dp * scale).to(dtype))
         p_s.index(o).store((dp * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
         pairs = pairs * table[WEIGHT].index(phase).load(RC)[:, None]
+        written = k_s.index(o).load(LK)
+        key = warpgroup_mma_wait(0, deps=(key,))
+        key = key * table[TAIL].index(phase).load(RK)[:, None]
+        keep_sum(wrote_s, key * written.to(gl.float32), K)
+        key = key * table[RATE].index(phase).load(RK)[:, None]
         publish()
 
         o = opaque(0)
@@ -405,11 +410,6 @@ def backward_stream(
                 keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
             found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
-        # What follows needs no product of this round, and fills its time.
-        key = warpgroup_mma_wait((3 if LEFT else 4) if HAS_TILE else 1, deps=(key,))
-        key = key * table[TAIL].index(phase).load(RK)[:, None]
-        keep_sum(wrote_s, key * k_s.index(o).load(LK).to(gl.float32), K)
-        key = key * table[RATE].index(phase).load(RK)[:, None]
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
         pair = state_s.index(o).load(LV).to(gl.float32) * pull_s.index(o).load(LV).to(gl.float32)
         pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
@@ -434,17 +434,16 @@ def backward_stream(
             if not LEFT:
                 pairs += z * keys
             z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
-        keep_sum(row_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
-        below_s.index(0).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
-        if HAS_TILE:
             found = warpgroup_mma_wait(2, deps=(found,))
             keep_sum(found_s, found * k_s.index(o).load(LK).to(gl.float32), K)
             key += found
-        query = warpgroup_mma_wait(1 if HAS_TILE else 0, deps=(query,))
+            query, ds = warpgroup_mma_wait(0, deps=(query, ds))
+        else:
+            query = warpgroup_mma_wait(0, deps=(query,))
+        keep_sum(row_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
         query = query * (table[READS].index(phase).load(RK) * scale)[:, None]
         keep_sum(read_s, query * q_s.index(o).load(LK).to(gl.float32), K)
-        if HAS_TILE:
-            ds = warpgroup_mma_wait(0, deps=(ds,))
+        below_s.index(0).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
         tma.store_wait(0)
         publish()
 
@@ -454,7 +453,6 @@ def backward_stream(
         if HAS_TILE:
             key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
             key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
-        pull_s.index(o).store(ds.to(dtype))
         if FIRST:
             t = gl.arange(0, 64, LAST)
             earlier = gl.load(dlog + (first + t).to(gl.int64) * HV + hv, mask=t < rows, other=0.0)
