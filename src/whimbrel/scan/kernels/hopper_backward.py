@@ -118,8 +118,9 @@ def backward_stream(
     q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
     x is what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first,
     or for the only one. KEPT: x is the delta rule's error, which the forward left, so nothing is solved for. `clip`
-    bounds residuals; without the delta rule, residuals as they are stored. The first finds the residual's cotangent
-    where it puts its own. The second or only stream writes dq, dk and dlog, the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
+    bounds residuals; without the delta rule, residuals as they are stored.
+    The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
+    the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
     stretches behind ask for: `local`, of `reach`, and the `carried` decays.
     """
     LV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
