@@ -92,14 +92,9 @@ def _scan_forward(
     kind = flags, key_dim, value_dim, parts == 1, start is None, *dtypes
     if tokens and hopper and save and kind not in _begun:
         _begun.add(kind)
-        with compiling_ahead():
-            result, _, *kept = _scan_forward(
-                q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
-            )
-            _scan_backward(
-                result, None, q, k, v, *kept, cu_seqlens, delta, flags.TWO, gated, decayed, clip, scale
-            )  # fmt: skip
-            del result, kept
+        _compile_together(
+            q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
+        )  # fmt: skip
     if tokens:
         # By itself and first, so that the device is at work while the host finds memory for the rest.
         replay(
@@ -132,6 +127,15 @@ def _scan_forward(
 
     replay(("forward", flags, scale, clip, save, *shapes), (q, k, v, start, *kept, scratch, *table), run)
     return kept
+
+
+def _compile_together(*inputs: Any) -> None:
+    """Have all kernels of a call with gradients compiled side by side; inputs as for `_scan_forward`."""
+    q, k, v, _, first_rate, _, _, cu_seqlens, delta, *options, _ = inputs
+    with compiling_ahead():
+        y, _, *kept = _scan_forward(*inputs)
+        given: list[Any] = [y, None, q, k, v, *kept, cu_seqlens, delta, first_rate is not None, *options]
+        _scan_backward(*given)
 
 
 def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, hopper: bool) -> tuple[Segments, int]:
