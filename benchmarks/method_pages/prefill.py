@@ -103,7 +103,7 @@ def _selection(results: Path, *, links: str) -> list[str]:
     }
     shown = {"row_local": "time", "row_local ": "time_select", "sdpa-cudnn": "time", "flex-attention": "time"}
     rows = []
-    for kind in ("mixed", "fading, 10 %", "fading, 5 %"):
+    for kind in ("mixed", "mixed, heads of 256", "fading, 10 %", "fading, 5 %"):
         for length in sorted({n for name, n, impl, _ in found if (name, impl) == (kind, "row_local")}):
             cells = [found.get((kind, length, impl.strip(), metric)) for impl, metric in shown.items()]
             if cells[1] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.backends import cuda
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,9 +30,22 @@ def fastest_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         _switch(*others)
 
 
+_MOST_KEPT = 256
+_kept: dict[object, bool] = {}
+
+
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, True, True))
+    """Asked once for tensors of the same layouts under the same settings, as torch takes its time to answer."""
+    settings = cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
+    layouts = [(x.shape, x.stride(), x.requires_grad) for x in (q, k, v)]
+    key = (*settings, q.dtype, q.device, *layouts)
+    found = _kept.get(key)
+    if found is None:
+        if len(_kept) >= _MOST_KEPT:
+            _kept.clear()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        found = _kept[key] = cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, True, True))
+    return found
 
 
 def _switch(flash: bool, efficient: bool, math: bool) -> None:

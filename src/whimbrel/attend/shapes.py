@@ -31,23 +31,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> Shape:
     Raises ConfigError unless all are floating point of one dtype on one device, not empty, Tq <= Tk and H is
     a multiple of Hkv.
     """
-    given = {"q": q, "k": k} | ({} if v is None else {"v": v})
-    for name, x in given.items():
-        shape = tuple(x.shape)
-        if x.dim() != 4:
-            raise ConfigError(f"{name} has shape {shape}; attention takes [batch, time, heads, dim]")
-        if x.numel() == 0:
-            raise ConfigError(f"{name} has shape {shape}, which is empty; every size must be at least 1")
-        if not x.is_floating_point():
-            raise ConfigError(f"{name} has dtype {x.dtype}; attention takes a floating-point dtype")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ConfigError(
-                f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; "
-                "bring them to one dtype and device"
-            )
+    # Every call comes through here, and a short one takes the GPU less than a millisecond: as few questions as will do.
+    dtype, device = q.dtype, q.device
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is not None and (x.dim() != 4 or x.dtype != dtype or x.device != device or not x.numel()):
+            raise _unfit(name, x, q)
+    if not dtype.is_floating_point:
+        raise _unfit("q", q, q)
     batch, q_len, heads, dim = q.shape
-    _, k_len, kv_heads, _ = k.shape
-    if k.shape[0] != batch or k.shape[3] != dim:
+    k_batch, k_len, kv_heads, k_dim = k.shape
+    if k_batch != batch or k_dim != dim:
         raise ConfigError(
             f"k has shape {tuple(k.shape)} but q has {tuple(q.shape)}; the first and last sizes must be equal"
         )
@@ -60,6 +53,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> Shape:
     if q_len > k_len:
         raise ConfigError(f"q has {q_len} positions but k has only {k_len}; give the keys of all positions")
     return Shape(batch, q_len, k_len, heads, kv_heads, dim)
+
+
+def _unfit(name: str, x: Tensor, q: Tensor) -> ConfigError:
+    """What is wrong with x beside q."""
+    shape = tuple(x.shape)
+    if x.dim() != 4:
+        return ConfigError(f"{name} has shape {shape}; attention takes [batch, time, heads, dim]")
+    if x.numel() == 0:
+        return ConfigError(f"{name} has shape {shape}, which is empty; every size must be at least 1")
+    if not x.is_floating_point():
+        return ConfigError(f"{name} has dtype {x.dtype}; attention takes a floating-point dtype")
+    return ConfigError(
+        f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; bring them to one dtype and device"
+    )
 
 
 def default_scale(dim: int, scale: float | None) -> float:

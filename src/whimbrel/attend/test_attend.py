@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from whimbrel.attend import Grid, Out, Plan, attend, attend_packed, bench, choice, merge_parts
+from whimbrel.attend import Grid, Out, Plan, attend, attend_packed, bench, choice, dense, merge_parts
 from whimbrel.attend import blocks as block_path
 from whimbrel.attend.flex import block_mask
 from whimbrel.attend.test_plan import random_mask
@@ -392,3 +392,18 @@ def test_cuda_cases_can_be_listed_anywhere_and_plans_hold_their_density():
     assert list(made[0].rivals) == ["flex-attention", "sdpa-cudnn", "sdpa-flash"]
     for density in (1.0, 0.4, 0.1):
         assert bench.random_plan(2048, density, "cpu").mean_density() == pytest.approx(density, rel=0.1)
+
+
+def test_torch_is_asked_once_whether_cudnn_takes_a_layout(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dense.cuda, "can_use_cudnn_attention", lambda given: asked.append(given) or len(asked) == 1)
+    monkeypatch.setattr(dense, "_kept", {})
+    q, k, v = gaussian(1, tokens=9, heads=2, dim=8)
+    for _ in range(3):
+        assert dense._cudnn_takes(q, k, v)
+    assert len(asked) == 1
+    assert not dense._cudnn_takes(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+    assert not dense._cudnn_takes(q[:, :8], k[:, :8], v[:, :8])
+    with torch.no_grad():
+        assert not dense._cudnn_takes(q, k, v)
+    assert len(asked) == 4

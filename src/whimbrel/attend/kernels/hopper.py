@@ -1,8 +1,9 @@
-"""The forward on Hopper, in Gluon: the mathematics of `forward`, blocks of 128 tokens, heads of 64 or 128 elements.
+"""The forward on Hopper, in Gluon: the mathematics of `forward`, blocks of 128 tokens, heads of 64, 128 or 256.
 
 One program stays on each multiprocessor and takes one row of the plan after another. One warp brings queries, keys and
 values in through the copy engine; two warpgroups hold 64 queries each. While one of them takes exponentials the other
-multiplies, and within each the products of a block run beside the softmax of the next.
+multiplies, and within each the products of a block run beside the softmax of the next. Blocks are taken in parts of
+KEYS keys, the whole where it fits the shared memory, and SLOTS tiles of queries are there at a time.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def bring(
     D: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
+    KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):
     """Take rows of the plan until none is left, and copy in what they read.
 
@@ -96,8 +99,8 @@ def bring(
         place = indices + (start - diagonal)
         hk = h // GROUP
 
-        slot = turn % 2
-        mbarrier.wait(q_free.index(slot), ((turn >> 1) & 1) ^ 1)
+        slot = turn % SLOTS
+        mbarrier.wait(q_free.index(slot), ((turn // SLOTS) & 1) ^ 1)
         note = slot * FIELDS
         tell(notes, note, count)
         tell(notes, note + 1, diagonal)
@@ -119,23 +122,24 @@ def bring(
             coming = block
             if i + 1 < count:
                 coming = gl.load(place + i + 1)
-            stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            at = key + block * 128
-            mbarrier.wait(k_free.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), 2 * 128 * D)
-            spot = [at + hk * k_row, hk * k_col]
-            tma.async_copy_global_to_shared(k, spot, k_full.index(stage), k_s.index(stage))
-            mbarrier.wait(v_free.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), 2 * 128 * V)
-            spot = [at + hk * v_row, hk * v_col]
-            tma.async_copy_global_to_shared(v, spot, v_full.index(stage), v_s.index(stage))
-            step += 1
+            for part in gl.static_range(128 // KEYS):
+                stage = step % STAGES
+                phase = ((step // STAGES) & 1) ^ 1
+                at = key + block * 128 + part * KEYS
+                mbarrier.wait(k_free.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), 2 * KEYS * D)
+                spot = [at + hk * k_row, hk * k_col]
+                tma.async_copy_global_to_shared(k, spot, k_full.index(stage), k_s.index(stage))
+                mbarrier.wait(v_free.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), 2 * KEYS * V)
+                spot = [at + hk * v_row, hk * v_col]
+                tma.async_copy_global_to_shared(v, spot, v_full.index(stage), v_s.index(stage))
+                step += 1
             block = coming
         job = after
         turn += 1
-    slot = turn % 2
-    mbarrier.wait(q_free.index(slot), ((turn >> 1) & 1) ^ 1)
+    slot = turn % SLOTS
+    mbarrier.wait(q_free.index(slot), ((turn // SLOTS) & 1) ^ 1)
     tell(notes, slot * FIELDS, -1)
     barrier()
     mbarrier.arrive(q_full.index(slot))
@@ -143,12 +147,45 @@ def bring(
 
 @gluon.jit
 def soften(scores, top, total, scale, dtype: gl.constexpr):
-    """The running softmax after `scores` [64, 128]: weights, and by how much what came before shrinks."""
+    """The running softmax after `scores` [64, KEYS]: weights, and by how much what came before shrinks."""
     new = gl.maximum(top, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new[:, None])
     kept = gl.exp2(top - new)
     total = total * kept + gl.sum(weights, 1)
     return weights.to(dtype), kept, new, total
+
+
+@gluon.jit
+def follow(query, k_s, v_s, k_full, k_free, v_full, v_free, step, weights, out, top, total, seen, scale,
+           V: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
+    """Keys number `step` + 1, while the values before them are multiplied; if MASKED, keys up to `seen` int32 [64] of
+    a second part."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    before = step % STAGES
+    earlier = (step // STAGES) & 1
+    step += 1
+    stage = step % STAGES
+    phase = (step // STAGES) & 1
+    mbarrier.wait(k_full.index(stage), phase)
+    scores = warpgroup_mma(
+        query, k_s.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, ACC), use_acc=False,
+        is_async=True,
+    )  # fmt: skip
+    mbarrier.wait(v_full.index(before), earlier)
+    out = warpgroup_mma(weights, v_s.index(before), out, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    if MASKED:
+        n = gl.arange(KEYS, 2 * KEYS, gl.SliceLayout(0, ACC))
+        scores = gl.where(n[None, :] <= seen[:, None], scores, float("-inf"))
+    next_weights, kept, top, total = soften(scores, top, total, scale, v_s.dtype)
+    out = warpgroup_mma_wait(0, deps=(out,))
+    barrier()
+    mbarrier.arrive(k_free.index(stage))
+    mbarrier.arrive(v_free.index(before))
+    out = out * gl.convert_layout(kept, gl.SliceLayout(1, OUT))[:, None]
+    return step, gl.convert_layout(next_weights, WEIGHTS), out, top, total
 
 
 @gluon.jit
@@ -172,23 +209,25 @@ def compute(
     D: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
+    KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Half of the queries of each row of the plan."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     dtype: gl.constexpr = to_y.dtype
     m = gl.arange(0, 64, ROW)
-    n = gl.arange(0, 128, gl.SliceLayout(0, ACC))
+    n = gl.arange(0, KEYS, gl.SliceLayout(0, ACC))
     turn = 0
     step = 0
     mbarrier.wait(q_full.index(0), 0)
     count = read(notes, 0)
     while count >= 0:
-        slot = turn % 2
+        slot = turn % SLOTS
         note = slot * FIELDS
         diagonal = read(notes, note + 1)
         valid = read(notes, note + 2)
@@ -204,7 +243,7 @@ def compute(
             phase = (step // STAGES) & 1
             mbarrier.wait(k_full.index(stage), phase)
             scores = warpgroup_mma(
-                query, k_s.index(stage).permute((1, 0)), gl.zeros([64, 128], gl.float32, ACC), use_acc=False,
+                query, k_s.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, ACC), use_acc=False,
                 is_async=True,
             )  # fmt: skip
             scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -217,39 +256,31 @@ def compute(
                     # Values behind the sequence have weight 0, but may be NaN.
                     if HALF == 0:
                         L: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-                        mbarrier.wait(v_full.index(stage), phase)
-                        tile = v_s.index(stage)
-                        keys = gl.arange(0, 128, gl.SliceLayout(1, L))
-                        tile.store(gl.where((keys < valid)[:, None], tile.load(L), 0.0).to(dtype))
+                        for part in gl.static_range(128 // KEYS):
+                            at = step + part
+                            mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
+                            tile = v_s.index(at % STAGES)
+                            keys = gl.arange(part * KEYS, part * KEYS + KEYS, gl.SliceLayout(1, L))
+                            tile.store(gl.where((keys < valid)[:, None], tile.load(L), 0.0).to(dtype))
                         fence_async_shared()
                         barrier()
                     else:
-                        mbarrier.wait(clean.index(slot), (turn >> 1) & 1)
+                        mbarrier.wait(clean.index(slot), (turn // SLOTS) & 1)
             if HALF == 0:
                 mbarrier.arrive(clean.index(slot))
-            weights, kept, top, total = soften(scores, top, total, scale, dtype)
+            weights, _, top, total = soften(scores, top, total, scale, dtype)
             weights = gl.convert_layout(weights, WEIGHTS)
-            for _ in range(count - 1):
-                before = step % STAGES
-                earlier = (step // STAGES) & 1
-                step += 1
-                stage = step % STAGES
-                phase = (step // STAGES) & 1
-                mbarrier.wait(k_full.index(stage), phase)
-                scores = warpgroup_mma(
-                    query, k_s.index(stage).permute((1, 0)), gl.zeros([64, 128], gl.float32, ACC), use_acc=False,
-                    is_async=True,
+            if KEYS < 128:
+                seen = m + HALF * 64 + (1 - diagonal) * 128
+                step, weights, out, top, total = follow(
+                    query, k_s, v_s, k_full, k_free, v_full, v_free, step, weights, out, top, total, seen, scale,
+                    V, STAGES, KEYS, True,
                 )  # fmt: skip
-                mbarrier.wait(v_full.index(before), earlier)
-                out = warpgroup_mma(weights, v_s.index(before), out, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=(scores,))
-                next_weights, kept, top, total = soften(scores, top, total, scale, dtype)
-                out = warpgroup_mma_wait(0, deps=(out,))
-                barrier()
-                mbarrier.arrive(k_free.index(stage))
-                mbarrier.arrive(v_free.index(before))
-                out = out * gl.convert_layout(kept, OUT_ROW)[:, None]
-                weights = gl.convert_layout(next_weights, WEIGHTS)
+            for _ in range((count - 1) * (128 // KEYS)):
+                step, weights, out, top, total = follow(
+                    query, k_s, v_s, k_full, k_free, v_full, v_free, step, weights, out, top, total, m, scale, V,
+                    STAGES, KEYS, False,
+                )  # fmt: skip
             stage = step % STAGES
             mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
             out = warpgroup_mma(weights, v_s.index(stage), out, is_async=True)
@@ -281,8 +312,8 @@ def compute(
         barrier()
         mbarrier.arrive(q_free.index(slot))
         turn += 1
-        mbarrier.wait(q_full.index(turn % 2), (turn >> 1) & 1)
-        count = read(notes, (turn % 2) * FIELDS)
+        mbarrier.wait(q_full.index(turn % SLOTS), (turn // SLOTS) & 1)
+        count = read(notes, (turn % SLOTS) * FIELDS)
 
 
 COUNTS = ["jobs", "programs", "q_row", "q_col", "k_row", "k_col", "v_row", "v_col"]
@@ -314,6 +345,8 @@ def forward(
     D: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
+    KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):
     """y [tokens, H, V] and lse fp32 [tokens, H]; q, k, v and to_y are descriptors, `scale` holds log2(e).
 
@@ -322,18 +355,18 @@ def forward(
     queries from there to the sequence's end, the first query as a row of the tensors, the sequence's first key, the
     diagonal block, and the head. taken int32 [1] is 0.
     """
-    q_s = gl.allocate_shared_memory(q.dtype, [4, 64, D], q.layout)
-    k_s = gl.allocate_shared_memory(k.dtype, [STAGES, 128, D], k.layout)
-    v_s = gl.allocate_shared_memory(v.dtype, [STAGES, 128, V], v.layout)
-    notes = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_s = gl.allocate_shared_memory(q.dtype, [2 * SLOTS, 64, D], q.layout)
+    k_s = gl.allocate_shared_memory(k.dtype, [STAGES, KEYS, D], k.layout)
+    v_s = gl.allocate_shared_memory(v.dtype, [STAGES, KEYS, V], v.layout)
+    notes = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    clean = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    clean = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=2)
         mbarrier.init(clean.index(i), count=1)
@@ -350,14 +383,14 @@ def forward(
                 compute,
                 (
                     to_y, y, lse, q_s, k_s, v_s, notes, q_full, q_free, k_full, k_free, v_full, v_free,
-                    clean, scale, H, D, V, STAGES, gl.constexpr(0),
+                    clean, scale, H, D, V, STAGES, KEYS, SLOTS, gl.constexpr(0),
                 ),
             ),
             (
                 compute,
                 (
                     to_y, y, lse, q_s, k_s, v_s, notes, q_full, q_free, k_full, k_free, v_full, v_free,
-                    clean, scale, H, D, V, STAGES, gl.constexpr(1),
+                    clean, scale, H, D, V, STAGES, KEYS, SLOTS, gl.constexpr(1),
                 ),
             ),
             (
@@ -365,7 +398,7 @@ def forward(
                 (
                     q, k, v, table, offsets, indices, taken, q_s, k_s, v_s, notes, q_full, q_free, k_full,
                     k_free, v_full, v_free, jobs, programs, pid, q_row, q_col, k_row, k_col, v_row, v_col, GROUP,
-                    D, V, STAGES,
+                    D, V, STAGES, KEYS, SLOTS,
                 ),
             ),
         ],

@@ -13,17 +13,20 @@ from whimbrel.launches import Matrix, launch, replay
 
 _HAS_GLUON = find_spec("triton.experimental.gluon") is not None
 BLOCK = 128
-DIMS = (64, 128)
+DIMS = (64, 128, 256)
 """Elements of a head."""
 STAGES = 2
-"""Key blocks that are in shared memory at a time; with two tiles of queries they take 192 of 227 KB."""
+"""Key blocks that are in shared memory at a time; with two tiles of queries they take 192 of 227 KB. So do halves of
+blocks with one tile of queries where heads have more than WIDE elements."""
+WIDE = 128
 Sequences = tuple[tuple[int, int], ...]
 """Queries and keys of each sequence."""
 
 
 def fits(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """Whether the kernel takes a call: Hopper, bf16 or fp16, heads of 64 or 128 elements, blocks of 128."""
-    return _suits(q, block_size) and q.shape[-1] in DIMS and v.shape[-1] in DIMS
+    """Whether the kernel takes a call: Hopper, bf16 or fp16, blocks of 128, heads of 64, 128 or 256 elements, and of as
+    many values."""
+    return _suits(q, block_size) and q.shape[-1] in DIMS and v.shape[-1] == q.shape[-1]
 
 
 def fits_padded(q: Tensor, v: Tensor, block_size: int) -> bool:
@@ -71,11 +74,13 @@ def attend_hopper(
         from whimbrel.attend.kernels.hopper import forward
 
         programs = min(len(jobs), _multiprocessors(q.device))
-        found = [matrix(x, rows) for x, rows in ((q, BLOCK // 2), (k, BLOCK), (v, BLOCK), (y, BLOCK // 2))]
+        keys, slots = (BLOCK // 2, 1) if q.shape[2] > WIDE else (BLOCK, 2)
+        found = [matrix(x, rows) for x, rows in ((q, BLOCK // 2), (k, keys), (v, keys), (y, BLOCK // 2))]
         apart = [step for x in found[:3] for step in (x.row, x.column)]
         launch(
             forward, programs, *(x.matrix for x in found), y, lse, jobs, offsets, indices, taken, len(jobs), programs,
-            *apart, scale, H=heads, GROUP=group, D=q.shape[2], V=v.shape[2], STAGES=STAGES, num_warps=4,
+            *apart, scale, H=heads, GROUP=group, D=q.shape[2], V=v.shape[2], STAGES=STAGES, KEYS=keys, SLOTS=slots,
+            num_warps=4,
         )  # fmt: skip
 
     layouts = [(x.shape, x.stride(), x.dtype) for x in (q, k, v)]

@@ -37,6 +37,9 @@ def hopper(monkeypatch):
         {"tokens": 513, "q_len": 1, "heads": 2, "kv_heads": 2},
         {"tokens": 5, "heads": 2, "kv_heads": 1},
         {"tokens": 260, "dim": 128},
+        {"tokens": 700, "dim": 256, "heads": 2, "kv_heads": 1},
+        {"tokens": 450, "q_len": 333, "dim": 256, "heads": 2, "kv_heads": 2},
+        {"tokens": 5, "dim": 256},
     ],
     ids=str,
 )
@@ -53,6 +56,20 @@ def test_parts_without_diagonals_or_blocks(hopper):
         compare((q, k, v), part)
     merged = merge_parts([attend(q, k, v, part, impl="triton") for part in parts])
     assert_close("y", attend(q, k, v, plan, impl="reference").y, merged.y, 2e-6)
+
+
+def test_wide_heads_packed_and_in_parts(hopper):
+    """Blocks are taken in halves: two parts of a diagonal, and values behind a sequence in either."""
+    lengths = [(130, 130), (1, 260), (60, 190), (64, 64)]
+    tensors, _, plans = packed(12, lengths, heads=2, kv_heads=1, dim=256, block_size=128)
+    want = attend_packed(*tensors, plans, impl="reference")
+    got = attend_packed(*tensors, plans, impl="triton")
+    assert_close("y", want.y, got.y, 2e-6)
+    assert_close("lse", want.lse, got.lse, 2e-6)
+    q, k, v = gaussian(13, tokens=400, q_len=300, heads=2, kv_heads=1, dim=256)
+    plan = random_plan(q, k, block_size=128)
+    for part in split(plan):
+        compare((q, k, v), part)
 
 
 @pytest.mark.parametrize("value_dim", [96, 128])
@@ -127,6 +144,11 @@ def test_two_runs_give_equal_bits(hopper):
 def test_what_it_takes(monkeypatch):
     q = torch.empty(4, 2, 128, dtype=torch.bfloat16)
     assert not hopper_launch.fits(q, q, 128)
+    monkeypatch.setattr(hopper_launch, "_suits", lambda q, block_size: True)
+    assert hopper_launch.fits(q, q, 128)
+    # The result of a row takes the place of its queries.
+    assert not hopper_launch.fits(q, q[..., :64], 128)
+    assert not hopper_launch.fits(q[..., :48], q[..., :48], 128)
 
 
 COMPILE = """
@@ -138,11 +160,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from whimbrel.attend.kernels.hopper import forward
 
 tile = gl.NVMMASharedLayout(128, 16, 2)
-matrix = "tensordesc<bf16[{},128],{!r}>"
-types = dict.fromkeys(("q", "to_y"), matrix.format(64, tile)) | dict.fromkeys("kv", matrix.format(128, tile))
+dim, keys, slots = NUMBERS
+matrix = "tensordesc<bf16[{},{}],{!r}>"
+types = dict.fromkeys(("q", "to_y"), matrix.format(64, dim, tile))
+types |= dict.fromkeys("kv", matrix.format(keys, dim, tile))
 types |= {"y": "*bf16", "lse": "*fp32", "offsets": "*i64", "scale": "fp32"}
 types |= dict.fromkeys(("table", "indices", "taken"), "*i32")
-constants = {"H": 32, "GROUP": 4, "D": 128, "V": 128, "STAGES": 2}
+constants = {"H": 32, "GROUP": 4, "D": dim, "V": dim, "STAGES": 2, "KEYS": keys, "SLOTS": slots}
 signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in forward.arg_names}
 source = GluonASTSource(forward, signature, constants)
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -152,9 +176,12 @@ assert made.metadata.shared <= 232448, made.metadata.shared
 """
 
 
-def test_compiles_for_hopper_without_a_gpu():
+@pytest.mark.parametrize("numbers", [(128, 128, 2), (256, 64, 1)])
+def test_compiles_for_hopper_without_a_gpu(numbers):
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=plain)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.replace("NUMBERS", str(numbers))], capture_output=True, text=True, env=plain
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -173,6 +200,8 @@ def on_gpu(inputs):
         {"tokens": 3000, "q_len": 1, "heads": 4, "kv_heads": 2, "dim": 128},
         {"tokens": 100, "heads": 2, "kv_heads": 2, "dim": 128},
         {"tokens": 1000, "q_len": 500, "heads": 4, "kv_heads": 2, "dim": 96},
+        {"tokens": 4103, "heads": 8, "kv_heads": 4, "dim": 256, "batch": 2},
+        {"tokens": 2000, "q_len": 777, "heads": 4, "kv_heads": 1, "dim": 256},
     ],
     ids=str,
 )
@@ -185,9 +214,10 @@ def test_compiled_equals_the_reference(sizes, dtype):
 
 
 @pytest.mark.gpu
-def test_compiled_many_times_gives_equal_bits():
+@pytest.mark.parametrize("dim", [128, 256])
+def test_compiled_many_times_gives_equal_bits(dim):
     """Races show as rare differences: many rows, and other work beside them."""
-    q, k, v = on_gpu(mixed(7, tokens=8192, heads=32, kv_heads=8))
+    q, k, v = on_gpu(mixed(7, tokens=8192, heads=32, kv_heads=8, dim=dim))
     plan = random_plan(torch.empty(1, 8192, 32, 1), torch.empty(1, 8192, 1, 1), block_size=128)
     plan = Plan.from_mask(plan.to_mask().cuda(), block_size=128, q_len=8192, k_len=8192)
     want = attend(q, k, v, plan, impl="triton")
@@ -198,9 +228,10 @@ def test_compiled_many_times_gives_equal_bits():
 
 
 @pytest.mark.gpu
-def test_compiled_packed_and_heads_first():
+@pytest.mark.parametrize("dim", [128, 256])
+def test_compiled_packed_and_heads_first(dim):
     lengths = [(1500, 1500), (1, 900), (700, 2100)]
-    tensors, _, plans = packed(8, lengths, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16, block_size=128)
+    tensors, _, plans = packed(8, lengths, heads=4, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=128)
     q, k, v = (x.cuda() for x in tensors)
     moved = [Plan.from_mask(p.to_mask().cuda(), block_size=128, q_len=p.q_len, k_len=p.k_len) for p in plans]
     want = attend_packed(q, k, v, moved, impl="reference")
@@ -212,8 +243,9 @@ def test_compiled_packed_and_heads_first():
 
 
 @pytest.mark.gpu
-def test_compiled_parts():
-    inputs = on_gpu(gaussian(9, tokens=2100, q_len=700, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dim", [128, 256])
+def test_compiled_parts(dim):
+    inputs = on_gpu(gaussian(9, tokens=2100, q_len=700, heads=4, kv_heads=2, dim=dim, dtype=torch.bfloat16))
     for part in split(random_plan(inputs.q.cpu(), inputs.k.cpu(), block_size=128)):
         here = Plan(*(x.cuda() for x in (part.offsets, part.indices)), 128, 700, 2100, 4, 1, is_part=True)
         compare(inputs, here)

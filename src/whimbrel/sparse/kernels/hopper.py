@@ -167,7 +167,7 @@ def half(
         )  # fmt: skip
 
 
-COUNTS = ["before", "k_len", "room", "begin", "blocks", "first", "rows", "groups", "runs", "k_row", "k_col"]
+COUNTS = ["before", "k_len", "room", "begin", "blocks", "first", "rows", "groups", "runs", "span", "k_row", "k_col"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -194,6 +194,7 @@ def scores(
     first,
     groups,
     runs,
+    span,
     k_row,
     k_col,
     scale,
@@ -206,10 +207,9 @@ def scores(
     D: gl.constexpr,
     TILES: gl.constexpr,
     KEYS: gl.constexpr,
-    RUN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """`estimate.scores`; `keys` is a descriptor of k. A program takes Q tiles and RUN blocks of keys, KEYS of them
+    """`estimate.scores`; `keys` is a descriptor of k. A program takes Q tiles and `span` blocks of keys, KEYS of them
     without a break."""
     pid = gl.program_id(0)
     run = pid % runs
@@ -217,7 +217,7 @@ def scores(
     pair = pid // (runs * groups)
     b = pair // HKV
     hkv = pair % HKV
-    start = run * RUN
+    start = run * span
     tile = begin + group * Q
     units += pair * rows
     count = begin + room
@@ -232,7 +232,7 @@ def scores(
                 own = gl.maximum(own, gl.load(units + i))
         else:
             own = last // S
-        stop = gl.minimum(first + own + 1, start + RUN)
+        stop = gl.minimum(first + own + 1, start + span)
     q_s = gl.allocate_shared_memory(keys.dtype, [2 * TILES, 64, D], keys.layout)
     k_s = gl.allocate_shared_memory(keys.dtype, [STAGES, 128, D], keys.layout)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -30,7 +30,9 @@ RUN = 16
 HOPPER_TILES = 2
 """Tiles of 64 queries that a warpgroup of the kernel for Hopper takes; it has two warpgroups."""
 HOPPER_RUN = 32
-"""Key blocks that one of its programs takes: many, since it reads its queries first, but enough programs for a card."""
+"""Key blocks that one of its programs takes: many, since it reads its queries first, but fewer for enough programs."""
+LEAST_RUN, ENOUGH_PROGRAMS = 8, 396
+"""Down to how many, and for how many programs: three for each multiprocessor of an H100."""
 HOPPER_KEYS = 2
 """Key blocks that it takes without a break."""
 HOPPER_STAGES = 4
@@ -108,7 +110,7 @@ class Selection:
         self.at = sample_positions(grid, PILOT_ROWS if probe_rows is None else probe_rows, q.device)
         self.twice = probe_rows is None
         self.again = sample_positions(grid, PROBE_ROWS, q.device) if self.twice else self.at
-        self.on_hopper = hopper_launch.fits(q, q, grid.block_size)
+        self.on_hopper = hopper_launch.fits(q, q, grid.block_size) and self.dim <= hopper_launch.WIDE
         elements = (q.numel() + k.numel()) * q.element_size()
         self.scratch = min(MOST_SCRATCH, max(LEAST_SCRATCH, elements // 15)) // 4
         self.strips = list(self._strips())
@@ -216,12 +218,15 @@ class Selection:
             from whimbrel.sparse.kernels import hopper
 
             together = 128 * HOPPER_TILES // size
-            groups, runs = triton.cdiv(room * sub, together), triton.cdiv(blocks, HOPPER_RUN)
+            groups, span = triton.cdiv(room * sub, together), HOPPER_RUN
+            while span > LEAST_RUN and pairs * groups * triton.cdiv(blocks, span) < ENOUGH_PROGRAMS:
+                span //= 2
+            runs = triton.cdiv(blocks, span)
             keys = hopper_launch.matrix(k.flatten(0, 1), hopper_launch.BLOCK)
             launch(
                 hopper.scores, pairs * groups * runs, q, k, keys.matrix, *tensors, *self.strides, *numbers, groups,
-                runs, keys.row, keys.column, self.scale, **constants, Q=together, D=self.dim, TILES=HOPPER_TILES,
-                KEYS=HOPPER_KEYS, RUN=HOPPER_RUN, STAGES=HOPPER_STAGES, num_warps=4,
+                runs, span, keys.row, keys.column, self.scale, **constants, Q=together, D=self.dim, TILES=HOPPER_TILES,
+                KEYS=HOPPER_KEYS, STAGES=HOPPER_STAGES, num_warps=4,
             )  # fmt: skip
             return
         together = max(1, PROGRAM_ROWS // size)

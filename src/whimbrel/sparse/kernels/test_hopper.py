@@ -70,7 +70,7 @@ tile = gl.NVMMASharedLayout(128, 16, 2)
 types = {"q": "*bf16", "k": "*bf16", "keys": f"tensordesc<bf16[128,128],{tile!r}>", "out": "*fp32", "scale": "fp32"}
 types |= dict.fromkeys(("at", "units", "filled"), "*i32")
 constants = {"LISTED": True, "HKV": 8, "GROUP": 4, "P": 16, "S": 1, "Q": 4, "D": 128}
-constants |= {"TILES": 2, "KEYS": 2, "RUN": 32, "STAGES": 4}
+constants |= {"TILES": 2, "KEYS": 2, "STAGES": 4}
 signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in scores.arg_names}
 made = compile(
     GluonASTSource(scores, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}

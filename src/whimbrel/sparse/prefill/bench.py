@@ -49,6 +49,8 @@ CHUNK = 8192
 """Tokens of a chunk, where a prompt comes in chunks."""
 FADING = {"fading, 10 %": 0.1, "fading, 5 %": 0.05}
 """Input -> share of the causal pairs that holds 95 % of the attention: what is gained where little is needed."""
+WIDE = "mixed, heads of 256"
+"""`mixed` with 16 heads of 256 on 8 key heads."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
 SHORT_LENGTHS = (2048, 4096)
 """At which dense attention is the faster one everywhere, and what matters is what it takes to say so."""
@@ -105,6 +107,8 @@ class Problem(NamedTuple):
             return heads, kv_heads, dim
         if self.kind == "structured":
             return 4, 4, 128 if self.on_gpu else 64
+        if self.kind == WIDE:
+            return 16, 8, 256
         return (32, 8, 128) if self.on_gpu else (4, 2, 64)
 
     def _captured(self, name: str) -> Tensor:
@@ -192,7 +196,9 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
         for problem in (Problem("mixed", length, device) for length in SHORT_LENGTHS):
             case = Case(name="prefill", params=problem.params | {"coverage": 0.95}, check=lambda: None, metric="time")
             found += [_dense(problem), replace(case, impls={AS_SERVED: partial(_as_served, problem, 0.95)})]
-        for problem in (Problem(kind, length, device) for kind in FADING for length in (32_768, 131_072)):
+        further = [Problem(kind, length, device) for kind in FADING for length in (32_768, 131_072)]
+        further += [Problem(WIDE, length, device) for length in (16_384, 32_768)]
+        for problem in further:
             found += [_dense(problem), *_sparse(problem, 0.95)]
     for problem in captured(device):
         found.append(_dense(problem))

@@ -20,6 +20,7 @@ from whimbrel.sparse.prefill.bench import (
     CUDA_LENGTHS,
     FADING,
     THRESHOLDS,
+    WIDE,
     Problem,
     _audited,
     _check_chunks,
@@ -53,7 +54,7 @@ def test_cuda_cases_have_the_parameters_that_results_are_read_by():
     assert {case.params["coverage"] for case in theirs} == set(COVERAGES)
     chunked = [case for case in made if "row_local, one piece" in case.impls]
     assert {case.params["N"] for case in chunked} == set(CUDA_LENGTHS[1:])
-    assert {case.params["input"] for case in made} == {"mixed", "structured", *FADING}
+    assert {case.params["input"] for case in made} == {"mixed", "structured", WIDE, *FADING}
     assert max(case.params["N"] for case in made) == 131_072
 
 
