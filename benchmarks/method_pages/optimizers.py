@@ -190,12 +190,18 @@ def winners(lines: Sequence[ResultLine]) -> dict[str, Winner]:
 
 
 def _pretrain(results: Path, *, links: str) -> list[str]:
-    """The longest runs of each optimizer, best first, with the rates that were tried."""
+    """The two longest lengths of runs, the longest last, each with its optimizers, best first, and the rates tried."""
     lines = of_case(results, "pretrain")
-    if not lines:
-        return []
+    lengths = sorted({int(line["params"]["tokens"]) for line in lines})[-2:]
+    return [
+        text
+        for most in lengths
+        for text in _pretrain_of([x for x in lines if int(x["params"]["tokens"]) <= most], most, links=links)
+    ]
+
+
+def _pretrain_of(lines: Sequence[ResultLine], most: int, *, links: str) -> list[str]:
     best, about = winners(lines), lines[-1]
-    most = max(int(line["params"]["tokens"]) for line in lines)
     rows = [
         f"**Optimizers at LLaMA-60M**, recipe {about['params']['recipe']} on documentation prose (not C4), {most:,} "
         f"tokens in batches of {about['params']['batch_tokens']:,}; means over seeds, their lowest and highest in "

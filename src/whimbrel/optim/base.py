@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroup
 from whimbrel.errors import ConfigError, UnsupportedError, nearest
 from whimbrel.optim import backward, eager
 from whimbrel.optim.amp import GradScale
-from whimbrel.optim.bases import Bases
+from whimbrel.optim.bases import Bases, Fitted
 from whimbrel.optim.fused import Fused, fuses
 from whimbrel.optim.grad_norm import GradNorm
 from whimbrel.optim.groups import ALIASES
@@ -36,6 +37,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ACCEPTED = ("params", "name", "param_names", "low_rank", "initial_lr", "foreach", "fused")
 """Group keys without a meaning here, set by `param_groups`, by torch's schedulers and by training engines."""
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a constructor's arguments (`locals()`, before anything else) that groups may set for themselves."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "groups", "__class__")}
 
 
 class LowRankOptimizer(Method, torch.optim.Optimizer):
@@ -352,23 +358,36 @@ class LowRankOptimizer(Method, torch.optim.Optimizer):
         if fresh or due:
             refreshed = [matrix for matrix in plan.found if matrix.key in due or matrix.key in fresh]
         apart = bases.fit_apart(group, refreshed, fresh)
-        for keys in (fresh, due):
-            for batch in batches([x for x in refreshed if x.key in plan.taken and x.key in keys]):
-                bases.refresh_alone(group, batch, amp, fresh, apart)
+        after = due if bases.follow(group) else set()
+
+        def refit(keys: set[Key]) -> list[Fitted]:
+            chosen = batches([x for x in refreshed if x.key in plan.taken and x.key in keys])
+            return [bases.refit(group, batch, amp, fresh, apart) for batch in chosen]
+
+        for keys in (fresh, due - after):
+            for fitted in refit(keys):
+                bases.put(group, fitted)
+        later: list[Fitted] = []
         if plan.fused is not None:
             members = [batch.matrices for batch in plan.fused.batches]
-            plan.fused.step(
-                self,
-                group,
-                amp,
-                drawn=[bases.drawn_keys(group, each) if drawn else None for each in members],
-                squares=[self._square(each[0].key[0]) for each in members],
-            )
+            known = {
+                "drawn": [bases.drawn_keys(group, each) if drawn else None for each in members],
+                "squares": [self._square(each[0].key[0]) for each in members],
+            }
+            step = functools.partial(plan.fused.step, self, group, amp, **known)
+            if plan.taken & after:
+                later = plan.fused.beside(step, lambda: refit(after))
+            else:
+                step()
+        for fitted in later:
+            bases.put(group, fitted)
         for batch in plan.others:
             square = self._square(batch[0].key[0])
             projected = eager.project(group, batch, bases.read(group, batch), amp, square)
-            bases.refresh_projected(group, batch, projected, due, fresh, apart)
+            for keys in (fresh, due - after):
+                bases.refresh_projected(group, batch, projected, keys, fresh, apart)
             eager.apply(self, group, batch, projected, self._words)
+            bases.refresh_projected(group, batch, projected, after, fresh, apart)
 
 
 def _names(group: dict[str, Any], index: int) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,14 @@ from whimbrel.optim.words import Words
 
 LARGEST_GAP = 8
 """Most candidates from one lazy refresh of a matrix to the next."""
+
+
+class Fitted(NamedTuple):
+    """New bases of B matrices, [B, d, r], and the matrices whose fits are to be used, [B]."""
+
+    chosen: Sequence[Matrix]
+    new: Tensor
+    active: Tensor
 
 
 class Bases:
@@ -136,11 +144,11 @@ class Bases:
         fresh: set[Key],
         old: Tensor | None = None,
         spread: Spread = WHOLE,
-        size: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Bases [B, d, r] of B gradients, or their parts under a spread; all first ones, or all later ones.
 
-        size: norms [B] of the whole gradients in float64, where they are known.
+        total: squares [B] of the norms of the whole gradients, where they are known.
         """
         rank = group["rank"]
         if group["refresh"] == "exact" or chosen[0].key in fresh:
@@ -152,7 +160,7 @@ class Bases:
         old = self.read(group, chosen) if old is None else old
         products = torch.bfloat16 if chosen[0].grad.dtype == torch.bfloat16 else torch.float32
         start = spread.depth.cut(old, -2)
-        new = lowrank.fit_warm(grad, start, side, products=products, size=size, spread=spread)
+        new = lowrank.fit_warm(grad, start, side, products=products, total=total, spread=spread)
         return spread.depth.join(new, -2)
 
     def _noise(self, group: dict[str, Any], chosen: Sequence[Matrix], device: torch.device, side: str) -> Tensor:
@@ -167,43 +175,38 @@ class Bases:
         group: dict[str, Any],
         batch: list[Matrix],
         projected: Projected,
-        due: set[Key],
+        keys: set[Key],
         fresh: set[Key],
         apart: dict[Key, Tensor],
     ) -> None:
-        """Fit bases anew of those in `due` and `fresh`, in the states and in `projected`.
+        """Fit bases anew of the matrices with these keys, in the states and in `projected`.
 
         fresh: matrices that get their first bases. apart: what `fit_apart` has found.
         """
-        for keys in (fresh, due):
-            indices = [i for i, matrix in enumerate(batch) if matrix.key in keys]
-            if not indices:
-                continue
-            grad, active = projected.grad, projected.active
-            if len(indices) < len(batch):
-                grad, active = (torch.stack([t[i] for i in indices]) for t in (grad, active))
-            chosen = [batch[i] for i in indices]
-            self._refresh(group, chosen, grad, active, fresh, apart)
-            stored = projected.spread.depth.cut(self.read(group, chosen), -2)
-            for i, basis in zip(indices, stored.unbind(), strict=True):
-                projected.basis[i].copy_(basis)
+        indices = [i for i, matrix in enumerate(batch) if matrix.key in keys]
+        if not indices:
+            return
+        grad, active = projected.grad, projected.active
+        if len(indices) < len(batch):
+            grad, active = (torch.stack([t[i] for i in indices]) for t in (grad, active))
+        chosen = [batch[i] for i in indices]
+        self.put(group, self._refit(group, chosen, grad, active, fresh, apart))
+        stored = projected.spread.depth.cut(self.read(group, chosen), -2)
+        for i, basis in zip(indices, stored.unbind(), strict=True):
+            projected.basis[i].copy_(basis)
 
-    def refresh_alone(
+    def refit(
         self, group: dict[str, Any], batch: list[Matrix], amp: GradScale, fresh: set[Key], apart: dict[Key, Tensor]
-    ) -> None:
-        """Fit bases anew where the kernels do the step: from gradients in their own dtype and at their own scale.
+    ) -> Fitted:
+        """New bases where the kernels do the step: from gradients in their own dtype and at their own scale.
 
         fresh: matrices that get their first bases, all of the batch or none. apart: what `fit_apart` has found.
         """
         grads = [matrix.grad for matrix in batch]
-        size, spread = lowrank.norms(grads), batch[0].spread
-        if spread.split:
-            size = spread.everywhere(size.square()).sqrt()
-        # out of the range of float32, as in a step
-        active = amp.active(size.float().square())
-        self._refresh(group, batch, grads, active, fresh, apart, size)
+        total = batch[0].spread.everywhere(lowrank.norms(grads, torch.float32).square())
+        return self._refit(group, batch, grads, amp.active(total), fresh, apart, total)
 
-    def _refresh(
+    def _refit(
         self,
         group: dict[str, Any],
         chosen: Sequence[Matrix],
@@ -211,23 +214,36 @@ class Bases:
         active: Tensor,
         fresh: set[Key],
         apart: dict[Key, Tensor],
-        size: Tensor | None = None,
-    ) -> None:
-        """Fit the bases of B matrices anew where they are active [B]; size: norms [B] of the whole gradients."""
+        total: Tensor | None = None,
+    ) -> Fitted:
+        """New bases of B matrices, of which those that are active [B] count; total: squares [B] of whole norms."""
         spread, side = chosen[0].spread, resolve_side(group["side"], chosen[0].shape)
-        old = self.read(group, chosen, opened=False)
         if all(matrix.key in apart for matrix in chosen):
             new = storage.stack([apart[matrix.key] for matrix in chosen])
         else:
-            new = self.fit(group, chosen, grad, side, fresh, old, spread, size)
+            old = self.read(group, chosen, opened=False)
+            new = self.fit(group, chosen, grad, side, fresh, old, spread, total)
         # a fit that fails leaves NaN, at the latest in the last column, and the old basis then stays
-        active = active & new[..., -1].sum(-1).isfinite()
+        return Fitted(chosen, new, active & new[..., -1].sum(-1).isfinite())
+
+    def put(self, group: dict[str, Any], fitted: Fitted) -> None:
+        """Let the bases of matrices be those found for them, and do with moments what the group asks for."""
+        chosen, new, active = fitted
+        old, side = self.read(group, chosen, opened=False), resolve_side(group["side"], chosen[0].shape)
         new = torch.where(active[:, None, None], new, old)
         if group["on_refresh"] != "keep":
             self._carry(group, chosen, old.float(), new, side, active)
         if group["lazy_overlap"]:
             self._widen(group, chosen, old.float(), new)
         storage.write_basis([matrix.state for matrix in chosen], new)
+
+    def follow(self, group: dict[str, Any]) -> bool:
+        """Whether later fits serve from the next step on, so that the one whose gradients they see need not wait.
+
+        Without `stagger` they serve in that step, as in the published code; and moments that change with a basis are
+        those of the step before.
+        """
+        return group["stagger"] and group["on_refresh"] == "keep"
 
     def _carry(
         self, group: dict[str, Any], chosen: Sequence[Matrix], old: Tensor, new: Tensor, side: str, active: Tensor

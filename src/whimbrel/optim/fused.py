@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from whimbrel.optim.words import Words
 
 if TYPE_CHECKING:
     from whimbrel.optim.kernels.tables import Batch
+
+T = TypeVar("T")
 
 
 def fuses(impl: str, matrix: Matrix) -> bool:
@@ -72,6 +74,27 @@ class Fused:
         self.replay = replay.Replay() if together and _replays(matrices) else None
         self._words = [words.of_batch(group, batch.matrices) for batch in self.batches]
         self._rate: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def beside(self, step: Callable[[], None], work: Callable[[], T]) -> T:
+        """Do `work` of which a step of these matrices needs nothing, and the step; where it is replayed, side by side.
+
+        The step has a stream of its own then: its kernels need no workspace of cuBLAS, which each stream keeps.
+        """
+        if self.replay is None or self.replay.graph is None or torch.cuda.is_current_stream_capturing():
+            found = work()
+            step()
+            return found
+        device = self.batches[0].matrices[0].weight.device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        found = work()
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+        return found
 
     def step(
         self,

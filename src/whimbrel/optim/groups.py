@@ -176,9 +176,8 @@ def _matching(argument: str, patterns: str | Sequence[str], names: Iterable[str]
     for pattern in _patterns(patterns):
         found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not found:
-            raise ConfigError(
-                f"{argument} pattern '{pattern}' matches no parameter{nearest(pattern, _candidates(names))}"
-            )
+            hint = nearest(pattern, _candidates(names)) or f"; patterns are for whole names, such as '{names[0]}'"
+            raise ConfigError(f"{argument} pattern '{pattern}' matches no parameter{hint if names else ''}")
         matches |= found
     return matches
 

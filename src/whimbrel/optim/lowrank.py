@@ -45,11 +45,6 @@ def basis_shape(shape: Sequence[int], rank: int, side: str) -> tuple[int, int]:
     return (shape[-2] if side == "left" else shape[-1], rank)
 
 
-def low_shape(shape: Sequence[int], rank: int, side: str) -> tuple[int, int]:
-    """Shape of the projected gradient, and of each moment, of one m x n matrix."""
-    return (rank, shape[-1]) if side == "left" else (shape[-2], rank)
-
-
 def slice_dim(side: str) -> int:
     """The dimension that runs inside one slice."""
     return -2 if side == "left" else -1
@@ -92,7 +87,8 @@ def _orthonormal_once(x: Tensor, split: Split) -> Tensor:
     With COARSE_FILL the condition is far from what float64 survives without a shift.
     """
     # columns of norm 1 / COARSE_FILL, as their size does not matter
-    y = torch.addcdiv(_filling(x, split), x, _column_norms(x, split), value=1 / COARSE_FILL)
+    y = torch.empty_like(x, dtype=torch.float64)
+    torch.addcdiv(_filling(x, split), x, _column_norms(x, split), value=1 / COARSE_FILL, out=y)
     return torch.linalg.solve_triangular(_factor(split.sum(y.mT @ y)).mT, y, upper=True, left=False).float()
 
 
@@ -102,8 +98,8 @@ def _filled(x: Tensor, fill: float, split: Split) -> Tensor:
 
 
 def _column_norms(x: Tensor, split: Split) -> Tensor:
-    """Norms [B, 1, k] in float64, none below the range of float32."""
-    norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True, dtype=torch.float64)
+    """Norms [B, 1, k] in the dtype of x, none below the range of float32."""
+    norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     if split.groups:
         norm = split.sum(norm.square()).sqrt()
     return norm.clamp_min_(torch.finfo(torch.float32).tiny)
@@ -131,11 +127,11 @@ Matrices = Tensor | Sequence[Tensor]
 """[B, m, n], or B matrices [m, n] that lie anywhere."""
 
 
-def norms(matrices: Matrices) -> Tensor:
-    """Frobenius norms [B], float64."""
+def norms(matrices: Matrices, dtype: torch.dtype) -> Tensor:
+    """Frobenius norms [B]; of other than float32 and float64, float64 needs a copy on a GPU."""
     if isinstance(matrices, Tensor):
-        return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)
-    return storage.stack([torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in matrices])
+        return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=dtype)
+    return storage.stack([torch.linalg.vector_norm(matrix, dtype=dtype) for matrix in matrices])
 
 
 def times(matrices: Matrices, x: Tensor) -> Tensor:
@@ -194,25 +190,25 @@ def fit_warm(
     side: str,
     *,
     products: torch.dtype = torch.float32,
-    size: Tensor | None = None,
+    total: Tensor | None = None,
     spread: Spread = WHOLE,
 ) -> Tensor:
     """Leading directions by power iteration from the basis before, whose order and signs it keeps.
 
     grad: [B, m, n], or B matrices, which are then not stacked. products: dtype of the factors, for a gradient in
     bfloat16 its own. That gradient is rounded by 2^-9 of its elements, so directions that would be lost without an
-    orthonormalisation between the two products are mostly rounding, and one round does in place of three. size:
-    the norms [B] of the whole gradients in float64, where they are known.
+    orthonormalisation between the two products are mostly rounding, and one round does in place of three. total:
+    the squares [B] of the norms of the whole gradients, where they are known.
     """
     if products == torch.float32:
         return iterate(grad, basis.float(), side, WARM_ITERATIONS, spread=spread)
-    if size is None:
-        size = spread.everywhere(norms(grad).square()).sqrt() if spread.split else norms(grad)
+    if total is None:
+        total = spread.everywhere(norms(grad, torch.float64).square())
     g, transposed = _both_ways(grad, side, products)
     middle = spread.depth.sum(times(transposed, basis))
-    # a product more would leave the range of float32 for gradients that are still in it
-    size = size.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
-    middle = torch.div(middle, size, out=torch.empty_like(middle, dtype=products))
+    # of G G^T / |G|^2, in which columns keep their norms' squares in the range of float32
+    scale = total.clamp_min(torch.finfo(total.dtype).tiny)[:, None, None]
+    middle = torch.div(middle, scale, out=torch.empty_like(middle, dtype=products))
     new = spread.slices.sum(times(g, middle))
     if 2 * new.shape[-1] > spread.depth.rows(new):
         return orthonormal(new, split=spread.depth)

@@ -168,6 +168,28 @@ def test_refreshes_are_spread_evenly_or_fall_together(cls, refresh):
 
 
 @BOTH
+@pytest.mark.parametrize("refresh", ["power", "exact"])
+@pytest.mark.parametrize(("stagger", "on_refresh"), [(True, "keep"), (True, "rotate"), (False, "keep")])
+def test_which_step_a_new_basis_serves_first(cls, refresh, stagger, on_refresh):
+    """That after its gradient's where a fit may run beside the step, that of its gradient elsewhere."""
+    found = []
+    for every in (3, 1000):
+        torch.manual_seed(0)
+        model = TinyModel()
+        options = {"refresh": refresh, "stagger": stagger, "on_refresh": on_refresh}
+        optimizer = make(cls, model, refresh_steps=every, **options)
+        found.append([])
+        for seed in range(5):
+            random_grads(model, seed)
+            optimizer.step()
+            weight = optimizer.param_groups[0]["params"][0]  # due in every third step
+            found[-1].append((optimizer.state[weight]["basis"].clone(), weight.detach().clone()))
+    # fitted in the first step, and in the fourth
+    same = [(torch.equal(a[0], b[0]), torch.equal(a[1], b[1])) for a, b in zip(*found, strict=True)]
+    assert same == [(True, True)] * 3 + [(False, stagger and on_refresh == "keep"), (False, False)]
+
+
+@BOTH
 @pytest.mark.parametrize("on_refresh", ["keep", "rotate", "reset"])
 def test_moments_at_a_refresh(cls, on_refresh):
     model = TinyModel()

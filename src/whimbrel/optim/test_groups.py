@@ -65,7 +65,10 @@ def test_no_pattern_means_no_low_rank_group():
             {"low_rank": ["blocks.*.up", "block.*"]},
             "low_rank pattern 'block.*' matches no parameter; did you mean 'blocks.*'?",
         ),
-        ({"exclude": "zzz"}, "exclude pattern 'zzz' matches no parameter"),
+        (
+            {"exclude": "zzz"},
+            "exclude pattern 'zzz' matches no parameter; patterns are for whole names, such as 'scale'",
+        ),
         (
             {"low_rank": "*.norm"},
             "low_rank = ['*.norm'] selects no matrix whose smaller side is at least min_dim = 4; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.optim import lowrank
-from whimbrel.optim.base import LowRankOptimizer, Projected
+from whimbrel.optim.base import LowRankOptimizer, Projected, given
 from whimbrel.optim.limiter import factors, limit
 from whimbrel.optim.options import AnyRefresh, BasisDtype, Impl, OnRefresh, Scaling, Side, StateDtype
 
@@ -134,26 +134,4 @@ class Apollo(LowRankOptimizer):
         stochastic_rounding: bool = True,
         impl: Impl = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "alpha": alpha,
-            "gamma": gamma,
-            "refresh_steps": refresh_steps,
-            "scaling": scaling,
-            "side": side,
-            "refresh": refresh,
-            "on_refresh": on_refresh,
-            "stagger": stagger,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "lazy_overlap": lazy_overlap,
-            "state_dtype": state_dtype,
-            "basis_dtype": basis_dtype,
-            "other_dtype": other_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "impl": impl,
-        }
-        super().__init__(groups, defaults)
+        super().__init__(groups, given(locals()))

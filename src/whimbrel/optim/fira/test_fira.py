@@ -178,7 +178,8 @@ def test_residual_norm_follows_from_slice_norms(side, alpha):
 
 def step_once(grad, basis, side, *, alpha=1.0, norm=None):
     batch, m, n = grad.shape
-    low = (batch, *lowrank.low_shape((m, n), basis.shape[-1], side))
+    rank = basis.shape[-1]
+    low = (batch, rank, n) if side == "left" else (batch, m, rank)
     zeros = torch.zeros(batch)
     projected = Projected(
         grad,
@@ -210,7 +211,7 @@ def test_gradient_inside_the_basis_leaves_no_residual(side):
         generator = torch.Generator().manual_seed(seed)
         rows = 17 if side == "left" else 23
         basis = lowrank.orthonormal(torch.randn(2, rows, 4, generator=generator))
-        shape = (2, *lowrank.low_shape((17, 23), 4, side))
+        shape = (2, 4, 23) if side == "left" else (2, 17, 4)
         grad = lowrank.up(torch.randn(shape, generator=generator), basis, side)
         out = step_once(grad, basis, side)
         assert torch.isfinite(out.update).all()

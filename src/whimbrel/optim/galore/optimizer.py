@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from whimbrel.optim import lowrank
-from whimbrel.optim.base import LowRankOptimizer, Projected
+from whimbrel.optim.base import LowRankOptimizer, Projected, given
 from whimbrel.optim.options import BasisDtype, Impl, OnRefresh, Refresh, Side, StateDtype
 
 
@@ -112,24 +112,4 @@ class GaLore(LowRankOptimizer):
         stochastic_rounding: bool = True,
         impl: Impl = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "alpha": alpha,
-            "refresh_steps": refresh_steps,
-            "side": side,
-            "refresh": refresh,
-            "on_refresh": on_refresh,
-            "stagger": stagger,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "lazy_overlap": lazy_overlap,
-            "state_dtype": state_dtype,
-            "basis_dtype": basis_dtype,
-            "other_dtype": other_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "impl": impl,
-        }
-        super().__init__(groups, defaults)
+        super().__init__(groups, given(locals()))
