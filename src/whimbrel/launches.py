@@ -182,8 +182,6 @@ _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
 _tapes: dict[Any, _Sequence] = {}
 _recording = threading.local()
-
-
 _compiled_ahead: dict[Any, threading.Thread] = {}
 """Who compiles a kernel that nobody has launched yet, by what `_ready` knows it by."""
 
@@ -193,7 +191,8 @@ def compiling_ahead() -> Iterator[None]:
     """Launches in here, by this thread, launch nothing: each compiles its kernel in a thread of its own.
 
     A call that begins with one kernel and ends with another waits for one compiler after the other; most of what
-    they do leaves the interpreter free, so they can work side by side. A launch waits for the thread of its kernel.
+    they do leaves the interpreter free, so they can work side by side. A launch waits for the thread of its kernel, and
+    so does the end of the program, which would otherwise tear the compiler down at work.
     """
     _recording.ahead = True
     try:
@@ -341,7 +340,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
     if getattr(_recording, "ahead", False):
         if ready is None and key not in _compiled_ahead:
             given = kernel, _as_kinds(arguments), grid, constants, current
-            _compiled_ahead[key] = threading.Thread(target=_compile, args=given, daemon=True)
+            _compiled_ahead[key] = threading.Thread(target=_compile, args=given, daemon=False)
             _compiled_ahead[key].start()
         return
     if ready is None:
