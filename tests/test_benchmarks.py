@@ -596,7 +596,11 @@ def test_limits_and_kernels_of_the_roofline():
 def test_roofline_table_names_the_kernels_that_take_most(tables, tmp_path, monkeypatch):
     monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
     params = {"op": "rdn", "pass": "forward+backward", "B": 1, "T": 16_384, "H": 16, "D": 128}
-    for impl, value in (("walk", 1.5), ("torch", 0.01), ("all kernels", 1.51), ("limit", 0.4)):
+    monkeypatch.setattr("whimbrel.bench.results.commit", lambda: "0000001")
+    for impl in ("a kernel that went", "walk", "all kernels", "limit"):
+        record("roofline", impl, params, "time", 2.0, "ms", out=tmp_path)
+    monkeypatch.setattr("whimbrel.bench.results.commit", lambda: "0000002")
+    for impl, value in (("torch", 0.01), ("walk", 1.5), ("all kernels", 1.51), ("limit", 0.4)):
         record("roofline", impl, params, "time", value, "ms", out=tmp_path)
     record("roofline", "matmul", {}, "rate", 700.0, "TFLOP/s", out=tmp_path)
     record("roofline", "copy", {}, "rate", 4.0, "TB/s", out=tmp_path)
