@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
             middle = values if isinstance(values, float) else sorted(values)[len(values) // 2]
             print(f"{impl:20} {metric:20} {middle:.6g} {unit}", flush=True)
 
-    compare_losses(args, everyone, alone, line)
     compare_times(args, everyone, line)
+    compare_losses(args, everyone, alone, line)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels' backward for float32 adds in no fixed order
         checkpoints(args, everyone, alone, line)

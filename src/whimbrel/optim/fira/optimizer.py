@@ -122,8 +122,8 @@ class Fira(LowRankOptimizer):
     alpha: factor on the update inside the basis ("official"), or on the whole update ("paper").
     gamma: growth of the residual's norm allowed per step; 0 switches the limiter off.
     refresh_steps: steps between two fits of a basis. refresh: "power" (warm-started block power iteration) or
-        "exact" (thin SVD). stagger: spread the fits over `refresh_steps`, else all fall on steps 0,
-        refresh_steps, ...
+        "exact" (thin SVD). stagger: spread the fits over `refresh_steps`, each later one for the steps
+        after its own, else all fall on steps 0, refresh_steps, ..., for these steps too.
     residual_mode: "official", as the authors' code computes, or "paper", as algorithm 1 states; the learning
         rate must be tuned anew between them unless alpha = 1.
     scaling: "column", one factor for each slice of the residual, or "matrix", one for all.

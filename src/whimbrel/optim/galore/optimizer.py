@@ -67,8 +67,8 @@ class GaLore(LowRankOptimizer):
     lr: learning rate of every group, per step. rank: columns of the basis.
     alpha: factor on the update of low-rank matrices.
     refresh_steps: steps between two fits of a basis. refresh: "power" (warm-started block power iteration) or
-        "exact" (thin SVD). stagger: spread the fits over `refresh_steps`, else all fall on steps 0,
-        refresh_steps, ...
+        "exact" (thin SVD). stagger: spread the fits over `refresh_steps`, each later one for the steps
+        after its own, else all fall on steps 0, refresh_steps, ..., for these steps too.
     side: projected side, "std" (the shorter), "reverse_std", "left" or "right".
     on_refresh: moments at a new basis, "keep", "rotate" or "reset".
     betas, eps, weight_decay: as in AdamW; `eps` is added to the uncorrected root, the decay follows the
