@@ -65,9 +65,13 @@ def _beside(found: Mapping[str, ResultLine], titles: Mapping[str, str]) -> str:
 
 
 def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
-    """Forward and backward at the longest sequence in which a rival was timed, of the run that has most rivals."""
+    """Forward and backward at the longest sequence in which most rivals were timed, of the run that has most of them."""
     lines = on_gpu(results, f"{op}_fwd_bwd", "time")
-    length = max((int(x["params"]["T"]) for x in lines if x["impl"] in rivals), default=0)
+    timed: dict[int, set[str]] = {}
+    for x in lines:
+        if x["impl"] in rivals:
+            timed.setdefault(int(x["params"]["T"]), set()).add(x["impl"])
+    length = max(timed, key=lambda tokens: (len(timed[tokens]), tokens), default=0)
     runs: dict[str, dict[str, ResultLine]] = {}
     for x in read_lines(results / f"{op}_fwd_bwd.jsonl") if lines else []:
         here = (x["metric"], x["device"], x["params"]["B"], x["params"]["T"])
