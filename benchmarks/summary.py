@@ -65,7 +65,7 @@ def _beside(found: Mapping[str, ResultLine], titles: Mapping[str, str]) -> str:
 
 
 def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
-    """Forward and backward at the longest sequence in which most rivals were timed, of the run that has most of them."""
+    """Forward and backward at the longest sequence in which most rivals were timed, of the run with most of them."""
     lines = on_gpu(results, f"{op}_fwd_bwd", "time")
     timed: dict[int, set[str]] = {}
     for x in lines:
