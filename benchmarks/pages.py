@@ -20,7 +20,7 @@ CARDS = ROOT / "docs" / "howto" / "many-gpus.md"
 FIGURES = (
     ("needle", "length", "needle", "share of needles found", "tokens of context"),
     ("decode_rate", "context", "decoding", "tokens a second", "tokens before"),
-    ("curve", "tokens", "loss", "nats a token of the batches trained on", "tokens of training"),
+    ("curve", "tokens", "loss", "nats a token of the batches trained on, from half of them on", "M tokens of training"),
 )
 """Metric, what it is drawn against, end of the file's name, titles of the axes."""
 SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
@@ -281,11 +281,15 @@ def figures(results: Path, folder: Path) -> list[Path]:
             own = [x for x in lines if x["impl"] == impl]
             places = sorted({int(x["params"][along]) for x in own})
             points = [(float(at), _mean([x for x in own if x["params"][along] == at])) for at in places]
+            if metric == "curve":  # the descent that all share would leave no room for what tells them apart
+                points = [(at / 1e6, value) for at, value in points if at > places[-1] / 2]
             if len(points) > 1:
                 curves[impl] = (colour, points)
         if curves:
             target = folder / f"comparison-{name}.svg"
-            atomic_write_text(target, draw_curves(curves, title, place, log=metric == "decode_rate").file())
+            atomic_write_text(
+                target, draw_curves(curves, title, place, log=metric == "decode_rate", zero=metric != "curve").file()
+            )
             written.append(target)
     return written
 

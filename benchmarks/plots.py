@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -201,8 +202,8 @@ UNRANKED = ("torch-adamw-fused", "adamw-8bit")
 def draw_optimizers(results: Path, out: Path) -> list[Path]:
     """Step time against rank and loss against bytes of state, as `low-rank-optimizers-*.svg`, where there are lines.
 
-    Losses are means over seeds, of the runs with the most tokens: of `pretrain` lines, or where there are none of the
-    model of tiny-rdn. An optimizer without a rank is drawn at all ranks, at the median of its runs.
+    Losses are means over seeds, of the length at which most optimizers were judged: of `pretrain` lines, or where there
+    are none of the model of tiny-rdn. An optimizer without a rank is drawn at all ranks, at the median of its runs.
     """
     lines = [x for x in on_gpu(results, "optim_step", "time") if x["params"]["model"] == "1.2b"]
     gpu, times = next(iter(by_card(lines)), ""), {}
@@ -219,15 +220,17 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     title = ""
     for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
         found = of_case(results, case, metric)
+        judged = {(x["impl"], int(x["params"]["tokens"])) for x in found}
+        lengths = Counter(tokens for _, tokens in judged)
+        most = max(lengths, key=lambda tokens: (lengths[tokens], tokens), default=0)
+        found = [x for x in found if int(x["params"]["tokens"]) == most]
         if found and case == "pretrain":
             # an optimizer of one rate has not been tuned
             found = [x for best in winners(found).values() for x in best.lines if len(best.tried) > 1]
         if not found:
             continue
-        most = max(int(x["params"]["tokens"]) for x in found)
         for line in found:
-            if int(line["params"]["tokens"]) == most:
-                losses.setdefault(line["impl"], []).append((int(line["params"]["state_bytes"]) / 2**20, line["value"]))
+            losses.setdefault(line["impl"], []).append((int(line["params"]["state_bytes"]) / 2**20, line["value"]))
         title = f"validation loss, {found[0]['unit']}, {most / 1e6:.3g} M tokens"
         break
     averaged = {name: [(points[0][0], sum(v for _, v in points) / len(points))] for name, points in losses.items()}
