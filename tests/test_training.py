@@ -170,6 +170,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: Config, tmp_path: Path, m
     assert f"the last good checkpoint is {tmp_path / 'run' / 'step-000002'}" in message
 
 
+def test_a_start_that_fails_leaves_no_run_behind(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rank = 4096 exceeds the smaller side"):
+        train(load_config_with(tiny, {"optim.rank": 4096}), run_dir=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    train(dataclasses.replace(tiny, steps=2), run_dir=tmp_path / "run", quiet=True)
+
+
 def test_settings_that_do_not_fit_the_run(tiny: Config, tmp_path: Path) -> None:
     train(dataclasses.replace(tiny, steps=2), run_dir=tmp_path / "run", quiet=True)
     with pytest.raises(ConfigError, match=r"seed = 7, but the run in .* was started with 0; use the same value"):

@@ -31,7 +31,7 @@ from whimbrel.training.metrics import Metrics
 from whimbrel.training.prefetch import Prefetcher
 from whimbrel.training.processes import Processes, joined, shard
 from whimbrel.training.recovery import Recovery
-from whimbrel.training.run_config import write_config
+from whimbrel.training.run_config import check_config, write_config
 from whimbrel.training.signals import stop_signals
 
 
@@ -79,7 +79,7 @@ def train(
 class _Trainer:
     def __init__(self, config: Config, run_dir: Path, processes: Processes, *, quiet: bool) -> None:
         self.config, self.run_dir, self.processes, self.quiet = config, run_dir, processes, quiet
-        write_config(config, run_dir, processes)
+        check_config(config, run_dir)
         if processes.first:
             shards_for(config, quiet=quiet)
         processes.wait()
@@ -100,6 +100,7 @@ class _Trainer:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = keep_average(config.averaging.online, self.model, self.optimizer)
         self.recovery = Recovery(config.spikes, run_dir, processes)
+        write_config(config, run_dir, processes)
 
     def run(self, branch_from: Path | None) -> TrainResult:
         step = self._restore(branch_from)

@@ -29,8 +29,8 @@ FREE_ON_RESUME = [
 ]
 
 
-def write_config(config: Config, run_dir: Path, processes: Processes) -> None:
-    """Write the resolved configuration, or check that it fits the one the run was started with."""
+def check_config(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where the configuration does not fit the one that a run in `run_dir` was started with."""
     path = run_dir / CONFIG_FILE
     if path.exists():
         started = parse_toml(path.read_text(encoding="utf-8"), source=str(path))
@@ -40,10 +40,17 @@ def write_config(config: Config, run_dir: Path, processes: Processes) -> None:
                     f"{name} = {now!r}, but the run in {run_dir} was started with {was!r}; "
                     "use the same value or another run folder"
                 )
+
+
+def write_config(config: Config, run_dir: Path, processes: Processes) -> None:
+    """Write the resolved configuration, once every process has checked it and built what it names.
+
+    A start that fails before leaves no run behind that other settings would not fit.
+    """
     processes.wait()
     if processes.first:
         run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, to_toml(config))
+        atomic_write_text(run_dir / CONFIG_FILE, to_toml(config))
     processes.wait()
 
 
