@@ -42,6 +42,8 @@ class Target(NamedTuple):
 
 
 class Result(NamedTuple):
+    """A target and the weights of its members."""
+
     target: Target
     weights: Weights
 
@@ -83,6 +85,11 @@ def prepare(
     workers: int | None,
     tokens_per_step: int | None = None,
 ) -> Job:
+    """Open and check the sources, lay the results out, and choose threads and the size of pieces.
+
+    memory_limit: bytes of all buffers. workers: threads; as many as processors and buffers allow if None. Raises
+    ConfigError for arguments and for an order against the steps, CheckpointError for sources that do not match.
+    """
     if rules.optimizer is not None and len(targets) > 1:
         raise ConfigError(f"merge.optimizer = '{rules.optimizer}' is for a single result; merge those one by one")
     training = rules.optimizer is not None

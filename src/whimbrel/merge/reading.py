@@ -94,12 +94,11 @@ class Buffers:
             with handles.use(read.path) as handle:
                 read_exactly(handle, data, read.start, read.path)
                 _forget(handle, read)
-            crc = None
-            if read.into is not None:
-                crc, item = zlib.crc32(data), f"V{width}"
-                row.view(item).reshape(piece.sizes)[read.into] = np.frombuffer(data, item).reshape(read.sizes)
             if stored[read.box].crc is not None:
-                checked.append((read, crc))
+                checked.append((read, None if read.into is None else zlib.crc32(data)))
+            if read.into is not None:
+                item = f"V{width}"
+                row.view(item).reshape(piece.sizes)[read.into] = np.frombuffer(data, item).reshape(read.sizes)
         return checked
 
     def checksum(self, source: int, read: Read) -> int:
@@ -138,6 +137,7 @@ def disk_rate(source: Source) -> float:
 
 
 def same_bytes(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors have the same type, shape and bytes; reads both, in bounded memory."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     handles = Handles()
@@ -154,6 +154,7 @@ def same_bytes(one: Stored, other: Stored) -> bool:
 
 
 def check_unchanged(sources: Sequence[Source]) -> None:
+    """Raise CheckpointError if a file of a source has another size or time than when it was opened."""
     for source in sources:
         for file in source.files.values():
             status = file.path.stat()
