@@ -1,13 +1,15 @@
 """One machine with several cards: tokens a second of 1 and of N processes, and what a killed worker costs.
 
     python benchmarks/cards.py --recipe rdn-360m --processes 2
+    python benchmarks/cards.py --recipe tiny-rdn --processes 1 --steps 60 --total 60 --kill-after 13 28 45
 
 Trains the same configuration, with the same batch, in one process and in N under torchrun. The first stretch of the
 second run gives its throughput; then a worker is killed with SIGKILL at a random moment, torchrun starts all of them
-again, and the run goes on to its last step. Lines go to benchmarks/results/cards.jsonl: `throughput`; `loss_gap`, the
-differences between the two runs' losses, step by step, over those of the shorter one (`largest`, `first`, `last`);
-`steps_lost` by the kill, which the distance of checkpoints bounds; `seconds_to_go_on`, from the kill to the first new
-step; `repeat_gap`, of the losses of steps that were run again.
+again, and the run goes on, to the next kill or its last step. Lines go to benchmarks/results/cards.jsonl: `throughput`;
+`loss_gap`, the differences between the two runs' losses, step by step, before the first kill (`largest`, `first`,
+`last`); `steps_lost` by the kills, which the distance of checkpoints bounds; `seconds_to_go_on`, from a kill to the
+first new step; `repeat_gap`, of the losses of steps that were run again; `restart_gap`, between the losses of the two
+runs from the first kill on, where the first has so many steps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed import run as torchrun
 
@@ -64,13 +66,13 @@ def settings(args: argparse.Namespace, corpus: Path, steps: int) -> Config:
     return load_config(args.recipe, overrides)
 
 
-def start(config: Config, run_dir: Path, processes: int) -> subprocess.Popen[bytes]:
-    """`whimbrel train` in that many processes."""
+def start(config: Config, run_dir: Path, processes: int = 0) -> subprocess.Popen[bytes]:
+    """`whimbrel train` in that many processes under torchrun, which starts them again; 0 for one without torchrun."""
     file = run_dir.with_suffix(".toml")
     file.write_text(to_toml(config))
     command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=3"]
+    if processes:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=9"]
         # Workers that wait for a dead one in NCCL hear no SIGTERM; older releases give them 30 seconds.
         if "--shutdown-timeout" in Path(torchrun.__file__).read_text():
             command += ["--shutdown-timeout=3"]
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=8, help="steps between checkpoints")
     parser.add_argument("--lr", type=float, default=2e-4, help="so low that rounding stays small between the two runs")
     parser.add_argument("--total", type=int, default=18, help="steps of the run in which a worker is killed")
-    parser.add_argument("--kill-after", type=int, default=12, help="step after which a worker is killed")
+    parser.add_argument("--kill-after", type=int, nargs="+", default=[12], help="steps after which a worker is killed")
     parser.add_argument("--words", type=int, default=12_000, help="words of each of 100 documents")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,49 +128,83 @@ def main(argv: list[str] | None = None) -> None:
     names = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
     params = {name: getattr(args, name) for name in names}
 
-    def write(processes: int, metric: str, values: float | list[float], unit: str, **more: Any) -> None:
-        impl = f"{processes} process{'es' if processes > 1 else ''}"
+    def write(impl: str, metric: str, values: float | list[float], unit: str, **more: Any) -> None:
         line = record("cards", impl, {**params, **more}, metric, values, unit, device=device, out=args.out)
         print(
             f"{impl:12} {metric:17} {line['value']:12,.4g} {unit}  ({line['q25']:,.4g} to {line['q75']:,.4g})",
             flush=True,
         )
 
+    alone, together = "1 process", f"{args.processes} processes" if args.processes > 1 else "1 process, started again"
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         corpus = write_text(root / "text", documents=100, words=args.words)
-        wait(start(settings(args, corpus, args.steps), root / "one", 1))
+        wait(start(settings(args, corpus, args.steps), root / "one"))
         one = losses(root / "one")
-        write(1, "throughput", rates(one), "tokens/s")
+        write(alone, "throughput", rates(one), "tokens/s")
 
         process = start(settings(args, corpus, args.total), root / "many", args.processes)
-        while max(losses(root / "many"), default=0) < args.kill_after:
-            if process.poll() is not None:
-                wait(process)
-                sys.exit(f"the run ended before step {args.kill_after}")
-            time.sleep(0.05)
-        before = losses(root / "many")
-        step_seconds = statistics.median(args.batch_tokens / rate for rate in rates(before))
-        time.sleep(draw.uniform(0, step_seconds))
-        before = losses(root / "many")
-        killed = draw.choice(workers(process.pid))
-        os.kill(killed, signal.SIGKILL)
-        moment = time.time()
-        write(args.processes, "throughput", rates(before), "tokens/s")
-        shared = [step for step in one if step in before]
-        gaps = [abs(one[step]["loss"] - before[step]["loss"]) for step in shared]
-        ends = {"largest": max(gaps), "first": gaps[0], "last": gaps[-1], "last_loss": one[shared[-1]]["loss"]}
-        write(args.processes, "loss_gap", gaps, "nats", steps=len(shared), **{k: round(v, 6) for k, v in ends.items()})
+        kills: list[Kill] = []
+        for step in args.kill_after:
+            kills.append(kill(process, root / "many", step, args.batch_tokens, draw))
+            if len(kills) > 1:
+                continue
+            before = kills[0].before
+            write(together, "throughput", rates(before), "tokens/s")
+            gaps = [abs(one[step]["loss"] - before[step]["loss"]) for step in one if step in before]
+            ends = {"largest": max(gaps), "first": gaps[0], "last": gaps[-1], "last_loss": one[len(gaps)]["loss"]}
+            ends = {name: round(value, 6) for name, value in ends.items()}
+            write(together, "loss_gap", gaps, "nats", steps=len(gaps), **ends)
         wait(process)
         after = losses(root / "many")
-        new = min((step for step, line in after.items() if line["time"] > moment), default=args.total + 1)
-        write(args.processes, "steps_lost", max(before) - (new - 1), "steps", every=args.every)
-        write(args.processes, "seconds_to_go_on", after[new]["time"] - moment, "s")
-        again = [abs(after[step]["loss"] - before[step]["loss"]) for step in before if step >= new]
-        if again:
-            write(args.processes, "repeat_gap", max(again), "nats", steps=len(again))
         if sorted(after) != list(range(1, args.total + 1)):
             sys.exit(f"steps are missing after the restart: {sorted(after)}")
+        found = [kill.cost(later) for kill, later in zip(kills, [*(kill.before for kill in kills[1:]), after])]
+        lost = [cost.steps for cost in found]
+        write(together, "steps_lost", lost, "steps", every=args.every, kills=len(kills), most=max(lost))
+        write(together, "seconds_to_go_on", [cost.seconds for cost in found], "s")
+        again = [gap for cost in found for gap in cost.gaps]
+        if again:
+            write(together, "repeat_gap", max(again), "nats", steps=len(again))
+        late = [abs(one[step]["loss"] - after[step]["loss"]) for step in one if step > min(args.kill_after)]
+        if late:
+            write(together, "restart_gap", max(late), "nats", steps=len(late))
+
+
+class Cost(NamedTuple):
+    """What a kill cost."""
+
+    steps: int
+    seconds: float
+    gaps: list[float]
+    """Between the losses of steps that were run again, in nats."""
+
+
+class Kill(NamedTuple):
+    """A worker's end."""
+
+    moment: float
+    before: dict[int, dict[str, Any]]
+    """What the run had logged."""
+
+    def cost(self, later: dict[int, dict[str, Any]]) -> Cost:
+        """By what the run had logged at a later time."""
+        new = min((step for step, line in later.items() if line["time"] > self.moment), default=max(later) + 1)
+        gaps = [abs(later[step]["loss"] - self.before[step]["loss"]) for step in self.before if step >= new]
+        return Cost(max(self.before) - (new - 1), later[new]["time"] - self.moment, gaps)
+
+
+def kill(process: subprocess.Popen[bytes], run_dir: Path, step: int, batch_tokens: int, draw: random.Random) -> Kill:
+    """End a worker with SIGKILL at a random moment of the step after this one."""
+    while max(losses(run_dir), default=0) < step:
+        if process.poll() is not None:
+            wait(process)
+            sys.exit(f"the run ended before step {step}")
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0, statistics.median(batch_tokens / rate for rate in rates(losses(run_dir)))))
+    before = losses(run_dir)
+    os.kill(draw.choice(workers(process.pid)), signal.SIGKILL)
+    return Kill(time.time(), before)
 
 
 def rates(lines: dict[int, dict[str, Any]]) -> list[float]:

@@ -294,14 +294,28 @@ def figures(results: Path, folder: Path) -> list[Path]:
     return written
 
 
+def _setting(line: ResultLine) -> tuple[object, ...]:
+    return tuple(line["params"].get(name) for name in SETTING)
+
+
 def cards_page(results: Path) -> str:
     """The Markdown between the marks of the page of several GPUs."""
-    lines = on_gpu(results, "cards")
-    if not lines:
+    measured = on_gpu(results, "cards")
+    if not measured:
         return "Nothing has been measured on GPUs yet."
-    about = sorted(lines, key=lambda x: x["time"])[-1]
-    given = {name: about["params"].get(name) for name in SETTING}
-    lines = [x for x in lines if given == {name: x["params"].get(name) for name in SETTING}]
+    several = [x for x in measured if x["impl"].endswith("processes")]
+    lines: list[ResultLine] = []
+    if several:
+        about = sorted(several, key=lambda x: x["time"])[-1]
+        lines = [x for x in measured if _setting(x) == _setting(about)]
+    return "\n".join([*_cards(lines), *_kills(measured)]).rstrip("\n")
+
+
+def _cards(lines: Sequence[ResultLine]) -> list[str]:
+    """Tokens a second of one and of several processes of one setting, and how far their losses part."""
+    if not lines:
+        return []
+    given, about = lines[0]["params"], lines[-1]
     rates = {x["impl"]: x["value"] for x in lines if x["metric"] == "throughput"}
     one = rates.get("1 process")
     rows = [
@@ -312,8 +326,7 @@ def cards_page(results: Path) -> str:
         *header("processes, a GPU each", "tokens a second", "times one"),
     ]
     for impl, rate in rates.items():
-        times = f"{rate / one:.2f}" if one else ""
-        rows.append(f"| {impl.split()[0]} | {rate:,.0f} | {times} |")
+        rows.append(f"| {impl.split()[0]} | {rate:,.0f} | {f'{rate / one:.2f}' if one else ''} |")
     rows.append("")
     for x in lines:
         if x["metric"] == "loss_gap":
@@ -323,15 +336,29 @@ def cards_page(results: Path) -> str:
                 f"(the last is {x['params']['last_loss']:.2f}).",
                 "",
             ]
-    found = {x["metric"]: x for x in lines if x["impl"] != "1 process"}
-    if "steps_lost" in found:
-        rows += [
-            f"A worker killed with SIGKILL cost {found['steps_lost']['value']:.0f} steps (a checkpoint every "
-            f"{found['steps_lost']['params']['every']}) and {found['seconds_to_go_on']['value']:.0f} s until the next "
-            "new step.",
-            "",
-        ]
-    return "\n".join(rows).rstrip("\n")
+    return rows
+
+
+def _kills(measured: Sequence[ResultLine]) -> list[str]:
+    """What killed workers cost, of each setting in which some were."""
+    rows = []
+    for lost in (x for x in measured if x["metric"] == "steps_lost"):
+        own = {x["metric"]: x for x in measured if _setting(x) == _setting(lost) and x["impl"] == lost["impl"]}
+        given, wait = lost["params"], own["seconds_to_go_on"]["value"]
+        text = (
+            f"Of {given['recipe']} in {lost['impl'].split(',')[0]} under torchrun ({lost['device']}, torch "
+            f"{lost['torch']}) a worker was killed with SIGKILL {given['kills']} time{'s' * (given['kills'] > 1)}, at "
+            f"random moments: each cost {given['most']:.0f} steps at most (a checkpoint every {given['every']}), and "
+            f"{wait:.0f} s until the next new step."
+        )
+        if "repeat_gap" in own:
+            gap = significant(own["repeat_gap"]["value"])
+            text += f" Losses of steps that were run again differ by {gap} nats at most."
+        if "restart_gap" in own:
+            gap, steps = significant(own["restart_gap"]["value"]), own["restart_gap"]["params"]["steps"]
+            text += f" The {steps} steps after the first kill differ from a run without kills by {gap} nats at most."
+        rows += [text, ""]
+    return rows
 
 
 def main() -> None:

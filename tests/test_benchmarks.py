@@ -557,12 +557,25 @@ def test_several_gpus_are_shown_with_their_kill(pages, tmp_path, monkeypatch):
             record("cards", count, given, "throughput", rate, "tokens/s", out=tmp_path)
         gap = {"largest": lr, "steps": 8, "last_loss": 8.0}
         record("cards", "2 processes", given | gap, "loss_gap", [lr, 0.0], "nats", out=tmp_path)
-        record("cards", "2 processes", given | {"every": 8}, "steps_lost", 3, "steps", out=tmp_path)
-        record("cards", "2 processes", given, "seconds_to_go_on", 42.0, "s", out=tmp_path)
+    kill = {"every": 8, "kills": 1, "most": 3}
+    record("cards", "2 processes", given | kill, "steps_lost", 3, "steps", out=tmp_path)
+    record("cards", "2 processes", given, "seconds_to_go_on", 42.0, "s", out=tmp_path)
+    # A run of one process with kills, later and of another recipe, has no place in the table.
+    given |= {"recipe": "s"}
+    kill = {"every": 10, "kills": 3, "most": 9}
+    again = "1 process, started again"
+    record("cards", again, given, "throughput", 77.0, "tokens/s", out=tmp_path)
+    record("cards", again, given | kill, "steps_lost", [3, 5, 9], "steps", out=tmp_path)
+    record("cards", again, given, "seconds_to_go_on", [12.0], "s", out=tmp_path)
+    record("cards", again, given | {"steps": 47}, "restart_gap", 0.0, "nats", out=tmp_path)
     text = pages.cards_page(tmp_path)
     assert "| 2 | 150 | 1.50 |" in text
+    assert "77" not in text
     assert "Losses of the first 8 steps differ by at most 2e−4 nats" in text
-    assert "cost 3 steps (a checkpoint every 8) and 42 s until" in text
+    assert "killed with SIGKILL 1 time, at random moments: each cost 3 steps at most (a checkpoint every 8)" in text
+    assert "Of s in 1 process under torchrun (A GPU" in text
+    assert "3 times, at random moments: each cost 9 steps at most (a checkpoint every 10), and 12 s until" in text
+    assert "The 47 steps after the first kill differ from a run without kills by 0 nats" in text
     assert text.count("Losses") == 1
 
 
