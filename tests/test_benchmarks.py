@@ -19,6 +19,7 @@ from whimbrel.bench import CASES
 from whimbrel.bench.results import read_lines, record
 from whimbrel.bench.runner import run_case
 from whimbrel.errors import DataError
+from whimbrel.sparse.crossover import PAYS_FROM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -322,6 +323,32 @@ def test_the_method_page_shows_the_recorded_lines(tables):
     """If this fails after new measurements, run python benchmarks/plots.py and python benchmarks/tables.py."""
     page = tables.mixers.PAGE.read_text(encoding="utf-8")
     assert page == tables.insert(page, tables.mixers.method_tables())
+
+
+def test_sparse_prefill_is_taken_where_it_was_measured_to_be_faster():
+    """Selector, head and heads -> the first length from which on every line has it below dense attention."""
+    times: dict[tuple, dict[int, dict[str, dict[str, float]]]] = {}
+    for case in ("prefill", "prefill_crossover"):
+        path = ROOT / "benchmarks" / "results" / f"{case}.jsonl"
+        for x in read_lines(path) if path.exists() else []:
+            p = x["params"]
+            if x["metric"] != "time" or x["device"] != "NVIDIA H200" or p.get("coverage", 0.95) != 0.95:
+                continue
+            if not str(p["input"]).startswith("mixed"):
+                continue
+            runs = times.setdefault((p["D"], p["H"]), {}).setdefault(int(p["N"]), {})
+            runs.setdefault(x["commit"], {})[x["impl"]] = x["value"]
+    found: dict[str, dict[int, dict[int, int]]] = {}
+    for (dim, heads), by_length in times.items():
+        for kind in ("row_local", "flex_prefill"):
+            complete = {
+                n: [run for run in runs.values() if {kind, "sdpa-cudnn"} <= run.keys()] for n, runs in by_length.items()
+            }
+            faster = {n: runs[-1][kind] < runs[-1]["sdpa-cudnn"] for n, runs in complete.items() if runs}
+            pays = [n for n in faster if all(faster[m] for m in faster if m >= n)]
+            if pays:
+                found.setdefault(kind, {}).setdefault(dim, {})[heads] = min(pays)
+    assert PAYS_FROM[9, 0] == found
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.integrations.hf import enable_sparse_prefill
 from whimbrel.integrations.hf.fixtures.models import HYBRID, pair, tokens
 from whimbrel.sparse import FlexPrefillConfig, RowLocalConfig, WindowConfig
+from whimbrel.sparse.crossover import NEVER
 from whimbrel.testing.budget import assert_close
 
 ALL = RowLocalConfig(coverage=1.0, block_size=8)
@@ -104,6 +105,21 @@ def test_short_prompts_run_dense():
     sparse.clear()
     model(tokens(1, 30))
     assert sparse.calls == {"sparse": 2}
+
+
+def test_the_measured_length_is_that_of_all_heads_of_a_call(monkeypatch):
+    """Of two sequences and four heads of eight elements, by the selector's kind."""
+    from whimbrel.integrations.hf import attention
+
+    asked, lengths = [], iter([NEVER, NEVER, 30, 30, 29, 29])
+    monkeypatch.setattr(attention, "sparse_from", lambda device, **call: asked.append(call) or next(lengths))
+    model = llama()
+    sparse = enable_sparse_prefill(model, NARROW)
+    for _ in range(3):
+        model(tokens(2, 29))
+    heads, dim = model.config.num_attention_heads, model.config.head_dim
+    assert asked == [{"heads": 2 * heads, "head_dim": dim, "kind": "window"}] * 6
+    assert sparse.calls == {"no length measured for such heads": 2, "fewer than 30 keys": 2, "sparse": 2}
 
 
 def test_settings_by_layer():

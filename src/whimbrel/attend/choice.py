@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 from importlib.util import find_spec
 
@@ -13,14 +12,6 @@ from torch import Tensor
 
 PROVEN_ON: tuple[tuple[int, int], ...] = ((9, 0),)
 """CUDA capabilities on which the kernel was compared with fp64 and found the fastest; "auto" takes it there alone."""
-
-SPARSE_FROM: dict[tuple[int, int], int] = {(9, 0): 16_384}
-"""CUDA capability -> keys from which on selecting blocks and attending to them took less time than dense attention,
-where the selection keeps 95 % of the attention of SPARSE_HEADS heads of mixed sharpness. At half of it they take the
-same time."""
-SPARSE_HEADS = 32
-"""Query heads of that measurement. A call of fewer has to be longer, to have as much to leave out beside what every
-selection takes: four heads were slower at 16,384 keys."""
 
 MOST_DIM = 256
 """Most elements of a head, of keys and of values, that the kernel takes."""
@@ -66,27 +57,6 @@ def auto(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> str:
         return "triton"
     _say(f"attend: impl='auto' runs 'blocks' and not 'triton': {why}")
     return "blocks"
-
-
-def sparse_from(device: torch.device, heads: int = SPARSE_HEADS) -> int:
-    """Keys below which dense attention was measured to take less time on this device; 0 where nothing was measured.
-
-    heads: query heads of all sequences of a call. Fewer than SPARSE_HEADS raise the length until the pairs are as many.
-    Says once what it found (logger `whimbrel.attend`, level INFO).
-    """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    found = 0 if capability is None else SPARSE_FROM.get(capability, 0)
-    if found:
-        found = at_heads(found, heads)
-        _say(f"attend: below {found} keys dense attention is the faster one on this device, as measured")
-    else:
-        _say(f"attend: on {device.type} nothing says below which length dense attention is the faster one")
-    return found
-
-
-def at_heads(keys: int, heads: int) -> int:
-    """How many keys give a call of so many heads as many pairs as `keys` give SPARSE_HEADS, but never fewer."""
-    return math.ceil(keys * max(1.0, (SPARSE_HEADS / heads) ** 0.5))
 
 
 def needs_grad(*tensors: Tensor) -> bool:

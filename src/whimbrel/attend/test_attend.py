@@ -160,22 +160,6 @@ def test_merge_refuses_what_does_not_fit():
         merge_parts([Out(part.y, part.lse[:, :5])])
 
 
-def test_the_measured_crossover_is_said(caplog, monkeypatch):
-    choice._say.cache_clear()
-    monkeypatch.setattr(choice, "SPARSE_FROM", {(9, 0): 16_384})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with caplog.at_level(logging.INFO, logger="whimbrel.attend"):
-        assert choice.sparse_from(torch.device("cuda")) == 16_384
-        assert choice.sparse_from(torch.device("cuda"), 64) == 16_384
-        assert choice.sparse_from(torch.device("cuda"), 8) == 32_768
-        assert choice.sparse_from(torch.device("cpu")) == 0
-    assert [r.message for r in caplog.records] == [
-        "attend: below 16384 keys dense attention is the faster one on this device, as measured",
-        "attend: below 32768 keys dense attention is the faster one on this device, as measured",
-        "attend: on cpu nothing says below which length dense attention is the faster one",
-    ]
-
-
 def test_auto_says_once_what_it_chose(caplog):
     q, k, v = gaussian(13, tokens=20)
     plan = random_plan(q, k)

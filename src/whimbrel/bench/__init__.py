@@ -24,6 +24,7 @@ CASES: dict[str, str] = {
     "attend": "whimbrel.attend.bench:cases",
     "sparse": "whimbrel.sparse.bench:cases",
     "prefill": "whimbrel.sparse.prefill.bench:cases",
+    "prefill_crossover": "whimbrel.sparse.prefill.bench:crossover",
     "optim": "whimbrel.optim.bench:cases",
     "optim_step": "whimbrel.optim.kernels.bench:cases",
     "merge": "whimbrel.merge.bench:cases",

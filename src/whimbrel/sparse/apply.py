@@ -74,8 +74,8 @@ def apply_selector(
     Args:
         scale, impl: as for `attend`.
         dense_below: calls with fewer keys attend to all blocks, and nothing is selected;
-            `whimbrel.attend.choice.sparse_from` has the measured length. Whole prompts go to torch's attention then if
-            `impl` is "auto" and nothing is audited. A prompt in chunks is dense in its first ones, so leave 0 where
+            `whimbrel.sparse.crossover.sparse_from` has the measured length. Whole prompts go to torch's attention then
+            if `impl` is "auto" and nothing is audited. A prompt in chunks is dense in its first ones, so leave 0 where
             chunks are to equal the whole.
         audit_rows: queries, evenly spaced over the call, whose coverage `Out.audit` holds: exact, and as proved.
         repair: query blocks whose audited queries miss this target attend to more blocks in a second pass, merged by

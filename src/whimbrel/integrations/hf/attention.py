@@ -22,13 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from whimbrel.attend.choice import sparse_from
-from whimbrel.config import SelectorConfig, require
+from whimbrel.config import SelectorConfig, kind_of, require
 from whimbrel.errors import ConfigError, UnsupportedError, nearest
 from whimbrel.integrations.hf.config import selector_of
 from whimbrel.mixers.softmax.layer import decoding_kernels
 from whimbrel.sparse.apply import Out, Target, apply_selector
 from whimbrel.sparse.coverage import Audit
+from whimbrel.sparse.crossover import NEVER, sparse_from
 from whimbrel.sparse.dense.config import DenseConfig
 
 NAME = "whimbrel_sparse"
@@ -40,7 +40,7 @@ class Options:
     """How calls are prefilled, whatever the selector."""
 
     min_length: int | None = None
-    """Keys below which a call runs dense; None is the length measured for the device (`attend.choice.sparse_from`)."""
+    """Keys below which a call runs dense; None is what was measured for the device (`sparse.crossover.sparse_from`)."""
     repair: bool = False
     """Whether query blocks that miss the selector's coverage get a second pass over more keys."""
     audit_rows: int = 0
@@ -303,8 +303,12 @@ def _how(options: Options, table: str) -> dict[str, Any]:
 
 def _why_not_worth_it(query: Tensor, key: Tensor, options: Options, table: str) -> str | None:
     """Why a prefill that could be sparse shall not be."""
-    if isinstance(_config(table), DenseConfig):
+    config, least = _config(table), options.min_length
+    if isinstance(config, DenseConfig):
         return "dense by setting"
-    heads = query.shape[0] * query.shape[1]
-    least = sparse_from(key.device, heads) if options.min_length is None else options.min_length
+    if least is None:
+        batch, heads, _, dim = query.shape
+        least = sparse_from(key.device, heads=batch * heads, head_dim=dim, kind=kind_of(config))
+    if least == NEVER:
+        return "no length measured for such heads"
     return f"fewer than {least} keys" if key.shape[2] < least else None

@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from whimbrel.attend.choice import SPARSE_FROM, at_heads, sparse_from
 from whimbrel.attend.dense import dense_attention
 from whimbrel.attend.op import attend
 from whimbrel.attend.plan import Plan
@@ -28,6 +27,7 @@ from whimbrel.sparse import rivals
 from whimbrel.sparse.apply import Out, Selector, apply_selector
 from whimbrel.sparse.blocks import heads_first, per_key_head
 from whimbrel.sparse.coverage import coverage as achieved
+from whimbrel.sparse.crossover import sparse_from
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
 from whimbrel.sparse.row_local.config import RowLocalConfig
 from whimbrel.testing.budget import assert_close, rms_ratio
@@ -52,6 +52,33 @@ FADING = {"fading, 10 %": 0.1, "fading, 5 %": 0.05}
 WIDE = "mixed, heads of 256"
 """`mixed` with 16 heads of 256 on 8 key heads."""
 CUDA_LENGTHS = (8192, 16_384, 32_768, 65_536, 131_072)
+CROSSOVER = {
+    128: {
+        (32, 8): (8192, 12_288, 16_384),
+        (16, 4): (12_288, 16_384, 24_576),
+        (8, 2): (16_384, 24_576, 32_768),
+        (4, 1): (24_576, 32_768, 49_152),
+        (2, 1): (32_768, 49_152, 65_536),
+        (1, 1): (49_152, 65_536, 98_304),
+    },
+    64: {
+        (32, 8): (12_288, 16_384, 24_576),
+        (14, 2): (16_384, 24_576, 32_768),
+        (8, 2): (24_576, 32_768, 49_152),
+        (2, 1): (49_152, 65_536, 98_304),
+    },
+    80: {(32, 8): (16_384, 32_768, 65_536)},
+    96: {(32, 8): (16_384, 24_576, 32_768, 65_536), (8, 2): (24_576, 32_768, 65_536)},
+    256: {
+        (16, 8): (8192, 12_288, 16_384),
+        (8, 4): (12_288, 16_384, 24_576),
+        (4, 1): (16_384, 24_576, 32_768),
+        (1, 1): (32_768, 49_152, 65_536),
+    },
+}
+"""Elements of a head -> query heads and key heads -> lengths about which selecting begins to pay."""
+LATE_CROSSOVER = {128: {(32, 8): (32_768, 65_536)}}
+"""The same for `flex_prefill`."""
 SHORT_LENGTHS = (2048, 4096)
 """At which dense attention is the faster one everywhere, and what matters is what it takes to say so."""
 CAPTURED = Path("runs/smollm2/heads.safetensors")
@@ -70,6 +97,8 @@ class Problem(NamedTuple):
     device: str
     layer: int | None = None
     """Of the model whose heads were captured."""
+    given: tuple[int, int, int] | None = None
+    """Query heads, key heads and elements of a head of `mixed`, in place of the usual ones."""
 
     def inputs(self) -> Heads:
         """q, k and v, the same at each call."""
@@ -78,7 +107,7 @@ class Problem(NamedTuple):
     @property
     def params(self) -> dict[str, str | int]:
         """As they stand in result lines; G counts key heads."""
-        heads, kv_heads, dim = self._sizes()
+        heads, kv_heads, dim = self.sizes()
         sizes = {"N": self.length, "input": self.kind, "H": heads, "G": kv_heads, "D": dim, "batch": 1}
         return sizes if self.layer is None else sizes | {"layer": self.layer}
 
@@ -101,7 +130,10 @@ class Problem(NamedTuple):
         """What attends over a plan."""
         return "triton" if self.on_gpu else "blocks"
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def sizes(self) -> tuple[int, int, int]:
+        """Query heads, key heads, elements of a head."""
+        if self.given is not None:
+            return self.given
         if self.layer is not None:
             (_, _, heads, dim), kv_heads = (self._captured("q").shape, self._captured("k").shape[2])
             return heads, kv_heads, dim
@@ -117,7 +149,7 @@ class Problem(NamedTuple):
 
     def make(self) -> Heads:
         """q, k and v, made anew."""
-        heads, kv_heads, dim = self._sizes()
+        heads, kv_heads, dim = self.sizes()
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         if self.layer is not None:
             made = [self._captured(name).to(dtype) for name in ("q", "k", "v")]
@@ -207,6 +239,35 @@ def cases(*, device: str, quick: bool = False) -> list[Case]:
     return found
 
 
+def crossover(*, device: str, quick: bool = False) -> list[Case]:
+    """Sparse prefill beside dense attention about the lengths in `whimbrel.sparse.crossover`, by heads."""
+    if device != "cuda":
+        return [_beside_dense("row_local", Problem("mixed", 512, device, given=(2, 1, 64)))]
+    found = [
+        _beside_dense(name, Problem("mixed", length, device, given=(*heads, dim)))
+        for name, dims in (("row_local", CROSSOVER), ("flex_prefill", LATE_CROSSOVER))
+        for dim, shapes in dims.items()
+        for heads, lengths in shapes.items()
+        for length in lengths
+    ]
+    return found[: 1 if quick else None]
+
+
+def _beside_dense(name: str, problem: Problem) -> Case:
+    """One selector and the fastest dense attention, alternating."""
+    selector = problem.selectors(0.95)[name]
+    run = partial(apply_selector, selector=selector, impl=problem.impl)
+    dense = DENSE["sdpa-cudnn"] if problem.on_gpu else dense_attention
+    return Case(
+        name="prefill_crossover",
+        params=problem.params | {"coverage": 0.95},
+        impls={name: partial(_call, problem, run)},
+        check=partial(_check_one, problem, selector),
+        rivals={"sdpa-cudnn" if problem.on_gpu else "sdpa": Rival(partial(_call, problem, dense), str)},
+        metric="time",
+    )
+
+
 def curve(*, device: str, quick: bool = False) -> list[Case]:
     """What selectors keep by coverage, without times: `whimbrel bench whimbrel.sparse.prefill.bench:curve`."""
     problem = Problem("mixed", 512 if quick else 32_768 if device == "cuda" else 8192, device)
@@ -240,7 +301,7 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
     for name, selector in problem.selectors(share).items():
         whole[name] = partial(_call, problem, partial(apply_selector, selector=selector, impl=problem.impl))
         chosen[name] = partial(_select, problem, selector)
-    if problem.on_gpu and problem.length < at_heads(max(SPARSE_FROM.values()), int(problem.params["H"])):
+    if problem.on_gpu:
         whole[AS_SERVED] = partial(_as_served, problem, share)
     official = partial(rivals.flexprefill_official, coverage=share)
     on_plan = partial(_on_plan, problem, share)
@@ -269,7 +330,8 @@ def _sparse(problem: Problem, share: float) -> list[Case]:
 def _as_served(problem: Problem, share: float) -> Callable[[], object]:
     """`row_local` as it is to be used: dense below the length from which selecting pays on this device."""
     selector = problem.selectors(share)["row_local"]
-    least = sparse_from(torch.device(problem.device), int(problem.params["H"]))
+    heads, _, head_dim = problem.sizes()
+    least = sparse_from(torch.device(problem.device), heads=heads, head_dim=head_dim)
     return _call(problem, partial(apply_selector, selector=selector, dense_below=least))
 
 
@@ -417,12 +479,16 @@ def _check_plan(set_up: Callable[[], Callable[[], object]]) -> str:
 
 
 def _check(problem: Problem, share: float) -> None:
+    for selector in problem.selectors(share).values():
+        _check_one(problem, selector)
+
+
+def _check_one(problem: Problem, selector: Selector) -> None:
     """On the last queries, since the masked softmax of the reference needs memory for every pair."""
     q, k, v = problem.inputs()
-    for name, selector in problem.selectors(share).items():
-        out = apply_selector(q[:, -64:], k, v, selector, impl=problem.impl)
-        want = attend(q[:, -64:], k, v, out.plan, impl="reference").y.double()
-        assert_close(f"prefill {name}", want, out.y, 6e-3 if problem.on_gpu else 1e-5)
+    out = apply_selector(q[:, -64:], k, v, selector, impl=problem.impl)
+    want = attend(q[:, -64:], k, v, out.plan, impl="reference").y.double()
+    assert_close(f"prefill by {type(selector).__name__}", want, out.y, 6e-3 if problem.on_gpu else 1e-5)
 
 
 def _kept(problem: Problem, selector: Selector) -> Figures:
