@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from method_pages.lines import COVERAGE, by_card, of_case, on_gpu, on_gpus, sizes
-from method_pages.optimizers import winners
+from method_pages.optimizers import most_judged, winners
 
 from whimbrel.bench.results import ResultLine, newest, read_lines
 from whimbrel.errors import DataError, WhimbrelError
@@ -220,9 +219,7 @@ def draw_optimizers(results: Path, out: Path) -> list[Path]:
     title = ""
     for case, metric in (("pretrain", "loss"), ("quality-optimizers", "validation loss")):
         found = of_case(results, case, metric)
-        judged = {(x["impl"], int(x["params"]["tokens"])) for x in found}
-        lengths = Counter(tokens for _, tokens in judged)
-        most = max(lengths, key=lambda tokens: (lengths[tokens], tokens), default=0)
+        most = most_judged(found)
         found = [x for x in found if int(x["params"]["tokens"]) == most]
         if found and case == "pretrain":
             # an optimizer of one rate has not been tuned

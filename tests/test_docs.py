@@ -162,6 +162,36 @@ def test_a_summary_sets_times_of_one_run_side_by_side(benchmarks, tmp_path, monk
     assert (row.ours, row.beside.rpartition(": ")[2]) == ("4", "FlashQLA 3, fla 6")
 
 
+def test_a_summary_shows_the_figures_perplexities_and_those_after_most_tokens(
+    benchmarks, tmp_path, monkeypatch
+) -> None:
+    """Two optimizers on two seeds and three rates, then one of them for longer."""
+    monkeypatch.setattr("whimbrel.bench.results.device_name", lambda device: "A GPU")
+
+    def write(impl: str, tokens: int, seed: int, rate: float, value: float) -> None:
+        for metric in ("loss", "perplexity"):
+            params = {"tokens": tokens, "seed": seed, "lr": rate}
+            record("pretrain", impl, params, metric, value, "nats", out=tmp_path)
+
+    for impl, best in (("fira-paper", 40.0), ("adamw", 50.0)):
+        for rate, worse in ((1.0, 5.0), (2.0, 0.0), (4.0, 7.0)):
+            write(impl, 6_000_000, 0, rate, best + worse)
+        write(impl, 6_000_000, 1, 2.0, best + 1)
+    write("adamw", 17_000_000, 0, 2.0, 30.0)
+    write("fira-paper", 2_000_000, 0, 2.0, 90.0)
+    write("adamw", 2_000_000, 0, 2.0, 90.0)
+    first, *others = benchmarks("summary").rows(tmp_path)
+    assert first.what == "perplexity, LLaMA-60M after 6.0 M tokens, 2 seeds"
+    assert (first.ours, first.beside) == ("Fira 40.5", "AdamW 50.5")
+    assert others == []  # the longest runs have no row without ours
+    write("fira-paper", 17_000_000, 0, 2.0, 20.0)
+    write("galore", 6_000_000, 0, 2.0, 60.0)
+    first, second = benchmarks("summary").rows(tmp_path)
+    assert first.beside == "AdamW 50.5, GaLore 60.0"
+    assert second.what == "perplexity, LLaMA-60M after 17.0 M tokens, 1 seed, rates of the shorter runs"
+    assert (second.ours, second.beside) == ("Fira 20.0", "AdamW 30.0")
+
+
 def test_the_page_of_conformance_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +188,13 @@ def winners(lines: Sequence[ResultLine]) -> dict[str, Winner]:
         tried = sorted(first if len(first) > 1 else {float(line["params"]["lr"]) for line in own})
         found[name] = Winner([line for line in longest if float(line["params"]["lr"]) == rate], rate, tried)
     return dict(sorted(found.items(), key=lambda item: statistics.mean(item[1].values("loss"))))
+
+
+def most_judged(lines: Sequence[ResultLine]) -> int:
+    """Tokens after which most optimizers were judged, the most of them where several lengths tie; 0 without lines."""
+    judged = {(line["impl"], int(line["params"]["tokens"])) for line in lines}
+    optimizers = Counter(tokens for _, tokens in judged)
+    return max(optimizers, key=lambda tokens: (optimizers[tokens], tokens), default=0)
 
 
 def _pretrain(results: Path, *, links: str) -> list[str]:
