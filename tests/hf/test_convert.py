@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import whimbrel
 from whimbrel.checkpoint import save_weights
 from whimbrel.cli import main
-from whimbrel.config import Config, to_toml
+from whimbrel.config import Config, load_config, to_toml
 from whimbrel.data import Tokenizer
 from whimbrel.errors import CheckpointError, ConfigError, UnsupportedError
 from whimbrel.infer import load_tokenizer
@@ -190,6 +190,18 @@ def test_converted_checkpoints_are_merged_for_both_sides(tmp_path):
     for source in ("ours", "theirs"):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{source}-merged").eval()
         assert torch.equal(loaded(ids).logits, own(ids).logits)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(16, None), (64, 32), (512, 128)])
+def test_the_optimizer_that_is_written_fits_the_model(width, rank, tmp_path):
+    """Two heads of half the width share the keys of one; matrices of fewer than 32 rows are left to AdamW."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    released(tmp_path / "theirs", hidden_size=width, intermediate_size=2 * width, **heads)
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    config = load_config(str(tmp_path / "ours" / "config.toml"))
+    optimizer = config.optim.build(config.optim.groups(whimbrel.load_model(tmp_path / "ours")))
+    assert getattr(config.optim, "rank", None) == rank
+    assert optimizer.param_groups
 
 
 def test_a_folder_of_transformers_is_told_how_to_come_in(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from whimbrel.checkpoint.tensorfile import ITEM_BYTES, SINGLE, TensorFolder, make_header, read_exactly, read_folder
-from whimbrel.config import Config, to_toml
+from whimbrel.config import Config, ModelConfig, OptimConfig, to_toml
 from whimbrel.data.tokenizer import END_OF_TEXT
 from whimbrel.errors import CheckpointError, ConfigError
 from whimbrel.files import atomic_folder, disk_space
@@ -22,6 +22,8 @@ from whimbrel.infer.load import load_run_config, load_tokenizer, model_dir
 from whimbrel.integrations.hf.config import WhimbrelConfig, selector_of
 from whimbrel.integrations.hf.family import FAMILIES, family_config, family_name, model_of
 from whimbrel.model.memory import parameter_shapes
+from whimbrel.optim.adamw.config import AdamWConfig
+from whimbrel.optim.fira.config import FiraConfig
 
 TARGETS = ("whimbrel", *FAMILIES)
 """What a checkpoint can become."""
@@ -123,7 +125,15 @@ def _open(source: Path) -> _Source:
         run = replace(run, model=theirs.model_config, prefill=selector_of(theirs.prefill))
     else:
         run = replace(run, model=model_of(theirs))
-    return _Source(source, theirs.model_type, run, _extra_of(theirs))
+    return _Source(source, theirs.model_type, replace(run, optim=_optim(run.model)), _extra_of(theirs))
+
+
+def _optim(model: ModelConfig) -> OptimConfig:
+    """To train on with where no run says what with: the default, at a rank that the narrowest of its matrices has."""
+    optim = FiraConfig()
+    blocks = (shape for name, shape in parameter_shapes(model).items() if name.startswith("blocks.") and len(shape) > 1)
+    sides = [side for side in (min(shape[-2:]) for shape in blocks) if side >= optim.min_dim]
+    return replace(optim, rank=min(optim.rank, *sides)) if sides else AdamWConfig()
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
