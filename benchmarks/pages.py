@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from method_pages.lines import on_gpu
+from method_pages.lines import comparison_lines, on_gpu
 from method_pages.markdown import header, insert, row
 from plots import draw_curves
 
@@ -28,19 +28,6 @@ SETTING = ("recipe", "batch_tokens", "micro_batch_tokens", "seq_len", "lr")
 BASE = "RDN"
 """What the losses of the others are compared with, seed by seed."""
 LINKS = {COMPARISON: "../benchmarks/results", CARDS: "../../benchmarks/results"}
-
-
-def quality_lines(results: Path) -> list[ResultLine]:
-    """Those of trained models, of the longest training, judged where most models were, and there the latest."""
-    lines = [x for x in on_gpu(results, "comparison") if "of_tokens" in x["params"]]
-    most = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
-    lines = [x for x in lines if x["params"]["of_tokens"] == most]
-    judged: dict[int, set[str]] = {}
-    for x in lines:
-        if x["metric"] == "loss":
-            judged.setdefault(int(x["params"]["tokens"]), set()).add(x["impl"])
-    where = max(judged, key=lambda tokens: (len(judged[tokens]), tokens), default=0)
-    return [x for x in lines if x["metric"] == "curve" or x["params"]["tokens"] == where]
 
 
 def _named(lines: Sequence[ResultLine]) -> list[str]:
@@ -92,7 +79,7 @@ def comparison_page(results: Path) -> str:
 
 
 def _losses(results: Path) -> list[str]:
-    lines = [x for x in quality_lines(results) if x["metric"] != "curve"]
+    lines = [x for x in comparison_lines(results) if x["metric"] != "curve"]
     if not lines:
         return []
     about, names = lines[0], _named([x for x in lines if x["metric"] == "loss"])
@@ -133,7 +120,7 @@ def _losses(results: Path) -> list[str]:
 
 def _on_the_way(results: Path) -> list[str]:
     """Where runs were cut off: the loss of the batches trained on, at the last tokens that every model reached."""
-    lines = [x for x in quality_lines(results) if x["metric"] == "curve"]
+    lines = [x for x in comparison_lines(results) if x["metric"] == "curve"]
     reached = {name: {int(x["params"]["tokens"]) for x in lines if x["impl"] == name} for name in _named(lines)}
     common = max(set.intersection(*reached.values()), default=0) if reached else 0
     found = {name: [x for x in lines if x["impl"] == name and x["params"]["tokens"] == common] for name in reached}
@@ -154,7 +141,7 @@ def _on_the_way(results: Path) -> list[str]:
 
 
 def _recall(results: Path) -> list[str]:
-    lines = quality_lines(results)
+    lines = comparison_lines(results)
     rows: list[str] = []
     for metric, along, title in (
         ("mqar", "pairs", "Multi-query associative recall**, per cent right by the number of pairs"),
@@ -274,7 +261,7 @@ def figures(results: Path, folder: Path) -> list[Path]:
     """The figures of the comparison, `comparison-*.svg`; none for what was not measured."""
     written = []
     for metric, along, name, title, place in FIGURES:
-        lines = quality_lines(results) if metric != "decode_rate" else on_gpu(results, "comparison")
+        lines = comparison_lines(results) if metric != "decode_rate" else on_gpu(results, "comparison")
         lines = [x for x in lines if x["metric"] == metric]
         curves = {}
         for colour, impl in enumerate(sorted(_named(lines))):

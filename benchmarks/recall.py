@@ -2,10 +2,11 @@
 
     python benchmarks/recall.py --jobs 6 --device cuda
 
-Every batch has one of the numbers of pairs in PAIRS, drawn by its step, in sequences of --seq-len tokens, and is the
-same for all models; only answers count in the loss. Of the rates in --rates each mixer trains with every one; which is
-best is told by the loss at the end of training, before anything is judged. Small models of two blocks, as in the paper
-that names the task (arXiv 2312.04927), so that states are full within a sequence.
+Every batch has one of the numbers of pairs in --pairs, drawn by its step, in sequences of --seq-len tokens, and is the
+same for all models; only answers count in the loss. For the first --warmup of the steps sequences have no filler, and
+few pairs at first; without that no linear mixer learns the task in millions of tokens. Of the rates in --rates each
+mixer trains with every one; which is best is told by the loss at the end of training, before anything is judged. Small
+models of two blocks, as in the paper that names the task (arXiv 2312.04927), so that states are full within a sequence.
 
 Lines are of the case `recall`: params width, blocks, head_dim, state_bytes of a sequence of --seq-len tokens,
 tokens, lr and seed; metrics loss (nats an answer, mean over the last tenth of training) and accuracy (by pairs).
@@ -41,10 +42,8 @@ from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.training.prefetch import Prefetcher
 
 PAIRS = (4, 8, 16, 32, 64)
-"""Numbers of pairs trained on."""
-JUDGED = (*PAIRS, 128)
-"""Numbers of pairs judged; the last is beyond training, in sequences as long as it needs."""
-SYMBOLS = Symbols(np.arange(256), np.arange(256, 512), np.arange(512, 1024))
+"""Numbers of pairs trained on; twice the last is judged as well, in sequences as long as it needs."""
+SYMBOLS = Symbols(np.arange(128), np.arange(128, 256), np.arange(256, 512))
 """Keys, values and fillers: all ids there are."""
 JUDGED_SEED = 1234
 
@@ -69,6 +68,8 @@ class Done(NamedTuple):
     loss: float
     """Nats an answer, mean over the last tenth of training."""
     cells: list[RecallResult]
+    tokens: int
+    """Trained on."""
     seconds: float
 
 
@@ -86,10 +87,13 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def batch(step: int, seed: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets [B, T] of a step."""
-    pairs = PAIRS[int(Draws(seed, _PAIRS, step).below(len(PAIRS), 1)[0])]
-    rows = args.batch_tokens // args.seq_len
-    made = mqar(seed, _BATCH, step, batch=rows, seq_len=args.seq_len, num_pairs=pairs, symbols=SYMBOLS)
+    """Tokens and targets [B, T] of a step; of short sequences at most four times as many as of whole ones."""
+    warmup, rows = round(args.warmup * args.steps), args.batch_tokens // args.seq_len
+    known = args.pairs if step >= warmup else args.pairs[: 1 + len(args.pairs) * step // warmup]
+    pairs = known[int(Draws(seed, _PAIRS, step).below(len(known), 1)[0])]
+    length = args.seq_len if step >= warmup else min(args.seq_len, -(-3 * pairs // 16) * 16)
+    rows = min(args.batch_tokens // length, 4 * rows)
+    made = mqar(seed, _BATCH, step, batch=rows, seq_len=length, num_pairs=pairs, symbols=SYMBOLS)
     return torch.from_numpy(made.tokens), torch.from_numpy(made.answers)
 
 
@@ -105,10 +109,11 @@ def work(job: Job) -> Done | None:
     optimizer = config.build(config.groups(model))
     schedule = ScheduleConfig(kind="cosine", warmup_steps=max(1, args.steps // 10))
     batches = Prefetcher(lambda step: batch(step, job.seed, args))
-    losses = []
+    losses, seen = [], 0
     cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     for step in range(args.steps):
         tokens, targets = (x.to(device, non_blocking=True) for x in batches(step))
+        seen += tokens.numel()
         for group in optimizer.param_groups:
             group["lr"] = job.lr * learning_rate_factor(step, schedule, steps=args.steps)
         with cast:
@@ -125,10 +130,15 @@ def work(job: Job) -> Done | None:
                 return None
     with cast:
         cells = evaluate_mqar(
-            model, SYMBOLS, pairs=JUDGED, num_sequences=args.num_sequences, seq_len=args.seq_len, seed=JUDGED_SEED
+            model,
+            SYMBOLS,
+            pairs=(*args.pairs, 2 * args.pairs[-1]),
+            num_sequences=args.num_sequences,
+            seq_len=args.seq_len,
+            seed=JUDGED_SEED,
         )
     last = torch.stack(losses[-max(1, args.steps // 10) :]).mean().item()
-    return Done(last, cells, time.perf_counter() - start)
+    return Done(last, cells, seen, time.perf_counter() - start)
 
 
 def write(job: Job, done: Done) -> None:
@@ -141,7 +151,8 @@ def write(job: Job, done: Done) -> None:
         "head_dim": job.head_dim,
         "parameters": parameter_counts(model)["total"],
         "state_bytes": held.recurrent + held.kv_cache,
-        "tokens": args.steps * args.batch_tokens,
+        "tokens": done.tokens,
+        "warmup": args.warmup,
         "T": args.seq_len,
         "lr": job.lr,
         "seed": job.seed,
@@ -164,6 +175,8 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[16])
+    parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS, help="numbers of pairs, in rising order")
+    parser.add_argument("--warmup", type=float, default=0.5, help="share of the steps without filler")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--seq-len", type=int, default=256)

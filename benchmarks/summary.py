@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from method_pages.lines import COVERAGE, RESULTS, ROOT, THRESHOLD, by_card, of_case, on_gpu
+from method_pages.lines import COVERAGE, RESULTS, ROOT, THRESHOLD, by_card, comparison_lines, of_case, on_gpu
 from method_pages.markdown import header, insert, row
 from method_pages.optimizers import most_judged, winners
 
@@ -16,12 +16,13 @@ from whimbrel.files import atomic_write_text
 from whimbrel.report.numbers import power_count, significant, size
 
 PAGES = {
-    "mixers": "residual-linear-attention",
-    "optimizers": "low-rank-optimizers",
-    "averages": "checkpoint-averaging",
-    "prefill": "sparse-prefill",
+    "mixers": "methods/residual-linear-attention",
+    "which blocks": "comparison",
+    "optimizers": "methods/low-rank-optimizers",
+    "averages": "methods/checkpoint-averaging",
+    "prefill": "methods/sparse-prefill",
 }
-"""Area -> its page in docs/methods, where all shapes, seeds and conditions are."""
+"""Area -> its page in docs, where all shapes, seeds and conditions are."""
 PREFILLED = {"mixed": "95 % coverage", "fading, 10 %": "95 % coverage, which 10 % of its pairs hold"}
 """Input of sparse prefill -> how it is told."""
 
@@ -41,6 +42,7 @@ def rows(results: Path = RESULTS) -> Iterator[Row]:
     yield from _passes(results, "rdn", {"flash-qla": "FlashQLA", "fla-gdn": "fla"})
     yield from _passes(results, "rla", {"fla-simple-gla": "fla simple GLA"})
     yield from _mixers(results)
+    yield from _compared(results)
     yield from _step(results)
     yield from _pretraining(results)
     yield from _seven_billion(results)
@@ -54,7 +56,7 @@ def summary(results: Path = RESULTS) -> str:
     found = header("page", "measured", "Whimbrel", "beside it", "on")
     shown = set()
     for x in rows(results):
-        page = "" if x.area in shown else f"[{x.area}](docs/methods/{PAGES[x.area]}.md)"
+        page = "" if x.area in shown else f"[{x.area}](docs/{PAGES[x.area]}.md)"
         shown.add(x.area)
         found.append(row([page, x.what, x.ours, x.beside, x.device.removeprefix("NVIDIA ")]))
     return "\n".join(found)
@@ -91,6 +93,19 @@ def _mixers(results: Path) -> Iterator[Row]:
         means = _means(lines)
         ours = f"RDN hybrid {means.pop('RDN hybrid'):.3f}"
         yield Row("mixers", f"bits per byte, 2.2 M parameters, {_seeds(lines)}", ours, _listed(means), _device(lines))
+
+
+def _compared(results: Path) -> Iterator[Row]:
+    lines = [x for x in comparison_lines(results) if x["metric"] == "loss"]
+    if lines:
+        means = dict(sorted(_means(lines).items(), key=lambda item: item[1]))
+        ours = {name: means.pop(name) for name in ("RDN hybrid", "RDN", "RLA") if name in means}
+        given = lines[0]["params"]
+        what = (
+            f"nats a token, {int(given['parameters']) / 1e6:.0f} M parameters after {int(given['tokens']) / 1e6:.0f} M "
+            f"tokens, {_seeds(lines)}"
+        )
+        yield Row("which blocks", what, _listed(ours), _listed(means), _device(lines))
 
 
 def _step(results: Path) -> Iterator[Row]:

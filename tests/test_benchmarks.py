@@ -657,7 +657,9 @@ def test_recall_alone_is_trained_and_judged(tmp_path):
         hidden_size=32,
         layers=2,
         head_dims=[16],
-        steps=2,
+        pairs=[2, 4, 64],
+        warmup=0.5,
+        steps=6,
         batch_tokens=512,
         seq_len=256,
         rates=[1e-2, 1e-3],
@@ -672,15 +674,22 @@ def test_recall_alone_is_trained_and_judged(tmp_path):
     jobs = recall.jobs(args)
     assert [(job.name, job.lr) for job in jobs] == [(name, lr) for lr in args.rates for name in args.mixers]
     assert [type(mixer).__name__ for mixer in jobs[0].model.layers()] == ["RDNConfig", "SoftmaxConfig"]
-    tokens, targets = recall.batch(0, 0, args)
-    asked = targets != -100
-    # A question's key stands before, with the answer behind it.
-    for row, column in asked.nonzero().tolist():
-        key, before = tokens[row, column], tokens[row, :column]
-        assert targets[row, column] == tokens[row, int((before == key).nonzero()[0, 0]) + 1]
+    shapes = []
+    for step in range(args.steps):
+        tokens, targets = recall.batch(step, 0, args)
+        shapes.append(tuple(tokens.shape))
+        # A question's key stands before, with the answer behind it.
+        for row, column in (targets != -100).nonzero().tolist():
+            key, before = tokens[row, column], tokens[row, :column]
+            assert targets[row, column] == tokens[row, int((before == key).nonzero()[0, 0]) + 1]
+    # First the fewest pairs without filler, then more of them, then whole sequences.
+    assert shapes[0] == (8, 16)
+    assert shapes[1] == (8, 16)
+    assert shapes[3:] == [(2, 256)] * 3
     recall.write(jobs[1], recall.work(jobs[1]))
     lines = read_lines(tmp_path / "recall.jsonl")
-    assert [x["params"]["pairs"] for x in lines if x["metric"] == "accuracy"] == list(recall.JUDGED)
+    assert [x["params"]["pairs"] for x in lines if x["metric"] == "accuracy"] == [2, 4, 64, 128]
+    assert {x["params"]["tokens"] for x in lines} == {sum(rows * length for rows, length in shapes)}
     assert lines[0]["metric"] == "loss"
     args.end = 0.0
     assert recall.work(jobs[0]) is None

@@ -47,6 +47,19 @@ def by_card(lines: Sequence[ResultLine]) -> list[str]:
     return sorted(last, key=last.__getitem__)[::-1]
 
 
+def comparison_lines(results: Path) -> list[ResultLine]:
+    """Lines of mixers compared: of the longest training, judged where most models were, and there the latest."""
+    lines = [x for x in on_gpu(results, "comparison") if "of_tokens" in x["params"]]
+    most = max((int(x["params"]["of_tokens"]) for x in lines), default=0)
+    lines = [x for x in lines if x["params"]["of_tokens"] == most]
+    judged: dict[int, set[str]] = {}
+    for x in lines:
+        if x["metric"] == "loss":
+            judged.setdefault(int(x["params"]["tokens"]), set()).add(x["impl"])
+    where = max(judged, key=lambda tokens: (len(judged[tokens]), tokens), default=0)
+    return [x for x in lines if x["metric"] == "curve" or x["params"]["tokens"] == where]
+
+
 def sizes(line: ResultLine) -> tuple[int, int]:
     """Sequences and tokens of each."""
     return int(line["params"]["B"]), int(line["params"]["T"])
