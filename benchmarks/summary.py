@@ -83,7 +83,7 @@ def _passes(results: Path, op: str, rivals: Mapping[str, str]) -> Iterator[Row]:
     if complete:
         found = max(complete, key=lambda run: (len(rivals.keys() & run.keys()), run["triton"]["time"]))
         what = f"{op.upper()}, forward and backward, {power_count(length)} tokens, ms"
-        beside = f"one state in place of two, half the work: {_beside(found, rivals)}"
+        beside = f"{_beside(found, rivals)}, with one state in place of two: half the work"
         yield Row("mixers", what, significant(found["triton"]["value"]), beside, found["triton"]["device"])
 
 
