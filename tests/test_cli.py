@@ -38,7 +38,16 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
         (["train", "demo", "--steps", "0"], "steps = 0 is not allowed; use a positive number"),
         (["train", "nowhere.toml"], "configuration file 'nowhere.toml' does not exist"),
         (["bench", "nothing"], "unknown case 'nothing'"),
-        (["generate"], "(whimbrel generate --help lists all options)"),
+        (["generate"], "whimbrel generate needs PATH Checkpoint, merge or run folder. (whimbrel generate --help"),
+        (["train", "demo", "--optim.rnk", "3"], "unknown option --optim.rnk; did you mean --optim.rank?"),
+        (["train", "demo", "--optim.rank", "x"], "--optim.rank = 'x' is not allowed; use a whole number"),
+        (["train", "demo", "--optim.lr", "x"], "--optim.lr = 'x' is not allowed; use a number"),
+        (["train", "demo", "--device", "gpu"], "--device = 'gpu' is not allowed; use one of 'auto', 'cpu', 'cuda'"),
+        (["train", "demo", "demo"], "unknown argument demo (whimbrel train --help"),
+        (["train", "demo", "--run-dir"], "--run-dir needs a value"),
+        (["eval", "x", "--lengths", "y"], "--lengths = 'y' is not allowed"),
+        (["bench", "rdn", "--device", "cud"], "--device = 'cud' is not allowed; use one of 'auto', 'cpu', 'cuda'"),
+        (["show"], "whimbrel show needs a recipe or a TOML file, a checkpoint, or 'kinds' as its first argument"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(capsys, argv: list[str], message: str) -> None:
@@ -62,7 +71,7 @@ def test_a_terminal_that_knows_ascii_only_gets_the_same_line() -> None:
         assert done.returncode == 2
         lines.add(done.stderr)
     assert lines == {
-        "whimbrel: error: Unrecognized options: --mixer, rla; did you mean --model.mixer.kind? "
+        "whimbrel: error: unknown option --mixer; did you mean --model.mixer.kind? "
         "(whimbrel train --help lists all options)\n"
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import sys
@@ -14,17 +15,45 @@ import tyro
 
 from whimbrel.config import Config, load_config, with_overrides
 from whimbrel.errors import ConfigError
+from whimbrel.recipes import RECIPES
 
 T = TypeVar("T")
 _BOX = re.compile(r"^[│╭╰]\s?|\s*[│╮╯]$")
+_COMPLAINTS = (
+    (
+        r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.+)",
+        r"\1 = \2 is not allowed; use a whole number",
+    ),
+    (r"Error parsing (--\S+): could not convert string to float: (.+)", r"\1 = \2 is not allowed; use a number"),
+    (r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.+)\]", r"\1 = \2 is not allowed"),
+    (
+        r"invalid choice (.+) for argument '(--\S+)'\. Expected one of \((.+?),?\)\.",
+        r"\2 = \1 is not allowed; use one of \3",
+    ),
+    (r"Missing value for argument '(--\S+)'\. Expected \d+ values?\.", r"\1 needs a value"),
+    (r"Unrecognized options: (--[^,]+).*", r"unknown option \1"),
+    (r"Unrecognized options: (.*)", r"unknown argument \1"),
+    (r"Missing from (whimbrel [\w ]+): (.*)", r"\1 needs \2"),
+    (r" \(required\)", ""),
+)
+"""What tyro writes -> what is said here: name, value, what is allowed, as every other message has it."""
 
 
-def parse(cls: type[T], argv: Sequence[str], *, verb: str, default: T | None = None) -> T:
-    """A `cls` from the arguments of `whimbrel VERB`; raises ConfigError for wrong ones, exits with 0 after --help."""
+def parse(
+    cls: type[T], argv: Sequence[str], *, verb: str, default: T | None = None, first: str = "", about: str | None = None
+) -> T:
+    """A `cls` from the arguments of `whimbrel VERB`; raises ConfigError for wrong ones, exits with 0 after --help.
+
+    first: name of an argument that was taken off `argv`, for the line of usage.
+    about: what the help begins with in place of the docstring of `cls`.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed: Any = tyro.cli(cls, args=list(argv), prog=f"whimbrel {verb}", default=default)
+            program = f"whimbrel {verb} {first}".rstrip()
+            # Without settings every switch is off at first, so that --no-SWITCH would only be noise.
+            style = (tyro.conf.FlagCreatePairsOff,) if default is None else ()
+            parsed: Any = tyro.cli(cls, args=list(argv), prog=program, default=default, description=about, config=style)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -50,11 +79,16 @@ def parse_with_config(
     elif default_source is not None or any(arg in ("-h", "--help") for arg in args):
         source = default_source or "demo"
     else:
-        raise ConfigError(f"whimbrel {verb} needs a recipe or a TOML file as its first argument, e.g. 'demo'")
+        also = ", a checkpoint, or 'kinds'" if verb == "show" else ""
+        raise ConfigError(f"whimbrel {verb} needs a recipe or a TOML file{also} as its first argument, e.g. 'demo'")
     chosen, rest = _kind_flags(args)
     config = load_config(source, chosen)
     start = make(source, config)
-    parsed: Any = parse(type(start), rest, verb=verb, default=start)
+    about = (
+        f"{inspect.getdoc(type(start))}\n\nSOURCE is a TOML file or a recipe:\n{', '.join(RECIPES)}.\n\n"
+        f"The settings below are those of {source!r}; --optim.kind NAME and its like choose another method."
+    )
+    parsed: Any = parse(type(start), rest, verb=verb, default=start, first="SOURCE", about=about)
     # Rules between two settings are checked again over the final tree.
     return dataclasses.replace(parsed, config=with_overrides(parsed.config, {}))
 
@@ -86,13 +120,15 @@ def _one_line(text: str, verb: str) -> str:
     body = " ".join(line for line in lines[first:last] if line)
     hint = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(lines))
     nearest = f"; did you mean {_method(hint.group(1), body)}?" if hint else ""
+    for pattern, text in _COMPLAINTS:
+        body = re.sub(pattern, text, body)
     return f"{body}{nearest} (whimbrel {verb} --help lists all options)"
 
 
 def _method(hint: str, complaint: str) -> str:
     """The flag that is meant: who writes `--optim adamw` wants to choose a method, not to set an option of one."""
     family = hint.rpartition(".")[0]
-    unknown = re.search(r"--([\w-]+)", complaint)
+    unknown = re.search(r"--([\w.-]+)", complaint)
     wanted = unknown is not None and family.removeprefix("--").rpartition(".")[2] == unknown.group(1)
     return f"{family}.kind" if wanted else hint
 

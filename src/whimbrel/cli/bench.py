@@ -6,7 +6,7 @@ import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Args:
     """Time an operation against its rivals, after checking that they agree."""
 
-    case: tyro.conf.Positional[str]
+    case: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE")]
     """What to time; `whimbrel show kinds` lists the cases."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a CUDA device where there is one."""
     quick: bool = False
     """Small shapes only."""
     only: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from whimbrel.cli.args import parse
+from whimbrel.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Args:
 def main(argv: list[str]) -> int:
     """Convert."""
     args = parse(Args, argv, verb="convert")
+    if not args.source.is_dir():  # said before transformers is imported, which takes seconds
+        raise CheckpointError(
+            f"'{args.source}' is not a folder; name a checkpoint, a merge or a run, or a model's folder"
+        )
     from whimbrel.integrations.hf import convert_checkpoint
 
     report = convert_checkpoint(args.source, args.out, to=args.to, overwrite=args.overwrite)

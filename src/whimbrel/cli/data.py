@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ from whimbrel.cli.args import parse
 class Args:
     """Split documents into training and validation, train a byte-level BPE on the training part, write shards."""
 
-    corpus: tyro.conf.Positional[str]
+    corpus: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CORPUS")]
     """A .txt file, a folder of .txt files, a .jsonl file with a "text" field, or `demo`."""
     out: Path
     """Folder for the shards."""

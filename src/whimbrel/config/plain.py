@@ -16,6 +16,7 @@ from whimbrel.config.run import Config
 from whimbrel.errors import ConfigError, nearest
 
 T = TypeVar("T")
+_TYPES = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
 
 
 def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
@@ -88,7 +89,7 @@ def _decode_plain(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
+        raise ConfigError(f"{path} = {value!r} is not allowed; use {_TYPES.get(hint, hint.__name__)}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} = {value!r} is not finite")
     return value

@@ -59,7 +59,9 @@ class Processes(NamedTuple):
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `config.device`; raises ConfigError where CUDA is asked for and absent."""
+    """The device for `config.device`; raises ConfigError for another name, and where CUDA is asked for and absent."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device = {name!r} is not allowed; use 'auto', 'cpu' or 'cuda'")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda' but no CUDA device is available; use 'cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
