@@ -41,7 +41,7 @@ from whimbrel.optim.adamw.config import AdamWConfig
 from whimbrel.optim.schedule import learning_rate_factor
 from whimbrel.training.prefetch import Prefetcher
 
-PAIRS = (4, 8, 16, 32, 64)
+PAIRS = (2, 4, 8, 16, 32, 64)
 """Numbers of pairs trained on; twice the last is judged as well, in sequences as long as it needs."""
 SYMBOLS = Symbols(np.arange(128), np.arange(128, 256), np.arange(256, 512))
 """Keys, values and fillers: all ids there are."""

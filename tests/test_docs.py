@@ -26,6 +26,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "src/whimbrel/**/README.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
+LAST = re.compile(r"\$\(ls -d (\S+) \| tail -n (\d+)\)")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -63,6 +64,7 @@ def commands(code: str) -> list[str]:
 
 def run_command(folder: Path, command: str, capsys) -> None:
     """As a user would type it."""
+    command = LAST.sub(lambda found: shlex.join(expand(folder, found[1])[-int(found[2]) :]), command)
     argv = [part for word in shlex.split(command)[1:] for part in expand(folder, word)]
     assert cli.main(argv) == 0, f"{command}: {capsys.readouterr().err}"
 

@@ -127,3 +127,11 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
         "print(whimbrel.__file__)"
     )
     assert _python(code).stdout.splitlines()[-1] == str(tmp_path / "site" / "whimbrel" / "__init__.py")
+    # What pip, pipx and uvx make a command of.
+    command = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.argv = ['whimbrel', 'show', 'kinds']\n"
+        "from importlib.metadata import distribution\n"
+        "(script,) = distribution('whimbrel').entry_points.select(group='console_scripts')\n"
+        "print(script.name, script.load()())"
+    )
+    assert _python(command).stdout.splitlines()[-1] == "whimbrel 0"
