@@ -90,10 +90,8 @@ def save_checkpoint(
                 if tokenizer_path is not None:
                     shutil.copyfile(tokenizer_path, temporary / "tokenizer.json")
                 files = _list_files(temporary, hashes)
-                write_meta(
-                    temporary,
-                    Meta(step, tokens, world_size(), whimbrel.__version__, torch.__version__, files),
-                )
+                versions = whimbrel.__version__, torch.__version__
+                write_meta(temporary, Meta(step, tokens, world_size(), *versions, files))
                 publish_folder(temporary, final, overwrite=True)
 
             on_first(finish)

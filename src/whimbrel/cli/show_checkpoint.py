@@ -6,9 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from whimbrel.cli.args import parse, print_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from whimbrel.config import Config
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _heads(options: dict[str, Any]) -> str:
     return f"{heads} x {dim}" + (f", {keys} of keys" if keys and keys != heads else "")
 
 
-def _code(config: Any, device: Any) -> list[dict[str, str]]:
+def _code(config: Config, device: torch.device) -> list[dict[str, str]]:
     """Which code each kind of mixer and the sparse prefill will run on `device`, and why."""
     from whimbrel.config import kind_of
 
@@ -121,7 +126,7 @@ def _code(config: Any, device: Any) -> list[dict[str, str]]:
     return found
 
 
-def _recurrence(kind: str, mixer: Any, device: Any, dtype: str) -> list[dict[str, str]]:
+def _recurrence(kind: str, mixer: Any, device: torch.device, dtype: str) -> list[dict[str, str]]:
     import torch
 
     from whimbrel.errors import UnsupportedError
@@ -144,7 +149,7 @@ def _recurrence(kind: str, mixer: Any, device: Any, dtype: str) -> list[dict[str
     return [_row("sequence", kind, runs, why), _row("one token", kind, step, reason)]
 
 
-def _prefill(config: Any, device: Any, dtype: str) -> dict[str, str]:
+def _prefill(config: Config, device: torch.device, dtype: str) -> dict[str, str]:
     import torch
 
     from whimbrel.attend import choice

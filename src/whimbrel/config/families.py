@@ -13,6 +13,9 @@ from whimbrel.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from torch import nn, optim
 
+    from whimbrel.merge.pma import Weights
+    from whimbrel.sparse.apply import Selector
+
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise ConfigError "name = value is not allowed; ..." unless `ok`."""
@@ -60,12 +63,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectorConfig:
-    """Options of a block selector for sparse prefill; `build` makes selector(q, k, *, scale) -> Plan."""
+    """Options of a block selector for sparse prefill; `build` makes it."""
 
     FAMILY: ClassVar[str] = "whimbrel.sparse"
 
-    def build(self) -> Any:
-        """The selector."""
+    def build(self) -> Selector:
+        """The selector: a function of queries and keys that returns the plan of blocks to attend to."""
         raise NotImplementedError
 
 
@@ -75,8 +78,8 @@ class MergeConfig:
 
     FAMILY: ClassVar[str] = "whimbrel.merge"
 
-    def weights(self, n: int) -> Any:
-        """The weights of n checkpoints, oldest first."""
+    def weights(self, n: int) -> Weights:
+        """The weights of n checkpoints, oldest first; they sum to one."""
         raise NotImplementedError
 
 

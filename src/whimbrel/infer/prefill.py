@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ class SparsePrefill:
     """
 
     def __init__(self, config: SelectorConfig, *, audit_rows: int = 0) -> None:
-        self._select: Callable[..., Plan] = config.build()
+        self._select = config.build()
         self._audit_rows = audit_rows
         self.layers: list[LayerPrefill] = []
 

@@ -178,44 +178,60 @@ def _row_boxes(shape: tuple[int, ...], most: int) -> list[tuple[tuple[int, ...],
 def finish_folder(folder: Path, layout: Layout, crcs: Mapping[int, int], newest: Source, optimizer: str | None) -> None:
     """Write what comes after the tensors: frames of archives, metadata, index, and the newest source's companions.
 
-    crcs: number of a slot -> CRC-32 of its bytes, for the slots of a distributed checkpoint.
+    crcs: number of a slot -> CRC-32 of its bytes, for the slots of distributed checkpoints and archives.
     """
-    number = {(slot.item.name, slot.file, slot.start): i for i, slot in enumerate(layout.slots)}
-    for name, chunks in layout.chunks.items():
-        prefix = "" if name == "." else f"{name}/"
-        for chunk in chunks:
-            crc = crcs.get(number[chunk.name, prefix + chunk.file, chunk.payload], zlib.crc32(b""))
-            handle = os.open(folder / prefix / chunk.file, os.O_WRONLY)
-            try:
-                os.pwrite(handle, chunk.head(crc), chunk.start)
-                os.pwrite(handle, chunk.tail(crc), chunk.payload + chunk.payload_bytes)
-            finally:
-                os.close(handle)
-        shapes = {slot.item.name: slot.item.shape for slot in layout.slots}
-        planner = newest.dcp.planner_data if newest.dcp is not None else None
-        metadata = dcp.new_metadata(chunks, shapes, layout.blobs[name], planner)
-        (folder / prefix / dcp.METADATA).write_bytes(metadata)
+    for name in layout.chunks:
+        _frame_chunks(folder, layout, name, crcs, newest)
     for file, archive in layout.archives.items():
-        places = torchzip.crc_places(archive)
-        payloads = {payload.start: key for key, payload in torchzip.read_archive(archive).payloads.items()}
-        with open(folder / file, "r+b") as written:
-            for i, slot in enumerate(layout.slots):
-                if slot.file == file and i in crcs:
-                    for place in places[payloads[slot.start]]:
-                        written.seek(place)
-                        written.write(crcs[i].to_bytes(4, "little"))
+        _write_crcs(folder / file, archive, layout, crcs)
     _copy_companions(newest.path, folder, _COMPANIONS, _NOT_COPIED)
     if optimizer is not None and newest.optimizer is not None:
         _copy_companions(newest.path, folder, _TRAINER_FILES, ())
         if optimizer == "reset":
             _write_empty_state(folder, newest.path / OPTIMIZER)
+    _write_index(folder, layout)
+    if optimizer is not None and (newest.path / TRAIN / "state.json").is_file():
+        _write_state(folder, newest, optimizer)
+
+
+def _frame_chunks(folder: Path, layout: Layout, name: str, crcs: Mapping[int, int], newest: Source) -> None:
+    """Put heads and tails about the chunks of the distributed checkpoint `name`, and write its metadata."""
+    number = {(slot.item.name, slot.file, slot.start): i for i, slot in enumerate(layout.slots)}
+    prefix = "" if name == "." else f"{name}/"
+    for chunk in layout.chunks[name]:
+        crc = crcs.get(number[chunk.name, prefix + chunk.file, chunk.payload], zlib.crc32(b""))
+        handle = os.open(folder / prefix / chunk.file, os.O_WRONLY)
+        try:
+            os.pwrite(handle, chunk.head(crc), chunk.start)
+            os.pwrite(handle, chunk.tail(crc), chunk.payload + chunk.payload_bytes)
+        finally:
+            os.close(handle)
+    shapes = {slot.item.name: slot.item.shape for slot in layout.slots}
+    planner = newest.dcp.planner_data if newest.dcp is not None else None
+    metadata = dcp.new_metadata(layout.chunks[name], shapes, layout.blobs[name], planner)
+    (folder / prefix / dcp.METADATA).write_bytes(metadata)
+
+
+def _write_crcs(file: Path, archive: Path, layout: Layout, crcs: Mapping[int, int]) -> None:
+    """Put the CRC-32s of the new tensors into a copy of an archive of torch.save."""
+    places = torchzip.crc_places(archive)
+    payloads = {payload.start: key for key, payload in torchzip.read_archive(archive).payloads.items()}
+    with open(file, "r+b") as written:
+        for i, slot in enumerate(layout.slots):
+            if slot.file != file.name or i not in crcs:
+                continue
+            for place in places[payloads[slot.start]]:
+                written.seek(place)
+                written.write(crcs[i].to_bytes(4, "little"))
+
+
+def _write_index(folder: Path, layout: Layout) -> None:
+    """Which file holds which tensor, where safetensors lie in several."""
     shards = sorted(set(layout.places.values()))
     if len(shards) > 1:
         total = sum(layout.sizes[file] - len(layout.heads[file][0][1]) for file in shards)
         index = {"metadata": {"total_size": total}, "weight_map": layout.places}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    if optimizer is not None and (newest.path / TRAIN / "state.json").is_file():
-        _write_state(folder, newest, optimizer)
 
 
 def _write_state(folder: Path, newest: Source, optimizer: str) -> None:

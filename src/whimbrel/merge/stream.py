@@ -262,14 +262,8 @@ class _Pass:
         pieces = list(cut(job.extents, job.piece))
         with ExitStack() as stack:
             stack.enter_context(self._handles.closing())
-            for number, result in enumerate(job.results):
-                for file, size in job.layout.sizes.items():
-                    self._files[number, file] = _create(self._folder(result) / file, size, stack)
-                for file, heads in job.layout.heads.items():
-                    for place, data in heads:
-                        write_exactly(self._files[number, file], memoryview(data), place)
-                        if (number, file) in self._hashes:
-                            self._hashes[number, file].update(data)
+            for number in range(len(job.results)):
+                self._begin_files(number, stack)
             resumed = self._take_up(pieces)
             first = len(self._journal.done)
             syncer = stack.enter_context(ThreadPoolExecutor(1))
@@ -287,6 +281,16 @@ class _Pass:
                 sync.result()
         self._finish()
         return resumed
+
+    def _begin_files(self, number: int, stack: ExitStack) -> None:
+        """Create the files of a result, which `stack` closes, with what comes before their tensors."""
+        for file, size in self._job.layout.sizes.items():
+            self._files[number, file] = _create(self._folder(self._job.results[number]) / file, size, stack)
+        for file, heads in self._job.layout.heads.items():
+            for place, data in heads:
+                write_exactly(self._files[number, file], memoryview(data), place)
+                if (number, file) in self._hashes:
+                    self._hashes[number, file].update(data)
 
     def _folder(self, result: Result) -> Path:
         return self._journal.folder / result.target.name

@@ -54,10 +54,8 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
         wide = [hopper_launch.padded(x) for x in (q, k, v)]
         y, lse = attend_triton(wide[0], wide[1], wide[2], plans, scale)
         return y[..., : v.shape[2]].contiguous(), lse
-    heads, dim = q.shape[1:]
-    value_dim = v.shape[2]
-    y = torch.empty(len(q), heads, value_dim, dtype=dtype, device=q.device)
-    lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
+    y = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
+    lse = torch.empty(*q.shape[:2], dtype=torch.float32, device=q.device)
     sequences = tuple((plan.q_len, plan.k_len) for plan in plans for _ in range(plan.batch))
     offsets, indices = _joined(plans)
     if hopper_launch.fits(q, v, size):
@@ -65,6 +63,28 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
         bounds = torch.cat(offsets) if packed else offsets[0]
         hopper_launch.attend_hopper(q, k, v, y, lse, sequences, bounds, indices, factor, packed=packed)
         return y, lse
+    _launch_plain(q, k, v, y, lse, sequences, offsets, indices, size, scale * math.log2(math.e))
+    return y, lse
+
+
+def _launch_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    sequences: tuple[tuple[int, int], ...],
+    offsets: Sequence[Tensor],
+    indices: Tensor,
+    size: int,
+    scale: float,
+) -> None:
+    """Fill y and lse, as `attend_triton` describes them, by the kernel for any device; `scale` holds log2(e).
+
+    sequences: queries and keys of each. offsets: for each plan, where the blocks of its rows begin in `indices`.
+    """
+    heads, dim = q.shape[1:]
+    value_dim = v.shape[2]
     table, owner = _places(sequences, heads, size, q.device)
     starts, stops = (torch.cat(parts) for parts in zip(*((x[:-1], x[1:]) for x in offsets)))
     # Long rows first, so that no long one is left when the others are done; equal ones in their order, which keeps
@@ -90,7 +110,7 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        scale * math.log2(math.e),
+        scale,
         H=heads,
         GROUP=heads // k.shape[1],
         D=dim,
@@ -104,7 +124,6 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale:
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
-    return y, lse
 
 
 @functools.lru_cache(maxsize=64)

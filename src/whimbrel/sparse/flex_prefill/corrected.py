@@ -71,9 +71,9 @@ def select(
         aware[:, :, at] = cover_rows(mass[:, :, rows], coverage, row_share, allowed=causal[at], forced=forced[at])
     behind = (grid.diagonal(q.device)[:, None] - torch.arange(grid.key_blocks, device=q.device)).clamp_min(0)
     everywhere = torch.ones_like(forced[0])
-    nowhere = ~everywhere
-    columns = cover_rows(mass, coverage, row_share, allowed=everywhere, forced=nowhere)
-    diagonals = cover_rows(diagonal, coverage, row_share, allowed=everywhere, forced=nowhere)
+    columns, diagonals = (
+        cover_rows(x, coverage, row_share, allowed=everywhere, forced=~everywhere) for x in (mass, diagonal)
+    )
     vertical_slash = ((columns[:, :, None] | diagonals[:, :, behind]) & causal) | forced
 
     chosen = torch.where(query_aware[..., None, None], aware, vertical_slash)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -76,26 +77,36 @@ def select(
     means = _means(k, block_size, estimate, statistics)
 
     causal, forced = grid.causal(q.device), always_kept(grid, q.device)
-    chosen = torch.zeros(
-        shape.batch, shape.heads, grid.query_blocks, grid.key_blocks, dtype=torch.bool, device=q.device
-    )
+    sizes = shape.batch, shape.heads, grid.query_blocks, grid.key_blocks
+    chosen = torch.zeros(sizes, dtype=torch.bool, device=q.device)
     for row in range(grid.query_blocks):
         seen = slice(grid.first_block + row + 1)
-        where = {"allowed": causal[row, seen], "forced": forced[row, seen]}
+        own = forced[row, seen]
         mass = partial(_mass, query, keys, means, grid, row, estimate=estimate, scale=scale)
-        choose = partial(_choose, row_share=row_share, **where, **budget)
+        choose = partial(_choose, row_share=row_share, allowed=causal[row, seen], forced=own, **budget)
         if estimate == "sampled" and probe_rows is None:
-            pilot = mass(PILOT_ROWS)
-            found = choose(pilot, JUDGED_AT + margin(JUDGED_AT))
-            unsure = doubtful(pilot, found, where["forced"], margin(JUDGED_AT))
-            if coverage != JUDGED_AT:
-                found = choose(pilot, coverage + margin(coverage))
-            if bool(unsure.any()):
-                found = torch.where(unsure.unsqueeze(-1), choose(mass(PROBE_ROWS), coverage), found)
+            found = _look_twice(mass, choose, coverage, own)
         else:
             found = choose(mass(probe_rows if estimate == "sampled" else None), coverage)
         chosen[:, :, row, seen] = found
     return plan_of(chosen, grid)
+
+
+def _look_twice(
+    mass: Callable[[int], Tensor], choose: Callable[[Tensor, float], Tensor], coverage: float, forced: Tensor
+) -> Tensor:
+    """bool [B, H, n]: what few sampled queries choose, and more of them for heads in which these do not tell.
+
+    mass: number of sampled queries -> masses [B, H, R, n]. choose: masses and coverage -> bool [B, H, n].
+    """
+    pilot = mass(PILOT_ROWS)
+    found = choose(pilot, JUDGED_AT + margin(JUDGED_AT))
+    unsure = doubtful(pilot, found, forced, margin(JUDGED_AT))
+    if coverage != JUDGED_AT:
+        found = choose(pilot, coverage + margin(coverage))
+    if bool(unsure.any()):
+        found = torch.where(unsure.unsqueeze(-1), choose(mass(PROBE_ROWS), coverage), found)
+    return found
 
 
 def _means(k: Tensor, block_size: int, estimate: str, statistics: KeyStatistics | None) -> Tensor:
