@@ -175,6 +175,7 @@ def test_columns_of_words_stand_on_the_left_and_figures_on_the_right(capsys) -> 
     assert capsys.readouterr().out.splitlines()[2:] == [
         "a     short             1,000",
         "b     longer than that      5",
+        "",
     ]
 
 

@@ -17,7 +17,10 @@ from whimbrel.training.loop import train
 def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Config, Path]:
     from whimbrel.testing.tiny import tiny_overrides
 
-    config = with_overrides(load_config("demo", tiny_overrides(corpus)), {"steps": 2, "eval.checkpoint_tokens": 0})
+    config = with_overrides(
+        load_config("demo", tiny_overrides(corpus)),
+        {"steps": 2, "checkpoint.every_steps": 1, "eval.checkpoint_tokens": 0},
+    )
     folder = tmp_path_factory.mktemp("show") / "run"
     train(config, run_dir=folder, quiet=True)
     return config, folder
@@ -29,6 +32,8 @@ def test_a_checkpoint_is_explained(run: tuple[Config, Path], capsys) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["path"].endswith("step-000002")
     assert "checkpoint of 'tiny' after step 2, 512 tokens, saved by 1 process" in report["what"]
+    assert report["model"].startswith("2 blocks of width ")
+    assert report["model"].endswith("1 rdn, 1 softmax; vocabulary of 448; weights in F32")
     assert report["parameters"] == parameter_counts(config.model)
     # Tied embeddings are stored once.
     assert report["disk"]["weights"] == 4 * report["parameters"]["total"]
@@ -48,6 +53,13 @@ def test_the_tables_name_every_part(run: tuple[Config, Path], capsys) -> None:
     out = capsys.readouterr().out
     for title in ("Parameters", "On disk, bytes", "Layers", "State of one sequence, bytes", "Code that runs on cpu"):
         assert title in out
+
+
+def test_an_average_says_what_of(run: tuple[Config, Path], tmp_path: Path, capsys) -> None:
+    steps = [str(run[1] / f"step-00000{step}") for step in (1, 2)]
+    assert main(["merge", *steps, "--out", str(tmp_path / "mean")]) == 0
+    assert main(["show", str(tmp_path / "mean"), "--device", "cpu"]) == 0
+    assert "mean: average (sma) of 2 checkpoints, of steps 1 to 2\n2 blocks of width " in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown(run: tuple[Config, Path], tmp_path: Path, capsys) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from whimbrel.cli.args import parse_with_config, print_table
-from whimbrel.config import Config, kind_of, kinds, to_toml
+from whimbrel.config import Config, ModelConfig, kind_of, kinds, to_toml
 
 FAMILIES = ("whimbrel.mixers", "whimbrel.optim", "whimbrel.merge", "whimbrel.sparse")
 
@@ -58,15 +58,21 @@ def main(argv: list[str]) -> int:
 
 def summary(config: Config) -> str:
     """The run in three lines: model, training, and where its settings are."""
-    model = config.model
-    blocks = Counter(kind_of(mixer) for mixer in model.layers())
     tokens = config.steps * config.batch_tokens
     return (
-        f"{config.name}: {model.num_layers} blocks of width {model.hidden_size}, "
-        f"{', '.join(f'{count} {kind}' for kind, count in blocks.items())}; vocabulary of {model.vocab_size:,}\n"
+        f"{config.name}: {blocks(config.model)}\n"
         f"trains {config.steps:,} steps of {config.batch_tokens:,} tokens ({tokens:,}) in sequences of "
         f"{config.data.seq_len:,}, {kind_of(config.optim)}, {config.schedule.kind} schedule\n"
         "every setting: add --toml\n"
+    )
+
+
+def blocks(model: ModelConfig) -> str:
+    """The model in a line."""
+    kinds = Counter(kind_of(mixer) for mixer in model.layers())
+    return (
+        f"{model.num_layers} blocks of width {model.hidden_size}, "
+        f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}; vocabulary of {model.vocab_size:,}"
     )
 
 

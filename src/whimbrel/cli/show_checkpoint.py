@@ -37,7 +37,7 @@ def show_checkpoint(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    print(f"{report['path']}: {report['what']}")
+    print(f"{report['path']}: {report['what']}\n{report['model']}\n")
     print_table("Parameters", ("part", "parameters"), [(k, f"{v:,}") for k, v in report["parameters"].items()])
     print_table("On disk, bytes", ("part", "bytes"), [(k, f"{v:,}") for k, v in report["disk"].items()])
     head = ("block", "mixer", "heads", "parameters", f"state at {report['inference'][0]['tokens']:,} tokens, bytes")
@@ -58,8 +58,10 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
 
     from whimbrel.checkpoint.steps import META, read_meta
     from whimbrel.checkpoint.tensorfile import read_folder
+    from whimbrel.cli.show import blocks
     from whimbrel.config import kind_of, require
     from whimbrel.infer.load import load_run_config, model_dir
+    from whimbrel.merge.outputs import MANIFEST
     from whimbrel.model.memory import LENGTHS, parameter_counts, state_bytes
     from whimbrel.training.processes import pick_device
 
@@ -71,7 +73,7 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
     tensors = read_folder(folder)
     entries = [tensors.entry(name) for name in tensors.places]
     disk = {"weights": sum(entry.stop - entry.start for entry in entries)}
-    what = f"a model of {', '.join(sorted({entry.dtype for entry in entries}))}"
+    what = _average(folder / MANIFEST) or "a model"
     if (folder / META).exists():
         meta = read_meta(folder)
         disk["training state"] = sum(f["bytes"] for name, f in meta.files.items() if name.startswith("train/"))
@@ -85,6 +87,7 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
     return {
         "path": str(folder),
         "what": what,
+        "model": f"{blocks(config.model)}; weights in {', '.join(sorted({entry.dtype for entry in entries}))}",
         "parameters": parameter_counts(config.model),
         "disk": disk,
         "layers": [
@@ -101,6 +104,16 @@ def explain(path: Path, *, lengths: Sequence[int] = (), device: str = "auto") ->
         "device": str(place),
         "code": _code(config, place),
     }
+
+
+def _average(manifest: Path) -> str:
+    """What a merge wrote about itself, in words; nothing where none did."""
+    if not manifest.is_file():
+        return ""
+    made = json.loads(manifest.read_text(encoding="utf-8"))
+    steps = [source["step"] for source in made["sources"] if source.get("step") is not None]
+    of = f", of steps {min(steps)} to {max(steps)}" if steps else ""
+    return f"average ({made['method']['kind']}) of {len(made['sources'])} checkpoints{of}"
 
 
 def _heads(options: dict[str, Any]) -> str:
