@@ -18,7 +18,7 @@ MOST_DIM = 256
 
 
 def no_triton(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> str | None:
-    """Why the Triton kernel cannot run, or None."""
+    """Why the Triton kernel cannot run on q, k and v [..., heads, dim], whatever their sizes before; or None."""
     if find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -49,7 +49,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> Shape:
             f"v has shape {tuple(v.shape)} but k has {tuple(k.shape)}; all but the last size must be equal"
         )
     if heads % kv_heads:
-        raise ConfigError(f"q has {heads} heads, which is not a multiple of the {kv_heads} heads of k")
+        raise ConfigError(
+            f"q has {heads} heads, which is not a multiple of the {kv_heads} heads of k; give one that is"
+        )
     if q_len > k_len:
         raise ConfigError(f"q has {q_len} positions but k has only {k_len}; give the keys of all positions")
     return Shape(batch, q_len, k_len, heads, kv_heads, dim)

@@ -150,7 +150,10 @@ def _check_fit(model: nn.Module, optimizer: Optimizer, layout: dict[str, Any]) -
     groups = [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
     saved = [group["params"] for group in layout["groups"]]
     if len(groups) != len(saved):
-        raise CheckpointError(f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(groups)}")
+        raise CheckpointError(
+            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(groups)};"
+            " make the groups that the run had"
+        )
     for i, (have, want) in enumerate(zip(groups, saved, strict=True)):
         if have != want:
             odd = sorted(set(have) ^ set(want)) or [a for a, b in zip(have, want) if a != b]

@@ -136,7 +136,8 @@ def _instead(path: Path) -> str:
 def remove_old(run_dir: str | Path, keep: int) -> list[Path]:
     """Delete all complete checkpoints but the newest `keep`; returns the deleted ones.
 
-    Each loses its name before its files, so that a crash leaves no half-deleted checkpoint behind.
+    Each loses its name before its files, so that a crash leaves no half-deleted checkpoint behind. Raises
+    CheckpointError for a `keep` below 1.
     """
     if keep < 1:
         raise CheckpointError(f"cannot keep {keep} checkpoints of {run_dir}; keep at least one")

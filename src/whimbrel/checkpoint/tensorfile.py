@@ -120,7 +120,10 @@ def _read_sharded(path: Path) -> TensorFolder:
 
 
 def read_file(path: str | Path) -> TensorFile:
-    """The header of one safetensors file, checked against the length of the file."""
+    """The header of one safetensors file, checked against the length of the file.
+
+    Raises CheckpointError where the file is missing, cut short, damaged, or none of safetensors.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:

@@ -136,7 +136,7 @@ def load_weights(path: str | Path, model: nn.Module, *, verify: bool = True) -> 
 
 
 def read_into(path: str | Path, model: nn.Module, *, verify: bool, same_dtype: bool) -> None:
-    """`load_weights`; with `same_dtype` a model whose dtype differs from the file's is refused."""
+    """As `load_weights`, with its errors; with `same_dtype` a model whose dtype differs from the file's is refused."""
     folder = read_folder(path)
     if verify:
         on_first(lambda: _verify(folder))
@@ -146,7 +146,8 @@ def read_into(path: str | Path, model: nn.Module, *, verify: bool, same_dtype: b
         entry, where = folder.entry(names[name]), folder.file(names[name]).path
         if tuple(tensor.shape) != entry.shape:
             raise CheckpointError(
-                f"tensor '{name}' has shape {list(entry.shape)} in {where}, but {list(tensor.shape)} in the model"
+                f"tensor '{name}' has shape {list(entry.shape)} in {where}, but {list(tensor.shape)} in the model;"
+                " build the model from the configuration beside the file"
             )
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"tensor '{name}' in {where} has type {entry.dtype}, which torch cannot hold")
@@ -185,12 +186,18 @@ def _match(folder: TensorFolder, weights: Weights) -> dict[str, str]:
     known = set(folder.places)
     for name in sorted(known):
         if name not in weights.tensors and name not in weights.aliases:
-            raise CheckpointError(f"tensor '{name}' of {folder.file(name).path} is not in the model")
+            raise CheckpointError(
+                f"tensor '{name}' of {folder.file(name).path} is not in the model; build the model from the"
+                " configuration beside the file"
+            )
     names = {}
     for name in weights.tensors:
         stored = [other for other in (name, *_aliases(weights, name)) if other in known]
         if not stored:
-            raise CheckpointError(f"tensor '{name}' of the model is missing from {folder.path}")
+            raise CheckpointError(
+                f"tensor '{name}' of the model is missing from {folder.path}; build the model from the configuration"
+                " beside the file"
+            )
         names[name] = stored[0]
         for other in stored[1:]:
             if not torch.equal(_read(folder, stored[0]), _read(folder, other)):

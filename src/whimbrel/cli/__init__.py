@@ -19,7 +19,7 @@ VERBS = {
     "merge": "average checkpoints",
     "convert": "write a model for transformers, or take one from there (extra hf)",
     "eval": "bits per byte, recall and needle tasks of a checkpoint",
-    "generate": "continue a prompt, with sparse prefill for long ones",
+    "generate": "continue a prompt, prefilled as the model says or sparsely",
     "bench": "time an operation against its rivals",
     "show": "settings and memory of a recipe, layers of a checkpoint, all kinds",
 }

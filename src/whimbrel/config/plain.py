@@ -31,7 +31,7 @@ def decode(cls: type[T], data: Mapping[str, Any], *, base: T | None = None, wher
     for name, value in data.items():
         path = f"{where}{name}"
         if name not in names:
-            raise ConfigError(f"unknown setting '{path}'{nearest(name, names)}")
+            raise ConfigError(f"unknown setting '{path}'{nearest(name, names) or '; use one of ' + ', '.join(names)}")
         values[name] = _decode_value(hints[name], value, values[name], path)
     return cls(**values)
 
@@ -91,7 +91,7 @@ def _decode_plain(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{path} = {value!r} is not allowed; use {_TYPES.get(hint, hint.__name__)}")
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} = {value!r} is not finite")
+        raise ConfigError(f"{path} = {value!r} is not finite; use a finite number")
     return value
 
 

@@ -240,7 +240,7 @@ def read_documents(path: Path) -> Corpus:
         raise DataError(f"corpus {path} is of no known type; use a .txt file, a .jsonl file or a folder of them")
     documents = [doc for doc in documents if doc.text.strip()]
     if not documents:
-        raise DataError(f"corpus {path} holds no text")
+        raise DataError(f"corpus {path} holds no text; its files are empty or hold only blanks")
     digest = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
     return Corpus(documents, [Source(path.name, "", "not stated", digest)])
 

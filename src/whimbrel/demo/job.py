@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from whimbrel.model import cache_bytes, set_prefill
 from whimbrel.model.memory import parameter_counts
 from whimbrel.report import write_report
 from whimbrel.sparse.flex_prefill.config import FlexPrefillConfig
-from whimbrel.training.loop import annealed, train
+from whimbrel.training.loop import TrainResult, annealed, train
 from whimbrel.training.metrics import read_metrics
 from whimbrel.training.processes import pick_device
 
@@ -133,7 +134,7 @@ class _Job:
         source = self.constant / f"step-{steps:06d}"
         return self._checked(train(annealed(self.config, from_step=steps), run_dir=self.branch, branch_from=source))
 
-    def _checked(self, result: Any) -> Result:
+    def _checked(self, result: TrainResult) -> Result:
         if result.interrupted:
             print(f"stopped at step {result.step}; saved {result.checkpoint}; run the same command again to go on")
             raise Interrupted
@@ -226,12 +227,11 @@ class _Job:
         model, tokenizer = load_model(merged["path"]), load_tokenizer(merged["path"])
         prompt = self._held_out(PROMPT_TOKENS)
         set_prefill(model, SparsePrefill(self.config.prefill))
-        start = datetime.datetime.now()
+        start = time.perf_counter()
         first = generate(model, prompt, max_new_tokens=1, temperature=0.8, seed=self.config.eval.seed)
-        middle = datetime.datetime.now()
+        middle = time.perf_counter()
         out = generate(model, prompt, max_new_tokens=NEW_TOKENS, temperature=0.8, top_k=50, seed=self.config.eval.seed)
-        end = datetime.datetime.now()
-        decode_seconds = (end - middle).total_seconds() - (middle - start).total_seconds()
+        decode_seconds = (time.perf_counter() - middle) - (middle - start)
         return {
             "prompt": tokenizer.decode(prompt[0, -64:].tolist()),
             "text": tokenizer.decode(out.tokens[0].tolist()),

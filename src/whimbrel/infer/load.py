@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_run_config(path: str | Path) -> Config:
-    """The configuration that a checkpoint or merge was made with."""
+    """The configuration that a checkpoint or merge was made with; raises CheckpointError where there is none."""
     file = model_dir(path) / "config.toml"
     if not file.exists() and (file.parent / "config.json").exists():
         raise CheckpointError(
@@ -46,7 +46,10 @@ def load_run_config(path: str | Path) -> Config:
 
 
 def model_dir(path: str | Path) -> Path:
-    """The folder that holds model.safetensors: `path` itself, or the newest checkpoint of the run `path`."""
+    """The folder that holds model.safetensors: `path` itself, or the newest checkpoint of the run `path`.
+
+    Raises CheckpointError where `path` is no folder, or holds neither.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"'{folder}' is not a folder; name a checkpoint, a merge or a run")

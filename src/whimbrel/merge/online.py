@@ -272,7 +272,10 @@ class OnlineAverage:
             where = "missing from" if name in own else "unknown in"
             raise CheckpointError(f"'{name}' is {where} the average's saved state; it is of another model")
         if int(state["settings"]) != int(own["settings"]):
-            raise CheckpointError(f"the saved average was kept with other settings than {self._settings}")
+            raise CheckpointError(
+                f"the saved average was kept with other settings than {self._settings}; make it with those it was"
+                " saved with, or call reset() to begin anew"
+            )
         for sums in (name for name in own if name.startswith("sum.")):
             if state[sums].shape != own[sums].shape:
                 raise CheckpointError(f"'{sums}' has shape {list(state[sums].shape)}, not {list(own[sums].shape)}")

@@ -71,7 +71,10 @@ PRESETS = (
 
 
 def preset(kind: str, parameters: float) -> Preset:
-    """The preset for the model size nearest to `parameters` (all of them, in proportion) of a dense or MoE model."""
+    """The preset for the model size nearest to `parameters` (all of them, in proportion) of a dense or MoE model.
+
+    Raises ConfigError for another `kind`, and where there are no parameters.
+    """
     if kind not in ("dense", "moe"):
         raise ConfigError(f"merge.preset = '{kind}' is not known; use dense or moe")
     require(parameters > 0, "number of parameters", parameters, "a positive number")
@@ -80,7 +83,7 @@ def preset(kind: str, parameters: float) -> Preset:
 
 
 def parse_tokens(text: str, name: str) -> int:
-    """A number of tokens as it is written: 8B, 1.6T, 500M, 4096."""
+    """A number of tokens as it is written: 8B, 1.6T, 500M, 4096. Raises ConfigError, naming `name`, for others."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([KMBT]?)", text.strip(), flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{name} = '{text}' is no number of tokens; write 500M, 8B, 1.6T or 4096")

@@ -124,7 +124,10 @@ def open_sources(
 
 
 def open_source(path: str | Path, *, training: bool = False) -> Source:
-    """One checkpoint: a folder or file of safetensors or of torch.save, or a distributed checkpoint."""
+    """One checkpoint: a folder or file of safetensors or of torch.save, or a distributed checkpoint.
+
+    Raises CheckpointError where it is none of these or damaged. With `training` its optimizer state is listed too.
+    """
     path = Path(path)
     is_torch_file = path.is_file() and path.suffix in _TORCH_SUFFIXES
     has_safetensors = path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.safetensors")))

@@ -117,7 +117,8 @@ class LowRankOptimizer(Method, torch.optim.Optimizer):
         known = [*self.defaults, *ACCEPTED]
         for name in group:
             if name not in known:
-                raise ConfigError(f"unknown key '{name}' in a group of {type(self).__name__}{nearest(name, known)}")
+                hint = nearest(name, known) or f"; use {', '.join(known)}"
+                raise ConfigError(f"unknown key '{name}' in a group of {type(self).__name__}{hint}")
         # always written, as torch fills in "rank" from the arguments in every group
         group.setdefault("low_rank", "rank" in group)
         check_options({**self.defaults, **group}, random=self.random)

@@ -74,10 +74,10 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16, up with a chance equal to the part that is cut off; 16 `bits` of x's shape decide.
+    """float32 to bfloat16, up with a chance equal to the part that is cut off.
 
-    The mean over bits is x, so that small updates are not lost on the way to weights of 8 bits. Infinities and NaN
-    stay what they are.
+    bits: integers of x's shape, evenly spread over 0 to 65,535, which decide; the mean over them is x, so that small
+    updates are not lost on the way to weights of 8 bits. Infinities and NaN stay what they are.
     """
     raised = (x.contiguous().view(torch.int32) + bits.int()).bitwise_and_(-1 << 16)
     return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)

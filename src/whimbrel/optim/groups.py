@@ -140,7 +140,10 @@ def assign_groups(
     min_dim: int = 32,
     no_decay: Collection[str] = (),
 ) -> dict[str, str]:
-    """The group of each parameter by name and shape; `no_decay` names those that must not be decayed."""
+    """Parameter name -> name of its group, by name and shape; `no_decay` names those that must not be decayed.
+
+    Raises ConfigError for a pattern that matches no parameter.
+    """
     selected = _matching("low_rank", low_rank, shapes) - _matching("exclude", exclude, shapes)
 
     def group(name: str, shape: Sequence[int]) -> str:

@@ -216,7 +216,10 @@ def fit_warm(
 
 
 def fit_exact(grad: Tensor, side: str, rank: int) -> Tensor:
-    """Leading `rank` singular vectors by a thin SVD, with the signs that the SVD happens to give."""
+    """Leading `rank` singular vectors of grad [B, m, n] by a thin SVD, with the signs that the SVD happens to give.
+
+    [B, m, rank] of the left ones, or [B, n, rank] of the right ones, as columns.
+    """
     left, _, right = torch.linalg.svd(grad, full_matrices=False)
     return left[..., :rank] if side == "left" else right[..., :rank, :].mT
 
@@ -251,7 +254,7 @@ class Moments(NamedTuple):
 
 
 def carry(moments: Moments, old: Tensor, new: Tensor, side: str, how: str) -> Moments:
-    """The moments after a change of basis.
+    """The moments after a change of basis from `old` to `new`, both [B, d, r].
 
     `keep` leaves them, `reset` starts Adam again, and `rotate` expresses them in the new directions: the mean
     by C = new^T old, the mean square by the elementwise square of C, which is exact for uncorrelated
@@ -373,7 +376,7 @@ def combine(
 
 
 def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
-    """sqrt(1 - beta2^step) / (1 - beta1^step), accurate in float32 at every step; step 0 counts as 1."""
+    """sqrt(1 - beta2^step) / (1 - beta1^step) for step [B], accurate in float32 at every step; 0 counts as 1."""
     count = step.clamp_min(1)
     first, second = (-torch.expm1(count * (math.log(beta) if beta > 0 else -math.inf)) for beta in betas)
     return second.sqrt() / first

@@ -142,6 +142,7 @@ class Svg:
         self._marks: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
+        """A straight line; `style` names a class of the page's style sheet, here and below."""
         self._marks.append(f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" class="{style}"/>')
 
     def curve(self, points: Sequence[tuple[float, float]], style: str) -> None:
@@ -158,6 +159,7 @@ class Svg:
     def rect(
         self, x: float, y: float, width: float, height: float, style: str, *, tip: str = "", round_: float = 0
     ) -> None:
+        """A filled rectangle from its upper left corner; `tip` is shown under the pointer."""
         corner = f' rx="{_n(round_)}"' if round_ else ""
         self._mark(
             "rect",

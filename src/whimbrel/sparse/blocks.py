@@ -38,7 +38,7 @@ def per_key_head(q_BHRD: Tensor, k_BHTD: Tensor) -> Tensor:
 
 
 def pool(x: Tensor, block_size: int) -> Tensor:
-    """Sums over runs of `block_size` along the last axis; the last run may be short."""
+    """Sums over runs of `block_size` along the last axis, [..., T] -> [..., blocks]; the last run may be short."""
     whole = x.shape[-1] // block_size * block_size
     sums = x[..., :whole].unflatten(-1, (-1, block_size)).sum(-1)
     return sums if whole == x.shape[-1] else torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], -1)
@@ -151,8 +151,10 @@ def doubtful(mass: Tensor, keep: Tensor, forced: Tensor, margin: float) -> Tenso
 def within_budget(
     keep: Tensor, mass: Tensor, *, allowed: Tensor, forced: Tensor, least: int, most: int | None
 ) -> Tensor:
-    """`keep` with the `least` entries of largest mass added, then cut to the `most` largest; forced ones
-    stay."""
+    """`keep` with the `least` entries of largest mass added, then cut to the `most` largest; forced ones stay.
+
+    keep, mass: bool and float [..., n]. allowed, forced: bool of a shape that broadcasts to theirs.
+    """
     if least <= 0 and most is None:
         return keep
     allowed = allowed.expand_as(mass)

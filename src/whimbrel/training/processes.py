@@ -34,7 +34,7 @@ class Processes(NamedTuple):
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all processes."""
+        """The sum of `value` over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value

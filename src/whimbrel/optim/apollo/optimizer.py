@@ -67,7 +67,10 @@ def apollo_coefficients(
     gamma: float,
     scaling: Scaling,
 ) -> tuple[lowrank.Coefficients, Tensor]:
-    """A factor for each slice of the gradient, nothing inside of the basis; and the limiter's norm after the step."""
+    """A factor for each slice of the gradient, nothing inside of the basis; and the limiter's norm after the step.
+
+    correction, active, limiter_norm: [B].
+    """
     factor = factors(slices, scaling)
     limited = limit(slices.total((factor * slices.grad).square()).sqrt(), limiter_norm, gamma=gamma)
     size = lr * math.sqrt(alpha) * correction * active

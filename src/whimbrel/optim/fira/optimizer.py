@@ -88,7 +88,10 @@ def fira_coefficients(
     residual_mode: ResidualMode,
     scaling: Scaling,
 ) -> tuple[lowrank.Coefficients, Tensor]:
-    """The factors of the update, and the limiter's norm after the step; all that Fira needs of G is its norms."""
+    """The factors of the update, and the limiter's norm after the step; all that Fira needs of G is its norms.
+
+    correction (of Adam's bias), active (whether a matrix is stepped), limiter_norm: [B].
+    """
     # official: alpha acts inside the residual, and the correction on the whole update after the limiter;
     # paper: alpha acts on the whole update, and the correction before the limiter
     official = residual_mode == "official"

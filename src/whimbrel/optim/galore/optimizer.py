@@ -49,7 +49,7 @@ def galore_step(
 def galore_coefficients(
     slices: lowrank.Slices, correction: Tensor, active: Tensor, *, lr: float | Tensor, alpha: float
 ) -> tuple[lowrank.Coefficients]:
-    """The factors of the update: nothing outside the basis."""
+    """The factors of the update: nothing outside the basis. correction, active: [B]."""
     return (lowrank.Coefficients(lr * alpha * correction * active, None, None),)
 
 

@@ -139,7 +139,8 @@ def attach(optimizer: optim.Optimizer, layers: Sequence[Int8Linear]) -> None:
     """Open the optimizer's own 8-bit weights for its steps, and round them after each.
 
     Weights whose gradient is None stay as they are. During a step the opened weights take their full size: with one
-    optimizer a block, stepped as soon as its gradients are there, that is the size of one block.
+    optimizer a block, stepped as soon as its gradients are there, that is the size of one block. Raises ConfigError
+    where the optimizer holds none of the weights.
     """
     own = {param for group in optimizer.param_groups for param in group["params"]}
     mine = [layer for layer in layers if layer.weight in own]

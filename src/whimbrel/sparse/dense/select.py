@@ -9,7 +9,10 @@ from whimbrel.attend.shapes import check_qkv
 
 
 def select(q: Tensor, k: Tensor, *, block_size: int, scale: float | None = None) -> Plan:
-    """The plan that selects every causal block; looks at shapes only, so `scale` changes nothing."""
+    """The plan that selects every causal block of q [B, Tq, H, D] and k [B, Tk, Hkv, D].
+
+    Looks at shapes only, so `scale` changes nothing. Raises ConfigError where q and k do not fit together.
+    """
     shape = check_qkv(q, k)
     return Plan.dense(
         batch=shape.batch,

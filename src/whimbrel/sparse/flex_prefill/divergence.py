@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """sqrt of the Jensen-Shannon divergence (natural logarithm) of distributions along the last axis.
+    """sqrt of the Jensen-Shannon divergence (natural logarithm) of distributions, [..., n] -> [...].
 
     A zero probability counts as the limit 0 log 0 = 0. The result lies in [0, sqrt(log 2)].
     """
@@ -17,8 +17,7 @@ def js_distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 def js_distance_official(p: Tensor, q: Tensor) -> Tensor:
-    """The same as the authors compute it: NaN as soon as a probability is zero, which no threshold is
-    above."""
+    """The same as the authors compute it: NaN as soon as a probability is zero, which no threshold is above."""
     middle = (p + q) / 2
     terms = p * (p.log() - middle.log()) + q * (q.log() - middle.log())
     return (terms.sum(-1) / 2).sqrt()

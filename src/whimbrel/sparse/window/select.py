@@ -15,7 +15,8 @@ def select(
 ) -> Plan:
     """Every block that holds a sink token, or a token in the window of any query of the row.
 
-    Looks at shapes only, so `scale` changes nothing.
+    Looks at the shapes of q [B, Tq, H, D] and k [B, Tk, Hkv, D] only, so `scale` changes nothing. Raises ConfigError
+    where they do not fit together.
     """
     shape = check_qkv(q, k)
     grid = Grid(block_size, shape.q_len, shape.k_len)
