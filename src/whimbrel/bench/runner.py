@@ -90,7 +90,8 @@ def run_case(
     for case in cases:
         found += _measure(case, against, device=device, quick=quick, out=out)
     if table:
-        Console().print(_table(name, found))
+        # As wide as it wants where nobody sees where a line ends.
+        Console(width=None if sys.stdout.isatty() else 200).print(_table(name, found))
     return [line for measurement in found for line in measurement.lines]
 
 

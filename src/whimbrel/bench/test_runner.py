@@ -120,7 +120,7 @@ def test_nothing_is_written_or_printed_unless_asked_for(tmp_path, monkeypatch, c
 
 
 def test_table_states_medians_rates_and_ratios(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal, which this is not
     monkeypatch.setattr(
         "whimbrel.bench.runner.time_alternating", lambda calls, **_: {"reference": [4e-3], "fast": [2e-3]}
     )
@@ -138,7 +138,7 @@ def test_table_states_medians_rates_and_ratios(monkeypatch, capsys):
 
 
 def test_ratios_are_against_the_named(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal, which this is not
     monkeypatch.setattr(
         "whimbrel.bench.runner.time_alternating", lambda calls, **_: {"reference": [4e-3], "fast": [2e-3]}
     )
