@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whimbrel.attend import Plan, attend
+from whimbrel.attend import Plan
 from whimbrel.config import SelectorConfig, require
 from whimbrel.model import Decoder, set_prefill
+from whimbrel.sparse.apply import apply_selector
 from whimbrel.sparse.coverage import coverage as plan_coverage
 
 
@@ -39,8 +40,7 @@ class SparsePrefill:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """y [B, Tq, H, D] for q [B, Tq, H, D] and k, v [B, Tk, Hkv, D]; the queries are the last Tq positions."""
-        plan = self._select(q, k, scale=scale)
-        y = attend(q, k, v, plan, scale=scale).y
+        y, plan, *_ = apply_selector(q, k, v, self._select, scale=scale)
         mean = low = float("nan")
         if self._audit_rows:
             rows = torch.linspace(0, q.shape[1] - 1, min(self._audit_rows, q.shape[1])).long().unique()
