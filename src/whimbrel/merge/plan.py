@@ -251,10 +251,7 @@ def _check_names(sources: Sequence[Source], partner: Mapping[str, str]) -> None:
         for one, other in ((newest, source), (source, newest)):
             for name in one.tensors:
                 if stored_name(other, name, partner) not in other.tensors:
-                    raise CheckpointError(
-                        f"tensor '{name}' is in {one.path} but not in {other.path}; merge.rename (--rename) makes names"
-                        " agree"
-                    )
+                    raise CheckpointError(f"tensor '{name}' is in {one.path} but not in {other.path}")
 
 
 def _item(name: str, stored: tuple[Stored, ...], sources: Sequence[Source], rules: Rules, policy: Policy) -> Item:
