@@ -20,7 +20,8 @@ from whimbrel.mixers.rdn.op import rdn as rdn_whole
 from whimbrel.mixers.rla.op import rla as rla_whole
 from whimbrel.mixers.two_state.rule import checked_rule
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.parallel import Group, Line, Rule, line_of, over_stretches
+from whimbrel.scan.common import choose
+from whimbrel.scan.parallel import Group, Line, Rule, line_of, over_stretches, walk_of
 
 
 def rla(
@@ -45,9 +46,7 @@ def rla(
     """`whimbrel.mixers.rla.rla` over this process's stretch of every sequence; the rest as `rdn` here."""
     options = {"clip": clip, "scale": scale, "combine": combine, "residual": residual}
     tensors = (q, k, v, log_decay, beta, gamma)
-    return _two_states(
-        "rla", partial(rla_whole, recompute=recompute), tensors, group, schedule, state, cu_seqlens, impl, options
-    )
+    return _two_states("rla", rla_whole, tensors, group, schedule, state, cu_seqlens, recompute, impl, options)
 
 
 def rdn(
@@ -89,9 +88,7 @@ def rdn(
     """
     options = {"clip": clip, "scale": scale, "combine": combine, "residual": residual}
     tensors = (q, k, v, log_decay, beta, gamma)
-    return _two_states(
-        "rdn", partial(rdn_whole, recompute=recompute), tensors, group, schedule, state, cu_seqlens, impl, options
-    )
+    return _two_states("rdn", rdn_whole, tensors, group, schedule, state, cu_seqlens, recompute, impl, options)
 
 
 def _two_states(
@@ -102,20 +99,25 @@ def _two_states(
     schedule: str,
     state: State | None,
     cu_seqlens: Tensor | None,
+    recompute: int,
     impl: str,
     options: dict[str, Any],
 ) -> Out:
-    line = line_of(op, group)
+    line, whole = line_of(op, group), partial(whole, recompute=recompute)
     if line.world == 1:
         return whole(*tensors, state=state, cu_seqlens=cu_seqlens, impl=impl, **options)
     line.check(op, state, cu_seqlens)
-    checked_rule(op, *tensors, state=state, cu_seqlens=None, **options)
+    fixed = checked_rule(op, *tensors, state=state, cu_seqlens=None, **options)
 
     def on_stretch(tensors: Sequence[Tensor], starts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         y, ends = whole(*tensors, state=State(*starts), impl=impl, **options)
         return y, *ends
 
-    rule = Rule(on_stretch, delta=op == "rdn", impl=impl)
+    q, _, v, *others = tensors
+    walk = None
+    if op == "rdn" and not recompute and choose(op, impl, q, v, *others, *(state or ())) == "triton":
+        walk = walk_of(q, v, two=True, **fixed._asdict())
+    rule = Rule(on_stretch, delta=op == "rdn", impl=impl, walk=walk)
     starts = None if state is None or state.residual is None else (state.base, state.residual)
     y, *ends = over_stretches(op, rule, line, schedule, tensors, starts)
     return Out(y, State(*ends))

@@ -33,7 +33,8 @@ so "auto" takes the chain up to n = 2 p and rounds beyond. Source: derived here;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,9 +44,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.scan.base import Out
-from whimbrel.scan.common import check_choice, check_inputs, compute_dtype
+from whimbrel.scan.common import check_choice, check_inputs, checked_scale, choose, compute_dtype, needs_grad
 from whimbrel.scan.decay import op as decay
 from whimbrel.scan.delta import op as delta
+
+if TYPE_CHECKING:
+    from whimbrel.scan.kernels.shared import Walk
+
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 SCHEDULES = ("auto", "rounds", "chain")
 
@@ -133,7 +140,11 @@ def _one_state(
     def on_stretch(tensors: Sequence[Tensor], starts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(run(*tensors, state=starts[0], **options))
 
-    rule = Rule(on_stretch, delta=op == "delta_scan", impl=options["impl"])
+    scale = checked_scale(op, options["scale"], q.shape[3])
+    walk = None
+    if op == "delta_scan" and choose(op, options["impl"], q, v, log_decay, beta, state) == "triton":
+        walk = walk_of(q, v, two=False, gated=True, decayed=False, clip=None, scale=scale)
+    rule = Rule(on_stretch, delta=op == "delta_scan", impl=options["impl"], walk=walk)
     y, end = over_stretches(op, rule, line, schedule, (q, k, v, log_decay, beta), None if state is None else (state,))
     return Out(y, end)
 
@@ -146,6 +157,8 @@ class Rule(NamedTuple):
     delta: bool
     """The states obey the delta rule, else they add. The first is that of `delta_scan` or `decay_scan`."""
     impl: str
+    walk: Callable[[Tensor, Tensor], Walk] | None = None
+    """q, v -> the kernels that hand states on between their stretches, where they take a call of any time."""
 
     def first_end(self, tensors: Sequence[Tensor], start: Tensor) -> Tensor:
         """What the first state becomes over a stretch, without the rest of the recurrence."""
@@ -174,6 +187,14 @@ class Rule(NamedTuple):
         return list(m.unflatten(1, (heads, count)).unbind(2))
 
 
+def walk_of(q: Tensor, v: Tensor, **options: Any) -> Callable[[Tensor, Tensor], Walk] | None:
+    """`Rule.walk` of a call by the delta rule that takes kernels; options are those of `Walk`."""
+    from whimbrel.scan.kernels.hopper_launch import fits_any_time
+    from whimbrel.scan.kernels.shared import Walk
+
+    return partial(Walk, **options) if fits_any_time(q, v) else None
+
+
 class Line(NamedTuple):
     """The processes in the order of their stretches, and the place of this one."""
 
@@ -191,6 +212,11 @@ class Line(NamedTuple):
         """Whether the sequences end here."""
         return self.rank == self.world - 1
 
+    @property
+    def between(self) -> bool:
+        """Whether there are processes in the middle, which must tell what they make of a start they do not know."""
+        return self.world > 2
+
     def check(self, op: str, state: Any, cu_seqlens: Tensor | None) -> None:
         """Refuse what only makes sense in one process, or in the first."""
         if cu_seqlens is not None:
@@ -205,9 +231,9 @@ class Line(NamedTuple):
 
     def gather(self, *parts: Tensor) -> list[list[Tensor]]:
         """What every process gives, in their order; shapes and dtypes are the same in all of them."""
-        flat = torch.cat([x.flatten() for x in parts])
+        flat = torch.cat([x.flatten() for x in parts]) if len(parts) > 1 else parts[0].flatten()
         room = flat.new_empty(self.world, flat.numel())
-        dist.all_gather(list(room.unbind()), flat, group=self.group)
+        _all_gather(room.view(-1), flat, group=self.group)
         return [_unflat(row, parts) for row in room]
 
     def send(self, to: int, parts: Sequence[Tensor]) -> _Sent:
@@ -262,14 +288,16 @@ def over_stretches(
     check_choice(op, "schedule", schedule, SCHEDULES)
     q, k, v, _, *rates = tensors
     dtype = compute_dtype(*tensors)
-    shape = (*v.shape[:1], *v.shape[2:3], k.shape[3], v.shape[3])
-    if state is None:
-        state = [q.new_zeros(shape, dtype=dtype) for _ in rates]
-    else:
+    if state is not None:
         state = [s.to(dtype) for s in state]
     parts = min(PARTS, max(q.shape[0], q.shape[2]))
     if schedule == "auto":
-        schedule = "chain" if line.world <= 2 * parts else "rounds"
+        schedule = "chain" if rule.walk is None and line.world <= 2 * parts else "rounds"
+    if schedule == "rounds" and rule.walk is not None and q.shape[0] * q.shape[1] > 0:
+        return _walked(rule.walk(q, v), line, tensors, state)
+    if state is None:
+        shape = (*v.shape[:1], *v.shape[2:3], k.shape[3], v.shape[3])
+        state = [q.new_zeros(shape, dtype=dtype) for _ in rates]
     if schedule == "chain":
         return _chain(rule, line, tensors, state, parts)
     return _Rounds.apply(rule, line, len(tensors), *tensors, *state)
@@ -282,9 +310,12 @@ class _Rounds(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, line: Line, count: int, *args: Tensor) -> tuple[Tensor, ...]:
         tensors, starts = args[:count], list(args[count:])
         between = not (line.first or line.last)
-        size = starts[0].shape[2] if rule.delta else 1
-        unused = starts[0].new_zeros(*starts[0].shape[:2], size, size)
-        through = rule.transitions(tensors, unused.dtype) if between else [unused] * len(starts)
+        through: list[Tensor] = []
+        if between:
+            through = rule.transitions(tensors, starts[0].dtype)
+        elif line.between:
+            size = starts[0].shape[2] if rule.delta else 1
+            through = [starts[0].new_zeros(*starts[0].shape[:2], size, size)] * len(starts)
         outputs = rule.run(tensors, starts) if line.first else None
         for n in range(len(starts)):
             if outputs is not None:
@@ -293,7 +324,7 @@ class _Rounds(torch.autograd.Function):
                 end = torch.zeros_like(starts[n])
             else:
                 end = rule.first_end(tensors, starts[0]) if n == 0 else rule.run(tensors, starts)[1 + n]
-            starts[n] = _carry(line.gather(end, through[n])[: line.rank], starts[n])
+            starts[n] = _carry(line.gather(end, *through[n : n + 1])[: line.rank], starts[n])
         ctx.rule, ctx.line, ctx.count = rule, line, count
         ctx.save_for_backward(*tensors, *starts, *through)
         return rule.run(tensors, starts) if outputs is None else outputs
@@ -321,7 +352,7 @@ class _Rounds(torch.autograd.Function):
                 start = torch.zeros_like(dends[n])
             else:
                 (start,) = pull([leaves[count + n]], again=True)
-            later = line.gather(start, through[n].mT)[line.rank + 1 :]
+            later = line.gather(start, *(m.mT for m in through[n : n + 1]))[line.rank + 1 :]
             dends[n] = dends[n] + _carry(later[::-1], torch.zeros_like(dends[n]))
         if gradients is None:
             gradients = pull(leaves, again=False)
@@ -336,11 +367,102 @@ def _carry(stretches: list[list[Tensor]], state: Tensor) -> Tensor:
     """
     if not stretches:
         return state
-    (at, _), *others = stretches
-    at = at.double()
+    (at, *_), *others = stretches
+    if others:
+        at = at.double()
     for end, m in others:
         at = (m.double() @ at if m.shape[3] > 1 else m * at) + end
     return at.to(state.dtype)
+
+
+def _walked(walk: Walk, line: Line, tensors: Sequence[Tensor], starts: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """The schedule "rounds" in kernels that hand states on between their own stretches, and here between processes.
+
+    A process tells what its stretches tell each other anyway, so it runs them once.
+    """
+    start = None
+    if starts is not None:
+        start = torch.stack([starts[-1].new_zeros(starts[-1].shape), *starts][-2:])
+    save = needs_grad(*tensors, start)
+    y, ends = _Walked.apply(walk, line, save, start, *(x.contiguous() for x in tensors))
+    return y, *ends[4 - len(tensors) :].unbind()
+
+
+class _Walked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, walk: Walk, line: Line, save: bool, start: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k, v, log_decay, *rates = tensors
+        through: list[Tensor] = []
+        hand = partial(_hand, line, through)
+        y, ends, kept = walk.forward(q, k, v, log_decay, tuple(rates), start, hand, save=save)
+        ctx.set_materialize_grads(False)
+        ctx.walk, ctx.line, ctx.dtypes = walk, line, [x.dtype for x in (log_decay, *rates)]
+        ctx.kinds = type(kept), len(kept)
+        ctx.save_for_backward(q, k, v, *kept, *through)
+        return y, ends
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
+        # Read before the first message: under activation checkpointing this runs the forward with its messages again.
+        q, k, v, *saved = ctx.saved_tensors
+        kind, count = ctx.kinds
+        dy, dends = grad_outputs
+        dy = torch.zeros_like(v) if dy is None else dy.contiguous()
+        dends = None if dends is None else dends.contiguous()
+        hand = partial(_hand, ctx.line, saved[count:])
+        dq, dk, dv, *gates, dstart = ctx.walk.backward(dy, dends, q, k, v, kind(*saved[:count]), hand)
+        if len(ctx.dtypes) == 2:
+            gates = gates[::2]
+        gates = [x.to(dtype) for x, dtype in zip(gates, ctx.dtypes)]
+        return None, None, None, dstart if ctx.needs_input_grad[3] else None, dq, dk, dv, *gates
+
+
+def _hand(
+    line: Line,
+    through: list[Tensor],
+    local: Tensor,
+    carried: Tensor,
+    given: Tensor | None,
+    parts: int,
+    *,
+    back: bool,
+    out: Tensor,
+) -> None:
+    """`stretches.carry` over the stretches of all processes. `through`: M of each state, put there going forward."""
+    from whimbrel.scan.kernels.stretches import carry
+
+    stretches, heads, key_dim, value_dim = local.shape
+    tells, asks = (not line.first, not line.last) if back else (not line.last, not line.first)
+    total = local.new_empty(stretches // parts, heads, key_dim, value_dim)
+    if tells:
+        carry(local, carried, given, parts, back=back, out=out, beyond=total)
+    else:
+        total.zero_()
+    across = []
+    if line.between:
+        across = [through.pop().mT if back else _across(carried, parts, zero=not (tells and asks))]
+        if not back:
+            through += across
+    found = line.gather(total, *across)
+    if asks:
+        others = found[: line.rank : -1] if back else found[: line.rank]
+        start = _carry(others, total)
+        carry(local, carried, start if given is None else start + given, parts, back=back, out=out)
+
+
+def _across(carried: Tensor, parts: int, *, zero: bool) -> Tensor:
+    """The product of the matrices of all stretches of each sequence, [N, HV, K, K]; zeros where nobody needs it."""
+    from whimbrel.scan.kernels.stretches import carry
+
+    product = carried.new_zeros(carried.shape[0] // parts, *carried.shape[1:])
+    if zero:
+        return product
+    unit = torch.eye(carried.shape[3], dtype=carried.dtype, device=carried.device).expand_as(product).contiguous()
+    carry(torch.zeros_like(carried), carried, unit, parts, back=False, out=torch.empty_like(carried), beyond=product)
+    return product
 
 
 def _chain(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whimbrel import checkpoint as checkpoints
 from whimbrel.config import Config, to_toml
@@ -25,6 +26,7 @@ from whimbrel.evals.bpb import evaluate_bpb
 from whimbrel.merge.spikes import Verdict
 from whimbrel.model import build_model
 from whimbrel.optim.schedule import learning_rate_factor
+from whimbrel.optim.sharding import local
 from whimbrel.progress import track
 from whimbrel.training.averages import keep_average, restore_average, save_average
 from whimbrel.training.metrics import Metrics
@@ -110,11 +112,11 @@ class _Trainer:
         metrics = Metrics(self.run_dir, last_step=step, tensorboard=config.tensorboard) if processes.first else None
         window = _Window(step)
         with (
-            stop_signals() as stop,
+            stop_signals(processes.peers) as stop,
             track("train", (config.steps - step) * config.batch_tokens, "token", quiet=self.quiet) as bar,
         ):
             while step < config.steps:
-                step_loss, norm, verdict = self._step(step)
+                step_loss, norm, stopping, verdict = self._step(step, stop)
                 if verdict.action == "restart":
                     gone, step = step, self._go_back(step, verdict)
                     bar.advance((step - gone) * config.batch_tokens, f"back at step {step}")
@@ -129,7 +131,6 @@ class _Trainer:
                     self.average.update(step)
                 window.add(step_loss)
                 bar.advance(config.batch_tokens, f"step {step}, loss {step_loss:.3f}")
-                stopping = processes.any(stop.is_set())
                 saving = step % config.checkpoint.every_steps == 0 or step == config.steps or stopping
                 if step % config.log_every == 0 or saving:
                     loss = window.mean()
@@ -181,10 +182,11 @@ class _Trainer:
             restore_average(self.average, source)
         return int(extra["step"])
 
-    def _step(self, step: int) -> tuple[float, float, Verdict]:
+    def _step(self, step: int, stop: threading.Event) -> tuple[float, float, bool, Verdict]:
         """One optimizer step, unless the verdict on it is to leave it out or to go back.
 
-        Returns the mean loss over the step's targets, the gradient norm and the verdict.
+        Returns the mean loss over the step's targets, the gradient norm, whether a process was told to stop, and the
+        verdict.
         """
         config, processes = self.config, self.processes
         factor = learning_rate_factor(step, config.schedule, steps=config.steps) * self.recovery.rate(step)
@@ -202,21 +204,20 @@ class _Trainer:
             # FSDP2 averages gradients over the processes; the loss is a sum of shares.
             (part * processes.world).backward()
             total += part.detach()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        # What this process holds of each gradient: operations on DTensors would cost more than those on their parts.
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = processes.norm(gradients).to(total.device)
         # The only wait for the device in a step: a step that is not finite must not reach the weights.
-        loss, norm_value = processes.largest(torch.stack([processes.sum(total), norm.to(total.device)])).tolist()
+        told = total.new_full((), float(stop.is_set()))
+        loss, norm_value, stopping = processes.largest(torch.stack([processes.sum(total), norm, told])).tolist()
         verdict = self.recovery.judge(step + 1, loss, norm_value)
-        if verdict.action in ("skip", "restart"):
-            return loss, norm_value, verdict
-        if not (math.isfinite(loss) and math.isfinite(norm_value)):
-            self._refuse(step, loss)
-        if config.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, config.clip_grad_norm, norm)
-        self.optimizer.step()
-        return loss, norm_value, verdict
+        if verdict.action not in ("skip", "restart"):
+            if not (math.isfinite(loss) and math.isfinite(norm_value)):
+                self._refuse(step, loss)
+            if config.clip_grad_norm:
+                torch._foreach_mul_(gradients, (config.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.optimizer.step()
+        return loss, norm_value, bool(stopping), verdict
 
     def _parts(self, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rows = (self.config.micro_batch_tokens // self.config.data.seq_len) or len(tokens)

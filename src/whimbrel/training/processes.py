@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from whimbrel.config import Config
 from whimbrel.errors import ConfigError
@@ -27,6 +27,8 @@ class Processes(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    peers: tuple[int, ...] = ()
+    """Process ids of the others, where all of them are on this machine."""
 
     @property
     def first(self) -> bool:
@@ -45,6 +47,11 @@ class Processes(NamedTuple):
             values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
+
+    def norm(self, parts: Sequence[Tensor]) -> Tensor:
+        """The norm of all elements of tensors of which each process holds other parts."""
+        here = nn.utils.get_total_norm(parts)
+        return here if self.world == 1 else self.sum(here.double().square()).sqrt().to(here.dtype)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds in any process."""
@@ -81,27 +88,41 @@ def joined(config: Config) -> Iterator[Processes]:
         return
     already = dist.is_initialized()
     if not already:
-        _join("nccl" if device.type == "cuda" else "gloo")
+        _join(device)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, _peers())
     finally:
         if not already:
             dist.destroy_process_group()
 
 
-def _join(backend: str) -> None:
+def _on_one_machine() -> bool:
+    return os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+
+
+def _peers() -> tuple[int, ...]:
+    if not _on_one_machine():
+        return ()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, os.getpid())
+    return tuple(process for process in found if process != os.getpid())
+
+
+def _join(device: torch.device) -> None:
     """Make the group of all processes, by the environment that torchrun has set.
 
     torchrun keeps one store for all attempts of a job, and in it the addresses of processes that are dead by the time
     it starts them again: on one machine each attempt reads and writes under its own name. Machines count attempts
     apart, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (docs/howto/many-gpus.md).
     """
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        dist.init_process_group(backend)
+    options: dict[str, Any] = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    if not _on_one_machine():
+        dist.init_process_group(**options)
         return
     store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+    options["store"] = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(**options, rank=rank, world_size=world)
 
 
 def shard(model: Decoder, processes: Processes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,13 +23,17 @@ LEAST = 8
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether these kernels take a call: Hopper, fp16 or bf16, K and V of 64 or 128."""
+    """Whether these kernels take a call: Hopper, fp16 or bf16, K and V of 64 or 128, at least one token."""
+    return q.shape[0] * q.shape[1] > 0 and fits_any_time(q, v)
+
+
+def fits_any_time(q: Tensor, v: Tensor) -> bool:
+    """The same without the tokens, of which processes may hold different numbers."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in (64, 128)
         and v.shape[3] in (64, 128)
-        and q.shape[0] * q.shape[1] > 0
         and _is_hopper(q.device)
     )
 
@@ -162,8 +167,9 @@ def forward(
     scale: float,
     clip: float | None,
     save: bool,
+    hand: Callable[..., None] = carry,
 ) -> None:
-    """Fill y, ends, and what the backward needs."""
+    """Fill y, ends, and what the backward needs; `hand` as `carry`, for the delta rule in stretches."""
     from whimbrel.scan.kernels.hopper_ends import stretch_ends
     from whimbrel.scan.kernels.hopper_forward import forward_stream, forward_streams
 
@@ -255,7 +261,7 @@ def forward(
             )
             if flags.DELTA:
                 begin = None if start is None else start[i]
-                carry(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
+                hand(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
         stream(forward_stream, given, FIRST=first, GATHER=splits > 1 and not flags.DELTA)
 
 
@@ -283,8 +289,9 @@ def backward(
     flags: Any,
     scale: float,
     clip: float | None,
+    hand: Callable[..., None] = carry,
 ) -> None:
-    """Fill the cotangents."""
+    """Fill the cotangents; `hand` as for `forward`."""
     from whimbrel.scan.kernels.hopper_backward import backward_stream, reach
 
     q, k, v, dy = _aligned(q, k, v, dy)
@@ -331,7 +338,7 @@ def backward(
             )
             if flags.DELTA:
                 end = None if dends is None else dends[stream]
-                carry(local[stream], carried[stream], end, splits, back=True, out=scratch[1, stream])
+                hand(local[stream], carried[stream], end, splits, back=True, out=scratch[1, stream])
         launch(
             backward_stream,
             stretches * value_heads,

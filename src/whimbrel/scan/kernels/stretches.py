@@ -19,6 +19,7 @@ def hand_over(
     local,
     carried,
     given,
+    beyond,
     parts,
     HV,
     K: tl.constexpr,
@@ -27,12 +28,14 @@ def hand_over(
     BV: tl.constexpr,
     BACK: tl.constexpr,
     GIVEN: tl.constexpr,
+    BEYOND: tl.constexpr,
 ):
     """One sequence, value head and block of columns; grid (N * HV * V / BV,).
 
     out of the first stretch is `given` [N, HV, K, V], or zero; of each further one, local + by @ out of the one before,
-    with `by` and `local` of the one before. BACK goes from the last stretch to the first, with `by` transposed. States
-    are held transposed, so that nothing but the matrices, which can be asked for early, goes through memory.
+    with `by` and `local` of the one before. BACK goes from the last stretch to the first, with `by` transposed. BEYOND:
+    `beyond` [N, HV, K, V] is what the last of them hands on. States are held transposed, so that nothing but the
+    matrices, which can be asked for early, goes through memory.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -63,14 +66,29 @@ def hand_over(
         place = 0
     at = ((n * parts + place) * HV + hv).to(tl.int64)
     tl.store(out + at * K * V + tile, state, mask=inside)
+    if BEYOND:
+        by = tl.load(carried + at * K * K + matrix, mask=square, other=0.0)
+        total = tl.load(local + at * K * V + tile, mask=inside, other=0.0)
+        state = tl.dot(state, by, total, input_precision="tf32x3")
+        tl.store(beyond + (n * HV + hv).to(tl.int64) * K * V + tile, state, mask=inside)
 
 
-def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, back: bool, out: Tensor) -> None:
+def carry(
+    local: Tensor,
+    carried: Tensor,
+    given: Tensor | None,
+    parts: int,
+    *,
+    back: bool,
+    out: Tensor,
+    beyond: Tensor | None = None,
+) -> None:
     """Fill `out` with the start states of all stretches, or with the cotangents of their end states when going `back`.
 
     local [N * parts, HV, K, V] fp32: the end states of the stretches from a start of zero (back: the cotangents of
     their start states without one of their ends); carried [N * parts, HV, K, K] fp32: what takes a start state to the
-    end; given [N, HV, K, V] fp32: the first stretch's start (back: the last one's cotangent).
+    end; given [N, HV, K, V] fp32: the first stretch's start (back: the last one's cotangent); beyond, like given: where
+    the last one's end is put (back: the first one's cotangent of its start), None for nowhere.
     """
     stretches, value_heads, key_dim, value_dim = local.shape
     launch(
@@ -80,6 +98,7 @@ def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, b
         local,
         carried,
         local if given is None else given,
+        out if beyond is None else beyond,
         parts,
         value_heads,
         K=key_dim,
@@ -88,6 +107,7 @@ def carry(local: Tensor, carried: Tensor, given: Tensor | None, parts: int, *, b
         BV=COLUMNS,
         BACK=back,
         GIVEN=given is not None,
+        BEYOND=beyond is not None,
         num_warps=8,
         num_stages=2,
     )
