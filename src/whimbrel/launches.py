@@ -135,7 +135,7 @@ class _Move(NamedTuple):
 class _Sequence(NamedTuple):
     """Launches to make again, and as they are for addresses that came before: memory is given out in turns."""
 
-    moves: list[_Move]
+    moves: list[_Move | Pause]
     ready: dict[tuple[int, ...], list[tuple[_Ready, tuple[int, ...], list[Any]]]]
 
 
@@ -149,7 +149,7 @@ class _Tape:
             if x is not None and x.numel()
         ]
         self.spans = sorted(spans)
-        self.moves: list[_Move] = []
+        self.moves: list[_Move | Pause] = []
         # Where two share memory, the next call may have two in their place.
         self.holds = all(a[1] <= b[0] for a, b in pairwise(self.spans)) and not any(x[0] % ALIGNMENT for x in spans)
 
@@ -177,6 +177,9 @@ class _Tape:
         self.holds = False
         return 0, 0
 
+
+Pause = Callable[[Sequence[Any]], None]
+"""What a call does between its launches, with the tensors of the call."""
 
 _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
@@ -221,6 +224,18 @@ def replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None])
         make()
 
 
+def pause(what: Pause, tensors: Sequence[Any]) -> None:
+    """what(tensors), between two launches of a `replay` with these tensors, and again whenever they are replayed.
+
+    For what is no launch, such as a message to another process. It must not hold tensors itself.
+    """
+    if getattr(_recording, "ahead", False):
+        return
+    if (tape := getattr(_recording, "tape", None)) is not None:
+        tape.moves.append(what)
+    what(tensors)
+
+
 def _replay(key: Any, tensors: Sequence[Tensor | None], make: Callable[[], None], device: int) -> None:
     sequence = _tapes.get(key)
     if sequence is not None:
@@ -252,8 +267,11 @@ def _play(sequence: _Sequence, tensors: Sequence[Tensor | None], device: int) ->
             sequence.ready.clear()
         sequence.ready[addresses] = calls
     stream = driver.active.get_current_stream(device)
-    for ready, grid, flat in calls:
-        _run(ready, grid, stream, flat)
+    for call in calls:
+        if isinstance(call, tuple):
+            _run(call[0], call[1], stream, call[2])
+        else:
+            call(tensors)
     return True
 
 
@@ -262,7 +280,11 @@ def _calls(moves: list[_Move], addresses: Sequence[int]) -> list[tuple[_Ready, t
     if any(address % ALIGNMENT for address in addresses):
         return None
     calls = []
-    for ready, grid, arguments, pointers, descriptors in moves:
+    for move in moves:
+        if not isinstance(move, _Move):
+            calls.append(move)
+            continue
+        ready, grid, arguments, pointers, descriptors = move
         flat = arguments.copy()
         for place, number, offset in pointers:
             flat[place] = addresses[number] + offset

@@ -49,7 +49,7 @@ from whimbrel.scan.decay import op as decay
 from whimbrel.scan.delta import op as delta
 
 if TYPE_CHECKING:
-    from whimbrel.scan.kernels.shared import Walk
+    from whimbrel.scan.kernels.shared import Neighbours, Walk
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -157,8 +157,8 @@ class Rule(NamedTuple):
     delta: bool
     """The states obey the delta rule, else they add. The first is that of `delta_scan` or `decay_scan`."""
     impl: str
-    walk: Callable[[Tensor, Tensor], Walk] | None = None
-    """q, v -> the kernels that hand states on between their stretches, where they take a call of any time."""
+    walk: Callable[[torch.Size, torch.Size, torch.device], Walk] | None = None
+    """Shapes of q and v, device -> kernels that hand states on between their stretches, where they take any time."""
 
     def first_end(self, tensors: Sequence[Tensor], start: Tensor) -> Tensor:
         """What the first state becomes over a stretch, without the rest of the recurrence."""
@@ -187,12 +187,17 @@ class Rule(NamedTuple):
         return list(m.unflatten(1, (heads, count)).unbind(2))
 
 
-def walk_of(q: Tensor, v: Tensor, **options: Any) -> Callable[[Tensor, Tensor], Walk] | None:
-    """`Rule.walk` of a call by the delta rule that takes kernels; options are those of `Walk`."""
+def walk_of(
+    q: Tensor, v: Tensor, *, two: bool, gated: bool, decayed: bool, clip: float | None, scale: float
+) -> Callable[[torch.Size, torch.Size, torch.device], Walk] | None:
+    """`Rule.walk` of a call by the delta rule that takes kernels."""
     from whimbrel.scan.kernels.hopper_launch import fits_any_time
-    from whimbrel.scan.kernels.shared import Walk
+    from whimbrel.scan.kernels.launch import Flags
+    from whimbrel.scan.kernels.shared import walk_over
 
-    return partial(Walk, **options) if fits_any_time(q, v) else None
+    if not fits_any_time(q, v):
+        return None
+    return partial(walk_over, flags=Flags(True, two, gated, decayed, clip is not None), clip=clip, scale=scale)
 
 
 class Line(NamedTuple):
@@ -229,9 +234,22 @@ class Line(NamedTuple):
                 "sequences, give None in the others"
             )
 
+    def pass_on(self, state: Tensor, across: Tensor | None, *, back: bool) -> Tensor | None:
+        """Tell what the state is at the end of this stretch, or going back, the cotangent at its start.
+
+        Returns the state at its start, or the cotangent at its end; None where there is no stretch before, or behind.
+        Where there is nobody in between, `state` may be written to. across: M where there is, else None.
+        """
+        if across is None:
+            state = state.contiguous()
+            dist.broadcast(state, self._name(int(back)), group=self.group)
+            return state if self.rank != int(back) else None
+        found = self.gather(state, across.mT if back else across)
+        return _carry(found[: self.rank : -1] if back else found[: self.rank])
+
     def gather(self, *parts: Tensor) -> list[list[Tensor]]:
         """What every process gives, in their order; shapes and dtypes are the same in all of them."""
-        flat = torch.cat([x.flatten() for x in parts]) if len(parts) > 1 else parts[0].flatten()
+        flat = torch.cat([x.flatten() for x in parts])
         room = flat.new_empty(self.world, flat.numel())
         _all_gather(room.view(-1), flat, group=self.group)
         return [_unflat(row, parts) for row in room]
@@ -294,7 +312,7 @@ def over_stretches(
     if schedule == "auto":
         schedule = "chain" if rule.walk is None and line.world <= 2 * parts else "rounds"
     if schedule == "rounds" and rule.walk is not None and q.shape[0] * q.shape[1] > 0:
-        return _walked(rule.walk(q, v), line, tensors, state)
+        return _walked(rule.walk(q.shape, v.shape, q.device), line, tensors, state)
     if state is None:
         shape = (*v.shape[:1], *v.shape[2:3], k.shape[3], v.shape[3])
         state = [q.new_zeros(shape, dtype=dtype) for _ in rates]
@@ -310,9 +328,9 @@ class _Rounds(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, line: Line, count: int, *args: Tensor) -> tuple[Tensor, ...]:
         tensors, starts = args[:count], list(args[count:])
         between = not (line.first or line.last)
-        through: list[Tensor] = []
+        through: list[Tensor | None] = [None] * len(starts)
         if between:
-            through = rule.transitions(tensors, starts[0].dtype)
+            through = [*rule.transitions(tensors, starts[0].dtype)]
         elif line.between:
             size = starts[0].shape[2] if rule.delta else 1
             through = [starts[0].new_zeros(*starts[0].shape[:2], size, size)] * len(starts)
@@ -324,7 +342,8 @@ class _Rounds(torch.autograd.Function):
                 end = torch.zeros_like(starts[n])
             else:
                 end = rule.first_end(tensors, starts[0]) if n == 0 else rule.run(tensors, starts)[1 + n]
-            starts[n] = _carry(line.gather(end, *through[n : n + 1])[: line.rank], starts[n])
+            told = line.pass_on(end, through[n], back=False)
+            starts[n] = starts[n] if told is None else told
         ctx.rule, ctx.line, ctx.count = rule, line, count
         ctx.save_for_backward(*tensors, *starts, *through)
         return rule.run(tensors, starts) if outputs is None else outputs
@@ -352,27 +371,26 @@ class _Rounds(torch.autograd.Function):
                 start = torch.zeros_like(dends[n])
             else:
                 (start,) = pull([leaves[count + n]], again=True)
-            later = line.gather(start, *(m.mT for m in through[n : n + 1]))[line.rank + 1 :]
-            dends[n] = dends[n] + _carry(later[::-1], torch.zeros_like(dends[n]))
+            told = line.pass_on(start, through[n], back=True)
+            dends[n] = dends[n] if told is None else dends[n] + told
         if gradients is None:
             gradients = pull(leaves, again=False)
         needs = ctx.needs_input_grad[3:]
         return None, None, None, *(x if need else None for x, need in zip(gradients, needs))
 
 
-def _carry(stretches: list[list[Tensor]], state: Tensor) -> Tensor:
-    """The state after stretches of (end, M), of which the first tells its true end.
+def _carry(stretches: list[list[Tensor]]) -> Tensor | None:
+    """The state after stretches of (end, M), of which the first tells its true end; None after none.
 
     In fp64, so that the precision set for products in fp32 does not matter: the products are few and small.
     """
     if not stretches:
-        return state
-    (at, *_), *others = stretches
-    if others:
-        at = at.double()
+        return None
+    (end, _), *others = stretches
+    at = end.double()
     for end, m in others:
         at = (m.double() @ at if m.shape[3] > 1 else m * at) + end
-    return at.to(state.dtype)
+    return at.to(end.dtype)
 
 
 def _walked(walk: Walk, line: Line, tensors: Sequence[Tensor], starts: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
@@ -383,86 +401,53 @@ def _walked(walk: Walk, line: Line, tensors: Sequence[Tensor], starts: Sequence[
     start = None
     if starts is not None:
         start = torch.stack([starts[-1].new_zeros(starts[-1].shape), *starts][-2:])
+    q, k, v, log_decay, *rates = (x.contiguous() for x in tensors)
+    first = rates[0] if len(rates) > 1 else None
     save = needs_grad(*tensors, start)
-    y, ends = _Walked.apply(walk, line, save, start, *(x.contiguous() for x in tensors))
-    return y, *ends[4 - len(tensors) :].unbind()
+    y, ends = _Walked.apply(walk, line, save, q, k, v, log_decay, first, rates[-1], start)
+    return y, *ends[-len(rates) :].unbind()
 
 
 class _Walked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, walk: Walk, line: Line, save: bool, start: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        q, k, v, log_decay, *rates = tensors
-        through: list[Tensor] = []
-        hand = partial(_hand, line, through)
-        y, ends, kept = walk.forward(q, k, v, log_decay, tuple(rates), start, hand, save=save)
+    def forward(ctx: Any, walk: Walk, line: Line, save: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ends, kept = walk.forward(inputs, _neighbours(line), save=save)
         ctx.set_materialize_grads(False)
-        ctx.walk, ctx.line, ctx.dtypes = walk, line, [x.dtype for x in (log_decay, *rates)]
-        ctx.kinds = type(kept), len(kept)
-        ctx.save_for_backward(q, k, v, *kept, *through)
+        ctx.walk, ctx.line, ctx.dtypes = walk, line, [None if x is None else x.dtype for x in inputs[3:]]
+        ctx.save_for_backward(*inputs[:3], *kept)
         return y, ends
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
         # Read before the first message: under activation checkpointing this runs the forward with its messages again.
-        q, k, v, *saved = ctx.saved_tensors
-        kind, count = ctx.kinds
+        q, k, v, *kept = ctx.saved_tensors
         dy, dends = grad_outputs
         dy = torch.zeros_like(v) if dy is None else dy.contiguous()
         dends = None if dends is None else dends.contiguous()
-        hand = partial(_hand, ctx.line, saved[count:])
-        dq, dk, dv, *gates, dstart = ctx.walk.backward(dy, dends, q, k, v, kind(*saved[:count]), hand)
-        if len(ctx.dtypes) == 2:
-            gates = gates[::2]
-        gates = [x.to(dtype) for x, dtype in zip(gates, ctx.dtypes)]
-        return None, None, None, dstart if ctx.needs_input_grad[3] else None, dq, dk, dv, *gates
+        *found, dlog, dfirst, dsecond, dstart = ctx.walk.backward(
+            dy, dends, q, k, v, tuple(kept), _neighbours(ctx.line)
+        )
+        rest = (dlog, dfirst, dsecond, dstart)
+        return None, None, None, *found, *(None if t is None else x.to(t) for x, t in zip(rest, ctx.dtypes))
 
 
-def _hand(
-    line: Line,
-    through: list[Tensor],
-    local: Tensor,
-    carried: Tensor,
-    given: Tensor | None,
-    parts: int,
-    *,
-    back: bool,
-    out: Tensor,
-) -> None:
-    """`stretches.carry` over the stretches of all processes. `through`: M of each state, put there going forward."""
-    from whimbrel.scan.kernels.stretches import carry
+def _neighbours(line: Line) -> Neighbours:
+    from whimbrel.scan.kernels.shared import Neighbours
 
-    stretches, heads, key_dim, value_dim = local.shape
-    tells, asks = (not line.first, not line.last) if back else (not line.last, not line.first)
-    total = local.new_empty(stretches // parts, heads, key_dim, value_dim)
-    if tells:
-        carry(local, carried, given, parts, back=back, out=out, beyond=total)
-    else:
-        total.zero_()
-    across = []
-    if line.between:
-        across = [through.pop().mT if back else _across(carried, parts, zero=not (tells and asks))]
-        if not back:
-            through += across
-    found = line.gather(total, *across)
-    if asks:
-        others = found[: line.rank : -1] if back else found[: line.rank]
-        start = _carry(others, total)
-        carry(local, carried, start if given is None else start + given, parts, back=back, out=out)
+    return Neighbours(
+        tuple(line),
+        tells=(not line.last, not line.first),
+        asks=(not line.first, not line.last),
+        between=line.between,
+        exchange=partial(_exchange, line),
+    )
 
 
-def _across(carried: Tensor, parts: int, *, zero: bool) -> Tensor:
-    """The product of the matrices of all stretches of each sequence, [N, HV, K, K]; zeros where nobody needs it."""
-    from whimbrel.scan.kernels.stretches import carry
-
-    product = carried.new_zeros(carried.shape[0] // parts, *carried.shape[1:])
-    if zero:
-        return product
-    unit = torch.eye(carried.shape[3], dtype=carried.dtype, device=carried.device).expand_as(product).contiguous()
-    carry(torch.zeros_like(carried), carried, unit, parts, back=False, out=torch.empty_like(carried), beyond=product)
-    return product
+def _exchange(line: Line, state: Tensor, across: Tensor | None, *, back: bool) -> None:
+    told = line.pass_on(state, across, back=back)
+    if told is not None and told is not state:
+        state.copy_(told)
 
 
 def _chain(

@@ -41,6 +41,12 @@ class Table:
 class Threads(Line):
     """Processes of a line that are threads; the table stands in the place of the group."""
 
+    def pass_on(self, state: Tensor, across: Tensor | None, *, back: bool) -> Tensor | None:
+        if across is not None:
+            return super().pass_on(state, across, back=back)
+        others = self.gather(state)
+        return others[back][0] if self.rank != back else None
+
     def gather(self, *parts: Tensor) -> list[list[Tensor]]:
         return self.group.exchange(self.rank, list(parts))  # pyrefly: ignore [missing-attribute]
 
@@ -50,6 +56,7 @@ class Threads(Line):
 )
 def test_stretches_of_several_processes_equal_the_whole(hopper, name: str, lengths, monkeypatch):  # noqa: F811
     monkeypatch.setattr(hopper, "fits_any_time", lambda *_: True)
+    from whimbrel.scan.kernels.launch import Flags
     from whimbrel.scan.kernels.shared import Walk
 
     recurrence, two, world = RECURRENCES[name], name == "rdn", len(lengths)
@@ -73,7 +80,7 @@ def test_stretches_of_several_processes_equal_the_whole(hopper, name: str, lengt
         lambda *_: (),
         delta=True,
         impl="triton",
-        walk=partial(Walk, two=two, gated=True, decayed=False, clip=clip, scale=64**-0.5),
+        walk=partial(Walk, flags=Flags(True, two, True, False, two), clip=clip, scale=64**-0.5),
     )
 
     def process(rank: int) -> list[Tensor]:
