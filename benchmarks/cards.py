@@ -5,11 +5,11 @@
 
 Trains the same configuration, with the same batch, in one process and in N under torchrun. The first stretch of the
 second run gives its throughput; then a worker is killed with SIGKILL at a random moment, torchrun starts all of them
-again, and the run goes on, to the next kill or its last step. Lines go to benchmarks/results/cards.jsonl: `throughput`;
-`loss_gap`, the differences between the two runs' losses, step by step, before the first kill (`largest`, `first`,
-`last`); `steps_lost` by the kills, which the distance of checkpoints bounds; `seconds_to_go_on`, from a kill to the
-first new step; `repeat_gap`, of the losses of steps that were run again; `restart_gap`, between the losses of the two
-runs from the first kill on, where the first has so many steps.
+again, and the run goes on, to the next kill or its last step; with no step after --kill-after nobody is killed. Lines
+go to benchmarks/results/cards.jsonl: `throughput`; `loss_gap`, the differences between the two runs' losses, step by
+step, before the first kill (`largest`, `first`, `last`); `steps_lost` by the kills, which the distance of checkpoints
+bounds; `seconds_to_go_on`, from a kill to the first new step; `repeat_gap`, of the losses of steps that were run
+again; `restart_gap`, between the losses of the two runs from the first kill on, where the first has so many steps.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=8, help="steps between checkpoints")
     parser.add_argument("--lr", type=float, default=2e-4, help="so low that rounding stays small between the two runs")
     parser.add_argument("--total", type=int, default=18, help="steps of the run in which a worker is killed")
-    parser.add_argument("--kill-after", type=int, nargs="+", default=[12], help="steps after which a worker is killed")
+    parser.add_argument("--kill-after", type=int, nargs="*", default=[12], help="steps after which a worker is killed")
     parser.add_argument("--words", type=int, default=12_000, help="words of each of 100 documents")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,6 +135,14 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
 
+    def compare(many: dict[int, dict[str, Any]]) -> None:
+        """The rate of the second run, and how far its losses are from those of the first, by what it had logged."""
+        write(together, "throughput", rates(many), "tokens/s")
+        gaps = [abs(one[step]["loss"] - many[step]["loss"]) for step in one if step in many]
+        ends = {"largest": max(gaps), "first": gaps[0], "last": gaps[-1], "last_loss": one[len(gaps)]["loss"]}
+        ends = {name: round(value, 6) for name, value in ends.items()}
+        write(together, "loss_gap", gaps, "nats", steps=len(gaps), **ends)
+
     alone, together = "1 process", f"{args.processes} processes" if args.processes > 1 else "1 process, started again"
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -147,28 +155,25 @@ def main(argv: list[str] | None = None) -> None:
         kills: list[Kill] = []
         for step in args.kill_after:
             kills.append(kill(process, root / "many", step, args.batch_tokens, draw))
-            if len(kills) > 1:
-                continue
-            before = kills[0].before
-            write(together, "throughput", rates(before), "tokens/s")
-            gaps = [abs(one[step]["loss"] - before[step]["loss"]) for step in one if step in before]
-            ends = {"largest": max(gaps), "first": gaps[0], "last": gaps[-1], "last_loss": one[len(gaps)]["loss"]}
-            ends = {name: round(value, 6) for name, value in ends.items()}
-            write(together, "loss_gap", gaps, "nats", steps=len(gaps), **ends)
+            if len(kills) == 1:
+                compare(kills[0].before)
         wait(process)
         after = losses(root / "many")
-        if sorted(after) != list(range(1, args.total + 1)):
-            sys.exit(f"steps are missing after the restart: {sorted(after)}")
-        found = [kill.cost(later) for kill, later in zip(kills, [*(kill.before for kill in kills[1:]), after])]
-        lost = [cost.steps for cost in found]
-        write(together, "steps_lost", lost, "steps", every=args.every, kills=len(kills), most=max(lost))
-        write(together, "seconds_to_go_on", [cost.seconds for cost in found], "s")
-        again = [gap for cost in found for gap in cost.gaps]
-        if again:
-            write(together, "repeat_gap", max(again), "nats", steps=len(again))
-        late = [abs(one[step]["loss"] - after[step]["loss"]) for step in one if step > min(args.kill_after)]
-        if late:
-            write(together, "restart_gap", max(late), "nats", steps=len(late))
+    if sorted(after) != list(range(1, args.total + 1)):
+        sys.exit(f"steps are missing after the restart: {sorted(after)}")
+    if not kills:
+        compare(after)
+        return
+    found = [kill.cost(later) for kill, later in zip(kills, [*(kill.before for kill in kills[1:]), after])]
+    lost = [cost.steps for cost in found]
+    write(together, "steps_lost", lost, "steps", every=args.every, kills=len(kills), most=max(lost))
+    write(together, "seconds_to_go_on", [cost.seconds for cost in found], "s")
+    again = [gap for cost in found for gap in cost.gaps]
+    if again:
+        write(together, "repeat_gap", max(again), "nats", steps=len(again))
+    late = [abs(one[step]["loss"] - after[step]["loss"]) for step in one if step > min(args.kill_after)]
+    if late:
+        write(together, "restart_gap", max(late), "nats", steps=len(late))
 
 
 class Cost(NamedTuple):
