@@ -265,6 +265,30 @@ def test_an_address_off_alignment_is_not_replayed(tape):
     assert tape(torch.zeros(64 * 64 + 1)[1:].view(64, 64), b)[1] == 3
 
 
+def test_what_stands_between_launches_is_done_again(tape, kernel):
+    """In its place, with the tensors of each call; not where kernels are only compiled."""
+
+    def call(a):
+        def make():
+            launches.launch(kernel, 5, a, a[32:], 40, 0.5, SIZE=8)
+            launches.pause(lambda tensors: kernel.launched.append(tensors[0].data_ptr()), (a,))
+            launches.launch(kernel, 6, a, a[32:], 40, 0.5, SIZE=8)
+            made.append(a)
+
+        kernel.launched.clear()
+        launches._replay("pause", (a,), make, 0)
+        return [x if isinstance(x, int) else x[0] for x in kernel.launched], len(made)
+
+    made = []
+    held = [torch.zeros(64, 64) for _ in range(4)]
+    call(held[0])
+    for number, a in enumerate(held[1:]):
+        assert call(a) == ([a.data_ptr()] * 3, 2), number
+    with launches.compiling_ahead():
+        launches.pause(made.append, ())
+    assert len(made) == 2
+
+
 def test_memory_from_elsewhere_makes_no_tape(tape, kernel):
     a, b = squares()
     tape(a, b)

@@ -8,12 +8,15 @@ tokens' transitions, depends on keys and gates alone; for a rule that adds it is
 Where a second state is fitted to what the first leaves over, the clip between them makes the pair nonlinear, but each
 is as above once the one before is known. Two schedules follow:
 
-"rounds": one all-gather of (M, end from zero) for each state, the first state first, tells every process where it
-    starts; going back, one all-gather for each state in the other order, with M transposed, tells it the cotangents of
-    its ends. A message holds K (K + V) numbers for each value head. In the middle a stretch is run more than once,
-    since a process must tell what it adds before it knows where it starts; the first process knows its starts and
-    the last its cotangents, so these run theirs once. The backward runs the stretch forward once more, so that only
-    its arguments are kept, and activation checkpointing works.
+"rounds": one exchange of (M, end from zero) for each state, the first state first, tells every process where it
+    starts; going back, one exchange for each state in the other order, with M transposed, tells it the cotangents of
+    its ends. A message holds K (K + V) numbers for each value head, between two processes K V. In the middle a stretch
+    is run more than once, since a process must tell what it adds before it knows where it starts; the first process
+    knows its starts and the last its cotangents, so these run theirs once. The backward runs the stretch forward once
+    more, so that only its arguments are kept, and activation checkpointing works.
+"rounds" in kernels for Hopper, with the delta rule: these cut a stretch into stretches of their own, which tell each
+    other the same. So the messages go between those, nothing is run twice, all processes are at work at a time, and
+    what is kept is what the kernels keep. A process without tokens, or with `recompute`, sends the same messages.
 "chain": a process waits for the states of the one before it, runs its stretch once and hands its own on. Nothing is
     computed twice. The waiting is short since rows or heads are handed on in `PARTS` parts: while the next process
     works on one, this one works on the one after it.
@@ -23,11 +26,13 @@ with the whole sequences takes n f and n b:
 
 | processes | rounds, forward | rounds, backward | chain |
 |---|---|---|---|
+| n, in kernels for Hopper, delta rule | f | b | as below |
 | n = 2 | 2 f | 2 b + f | (1 + 1 / p) f or b |
 | n > 2, RDN / RLA | 3.6 f / 3 f | 3 b + f | (1 + (n - 1) / p) f or b |
 | n > 2, delta / decay scan | 3 f / 2 f | 2 b + f | (1 + (n - 1) / p) f or b |
 
-so "auto" takes the chain up to n = 2 p and rounds beyond. Source: derived here; README.md of this folder.
+so "auto" takes rounds in these kernels, and else the chain up to n = 2 p and rounds beyond. Source: derived here;
+README.md of this folder.
 """
 
 from __future__ import annotations
