@@ -136,7 +136,7 @@ class _Sequence(NamedTuple):
     """Launches to make again, and as they are for addresses that came before: memory is given out in turns."""
 
     moves: list[_Move | Pause]
-    ready: dict[tuple[int, ...], list[tuple[_Ready, tuple[int, ...], list[Any]]]]
+    ready: dict[tuple[int, ...], list[_Call]]
 
 
 class _Tape:
@@ -180,6 +180,7 @@ class _Tape:
 
 Pause = Callable[[Sequence[Any]], None]
 """What a call does between its launches, with the tensors of the call."""
+_Call = tuple[_Ready, tuple[int, ...], list[Any]] | Pause
 
 _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
@@ -275,11 +276,11 @@ def _play(sequence: _Sequence, tensors: Sequence[Tensor | None], device: int) ->
     return True
 
 
-def _calls(moves: list[_Move], addresses: Sequence[int]) -> list[tuple[_Ready, tuple[int, ...], list[Any]]] | None:
+def _calls(moves: list[_Move | Pause], addresses: Sequence[int]) -> list[_Call] | None:
     """Launches with these addresses in them; None where one is off alignment or a descriptor is not known yet."""
     if any(address % ALIGNMENT for address in addresses):
         return None
-    calls = []
+    calls: list[_Call] = []
     for move in moves:
         if not isinstance(move, _Move):
             calls.append(move)

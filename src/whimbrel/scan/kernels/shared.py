@@ -63,7 +63,7 @@ class Walk:
 
     def forward(
         self,
-        inputs: tuple[Tensor | None, ...],
+        inputs: tuple[Any, ...],
         neighbours: Neighbours,
         *,
         save: bool,
@@ -74,7 +74,6 @@ class Walk:
         [2, B, HV, K, V] fp32, None for zero or for what neighbours know. With one state it is the second.
         """
         q, _, v, log_decay, first, second, start = inputs
-        assert q is not None and v is not None and log_decay is not None and second is not None
         (batch, heads), key_dim, chunk = self.sizes, self.shape[3], hopper_launch.CHUNK
         saved = (1 + self.flags.TWO, self.chunks, heads, *self._state()) if save else (0,)
         states = (2, batch, heads, *self._state())
