@@ -338,7 +338,7 @@ def _scan_backward(
     results = dq, dk, dv, dlog, dfirst, dsecond, dstarts
     if not batch * time:
         dstarts.zero_() if dends is None else dstarts.copy_(dends)
-        return results
+        return torch.empty_like(q), torch.empty_like(k), *results[2:]
     dr = torch.empty_like(v) if two and not hopper else dv
     pulled = _empty(q, (0,) if hopper else saved.shape, saved.dtype)
     scratch = _empty(q, _hopper.scratch_shape(delta, parts, sequences, value_heads, key_dim, value_dim), torch.float32)
