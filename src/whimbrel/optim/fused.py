@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from whimbrel.errors import UnsupportedError
-from whimbrel.optim import lowrank, storage
 from whimbrel.optim.amp import GradScale
 from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.matrix import Matrix
 from whimbrel.optim.method import Method
+from whimbrel.optim.sharding import Split
 from whimbrel.optim.words import Words
 
 if TYPE_CHECKING:
@@ -55,10 +55,21 @@ def _proven(device: torch.device) -> bool:
 
 
 def _replays(matrices: Sequence[Matrix]) -> bool:
-    """Whether steps may be replayed: all on one GPU, without words between processes."""
+    """Whether steps may be replayed: all on one GPU."""
     devices = {matrix.weight.device for matrix in matrices}
-    together = len(devices) == 1 and not any(x.spread.split for x in matrices)
-    return together and next(iter(devices)).type == "cuda"
+    return len(devices) == 1 and next(iter(devices)).type == "cuda"
+
+
+def _side_by_side(steps: Sequence[Iterator[Tensor]], split: Split) -> Iterator[Callable[[], object]]:
+    """Steps of batches that lie alike, in turn; yields what processes have to say to each other before they go on.
+
+    Whatever the steps pause for goes as one message.
+    """
+    for asked in zip(*steps, strict=True):
+        flat = torch.cat([x.flatten() for x in asked])
+        yield functools.partial(split.sum, flat)
+        parts = flat.split([x.numel() for x in asked])
+        torch._foreach_copy_(list(asked), [part.view_as(x) for part, x in zip(parts, asked, strict=True)])
 
 
 class Fused:
@@ -72,6 +83,7 @@ class Fused:
 
         self.batches: list[Batch] = tables.batches(matrices, group["rank"], group["side"])
         self.replay = replay.Replay() if together and _replays(matrices) else None
+        self._waves = tables.waves(self.batches, group["rank"])
         self._words = [words.of_batch(group, batch.matrices) for batch in self.batches]
         self._rate: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -79,9 +91,10 @@ class Fused:
     def beside(self, step: Callable[[], None], work: Callable[[], T]) -> T:
         """Do `work` of which a step of these matrices needs nothing, and the step; where it is replayed, side by side.
 
-        The step has a stream of its own then: its kernels need no workspace of cuBLAS, which each stream keeps.
+        Not where either speaks with other processes, which must hear both in one order. The step has a stream of its own then: its kernels need no workspace of cuBLAS, which each stream keeps.
         """
-        if self.replay is None or self.replay.graph is None or torch.cuda.is_current_stream_capturing():
+        ready = self.replay is not None and self.replay.ready and not torch.cuda.is_current_stream_capturing()
+        if not ready or any(batch.matrices[0].spread.split for batch in self.batches):
             found = work()
             step()
             return found
@@ -116,14 +129,20 @@ class Fused:
         factors = method.factors(**options)
         settings = Settings(group["betas"], group["eps"], group["weight_decay"], group["stochastic_rounding"])
 
-        def step(lr: float | Tensor) -> None:
-            for batch, words, keys, square in zip(self.batches, self._words, drawn, squares, strict=True):
-                rule = Rule(factors, _coefficients(method, batch, lr, options), method.scalars)
+        rule = Rule(factors, method.scalars)
+
+        def launches(lr: float | Tensor) -> Iterator[Callable[[], object]]:
+            steps = [
                 fused_step(batch, rule, settings, amp, lr=lr, bases=words, drawn=keys, square=square)
+                for batch, words, keys, square in zip(self.batches, self._words, drawn, squares, strict=True)
+            ]
+            for wave in self._waves:
+                yield from _side_by_side([steps[i] for i in wave], self.batches[wave[0]].matrices[0].spread.slices)
 
         lr = group["lr"]
         if self.replay is None or torch.cuda.is_current_stream_capturing():
-            step(lr)
+            for speak in launches(lr):
+                speak()
             return
         device = self.batches[0].matrices[0].weight.device
         if not isinstance(lr, Tensor) or not lr.is_cuda:
@@ -137,17 +156,4 @@ class Fused:
             [None if x is None else (x.data_ptr(), x.dtype) for x in held],
             (factors, method.scalars, settings),
         )
-        self.replay.run(known, device, lambda: step(lr))
-
-
-def _coefficients(
-    method: Method, batch: Batch, lr: float | Tensor, options: dict[str, Any]
-) -> Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]]:
-    """The method's factors from norms, with the scalars of a batch's states before the step."""
-
-    def found(slices: lowrank.Slices, correction: Tensor, active: Tensor) -> tuple[lowrank.Coefficients, list[Tensor]]:
-        held = (storage.stack([matrix.state[name] for matrix in batch.matrices]) for name in method.scalars)
-        coefficients, *after = method.coefficients(slices, correction, active, *held, lr=lr, **options)
-        return coefficients, after
-
-    return found
+        self.replay.run(known, device, lambda: launches(lr))

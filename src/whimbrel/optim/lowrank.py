@@ -341,6 +341,11 @@ class Factors(NamedTuple):
     gamma: float = 0.0
     matrix: bool = False
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything follows from sums over all slices."""
+        return self.outside is not None and (self.gamma != 0 or self.matrix)
+
 
 def slices(slice_norm: Tensor, low: Tensor, direction: Tensor, side: str, spread: Spread = WHOLE) -> Slices:
     """The norms [B, s], given that of the gradient's slices."""

@@ -37,11 +37,8 @@ class Method:
 
     rule: ClassVar[Callable[..., Any]]
     """(Projected, *state, **options) -> (update [B, m, n], *state after); the weights become W - update."""
-    coefficients: ClassVar[Callable[..., Any]]
-    """The part of `rule` that follows from norms: (lowrank.Slices, correction [B], active [B], *scalars, **options)
-    -> (lowrank.Coefficients, *scalars after)."""
     factors: ClassVar[Callable[..., lowrank.Factors]]
-    """The numbers in `coefficients`, from the options."""
+    """The numbers by which its coefficients follow from norms, from the options."""
     random: ClassVar[bool] = False
     """Whether bases may be drawn, refresh="random"."""
     scalars: ClassVar[tuple[str, ...]] = ()

@@ -106,7 +106,6 @@ class Apollo(LowRankOptimizer):
     """
 
     rule = staticmethod(apollo_step)
-    coefficients = staticmethod(apollo_coefficients)
     factors = staticmethod(apollo_factors)
     scalars = ("limiter_norm",)
     random = True

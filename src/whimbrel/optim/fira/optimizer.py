@@ -146,7 +146,6 @@ class Fira(LowRankOptimizer):
     """
 
     rule = staticmethod(fira_step)
-    coefficients = staticmethod(fira_coefficients)
     factors = staticmethod(fira_factors)
     scalars = ("limiter_norm",)
     options = ("alpha", "gamma", "residual_mode", "scaling")

@@ -85,7 +85,6 @@ class GaLore(LowRankOptimizer):
     """
 
     rule = staticmethod(galore_step)
-    coefficients = staticmethod(galore_coefficients)
     factors = staticmethod(galore_factors)
     options = ("alpha",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,15 +37,9 @@ class Tile(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a method makes of the norms of a step.
-
-    factors: its numbers, for the kernel; coefficients: its factors from (slices, correction [B], active [B]) and its
-    scalars [B] after the step, asked where slices are split over processes, which then add up sums; scalars: names of
-    its scalars in the state.
-    """
+    """What a method makes of the norms of a step: its numbers, and names of its scalars in the state."""
 
     factors: lowrank.Factors
-    coefficients: Callable[[lowrank.Slices, Tensor, Tensor], tuple[lowrank.Coefficients, list[Tensor]]]
     scalars: Sequence[str]
 
 
@@ -68,21 +62,23 @@ def fused_step(
     bases: Tensor,
     drawn: Tensor | None,
     square: Tensor | None = None,
-) -> None:
+) -> Iterator[Tensor]:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
-    The matrices are whole or with whole slices here. bases [B]: `counter.base` words of the matrices. drawn [B]: words
-    from which the bases are drawn, None where the states hold them. square: a scalar to which the squared norm of the
-    gradients' slices here, unscaled, is added.
+    The matrices are whole or with whole slices here. In the latter case the step pauses: each tensor that it yields, of
+    a few numbers a matrix in float32, is to be added up in its place over the processes that have the other slices.
+    bases [B]: `counter.base` words of the matrices. drawn [B]: words from which the bases are drawn, None where the
+    states hold them. square: a scalar to which the squared norm of the gradients' slices here, unscaled, is added.
     """
     step = _Step(batch, drawn, amp)
     step.project(square)
+    if step.total is not None:
+        yield step.add_up()
     step.settle(bases, settings.betas)
     step.adam(settings)
-    if step.spread.split:
-        step.ask_coefficients(rule, lr, settings.weight_decay)
-    else:
-        step.coefficients(rule, lr, settings.weight_decay)
+    if step.total is not None and rule.factors.measures:
+        yield step.measure(rule.factors)
+    step.coefficients(rule, lr, settings.weight_decay)
     inside, outside = rule.factors.inside is not None, rule.factors.outside is not None
     if inside:
         step.blend(has_low=outside)
@@ -126,6 +122,9 @@ class _Step:
         for_matrices = torch.empty(3, -(-number // 4) * 4, device=device).unbind()
         self.correction, self.on_direction, self.shares = for_matrices
         self.active = torch.empty(number, dtype=torch.bool, device=device)
+        # of all processes' slices, where some are elsewhere
+        self.total = torch.empty(number, device=device) if self.spread.split else None
+        self.measured: Tensor | None = None
         rows = self.weight.shape[0] if self.hopper else 0
         self.row_words = torch.empty(number, rows, dtype=torch.int32, device=device)
         self.column_words = words.view(torch.int32)
@@ -170,15 +169,20 @@ class _Step:
             here, scale = self.sums[: self.number * self.s].sum(), self.amp.grad_scale
             square += here if scale is None else here / scale.reshape(()).square()
 
+    def add_up(self) -> Tensor:
+        """The squared norms [B] of the slices here."""
+        assert self.total is not None
+        own = self.sums[: self.number * self.s].view(self.number, self.s)
+        return torch.sum(own, -1, out=self.total)
+
     def settle(self, bases: Tensor, betas: tuple[float, float]) -> None:
         """Which matrices are stepped, the norms of their slices, the count of the step, and its words."""
         found_inf, sums = self.amp.found_inf, self.sums
-        own = sums[: self.number * self.s].view(self.number, self.s)
         launch(
             passes.settle,
             self.number,
             sums,
-            self.spread.total(own) if self.spread.split else sums,
+            sums if self.total is None else self.total,
             self.grad_norms,
             self.active,
             self.batch.state("step").places,
@@ -196,7 +200,7 @@ class _Step:
             *(math.log(beta) if beta > 0 else -math.inf for beta in betas),
             HAS_SCALE=self.amp.grad_scale is not None,
             HAS_FOUND=found_inf is not None,
-            HAS_TOTAL=self.spread.split,
+            HAS_TOTAL=self.total is not None,
             HAS_WORDS=self.hopper,
             BS=self.each,
             num_warps=8,
@@ -237,6 +241,24 @@ class _Step:
             BR=self.wide,
         )
 
+    def measure(self, factors: lowrank.Factors) -> Tensor:
+        """What the limiter and one ratio for all slices need of the slices here, [B, 3]."""
+        self.measured = torch.empty(self.number, 3, device=self.weight.device)
+        launch(
+            passes.measure,
+            self.number,
+            self.grad_norms,
+            self.low_norms,
+            self.direction_norms,
+            self.measured,
+            self.s,
+            float(factors.kept),
+            MATRIX=factors.matrix,
+            BS=self.each,
+            num_warps=8,
+        )
+        return self.measured
+
     def coefficients(self, rule: Rule, lr: float | Tensor, weight_decay: float) -> None:
         """The factors of the update, by the kernel."""
         factors = rule.factors
@@ -246,6 +268,7 @@ class _Step:
             self.grad_norms,
             self.low_norms,
             self.direction_norms,
+            self.direction_norms if self.measured is None else self.measured,
             self.correction,
             self.active,
             self.batch.state(rule.scalars[0]).places if rule.scalars else self.keys,
@@ -264,6 +287,7 @@ class _Step:
             float(factors.gamma),
             RATE=isinstance(lr, Tensor),
             HAS_SCALE=self.amp.grad_scale is not None,
+            HAS_MEASURES=self.measured is not None,
             HAS_INSIDE=factors.inside is not None,
             HAS_GRAD=factors.outside is not None,
             EARLY=factors.early,
@@ -271,24 +295,6 @@ class _Step:
             BS=self.each,
             num_warps=8,
         )
-
-    def ask_coefficients(self, rule: Rule, lr: float | Tensor, weight_decay: float) -> None:
-        """The factors of the update where slices are split: the method adds up sums over processes."""
-        count, shape = self.number * self.s, (self.number, self.s)
-        whole = [x[:count].view(shape) for x in (self.grad_norms, self.low_norms, self.direction_norms)]
-        norms = lowrank.Slices(whole[0], whole[1], whole[2], self.spread)
-        on, after = rule.coefficients(norms, self.correction[: self.number], self.active)
-        states = [matrix.state for matrix in self.batch.matrices]
-        for name, value in zip(rule.scalars, after, strict=True):
-            storage.store(states, name, value)
-        if on.on_direction is not None:
-            self.on_direction[: self.number].copy_(on.on_direction)
-        for there, value in ((self.on_low, on.on_low), (self.on_grad, on.on_grad)):
-            if value is not None:
-                there[:count].view(shape).copy_(value)
-        if self.amp.grad_scale is not None:
-            self.on_grad.div_(self.amp.grad_scale)
-        self.shares[: self.number].copy_(lr * weight_decay * self.active)
 
     def blend(self, *, has_low: bool) -> None:
         """What the bases are multiplied with, in place of the direction."""

@@ -348,10 +348,44 @@ def adam(
 
 
 @triton.jit
+def _measures(grad_norms, low_norms, direction_norms, start, s, kept, MATRIX: tl.constexpr, BS: tl.constexpr):
+    """Squared norms of low and of the direction over the slices from `start` on, and of the residual under their ratio.
+
+    MATRIX: the residual as it is, which one ratio for all slices multiplies later.
+    """
+    low_sum, direction_sum, total = 0.0, 0.0, 0.0
+    for first in range(0, s, BS):
+        at = start + first + tl.arange(0, BS)
+        mask = first + tl.arange(0, BS) < s
+        grad = tl.load(grad_norms + at, mask=mask, other=0.0)
+        low = tl.load(low_norms + at, mask=mask, other=0.0)
+        direction = tl.load(direction_norms + at, mask=mask, other=0.0)
+        rest = grad * grad - (2 * kept - kept * kept) * low * low
+        if not MATRIX:
+            factor = direction / (low + 1e-8)
+            rest *= factor * factor
+        low_sum += tl.sum(low * low, 0)
+        direction_sum += tl.sum(direction * direction, 0)
+        total += tl.sum(rest, 0)
+    return low_sum, direction_sum, total
+
+
+@triton.jit
+def measure(grad_norms, low_norms, direction_norms, measured, s, kept, MATRIX: tl.constexpr, BS: tl.constexpr):
+    """`_measures` of the slices here, [B, 3], which processes add up; one program a matrix."""
+    matrix = tl.program_id(0).to(tl.int64)
+    low, direction, total = _measures(grad_norms, low_norms, direction_norms, matrix * s, s, kept, MATRIX, BS)
+    tl.store(measured + matrix * 3, low)
+    tl.store(measured + matrix * 3 + 1, direction)
+    tl.store(measured + matrix * 3 + 2, total)
+
+
+@triton.jit
 def coefficients(
     grad_norms,
     low_norms,
     direction_norms,
+    measured,
     corrections,
     actives,
     limiter_norms,
@@ -370,6 +404,7 @@ def coefficients(
     gamma,
     RATE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_MEASURES: tl.constexpr,
     HAS_INSIDE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     EARLY: tl.constexpr,
@@ -379,7 +414,8 @@ def coefficients(
     """Factors of the update and shares of decay, as a method's function in PyTorch has them; one program a matrix.
 
     on_direction, shares [B]; on_low, on_grad [B, s]. limiter_norms: addresses of the state's, written here. The numbers
-    are those of `lowrank.Factors`. RATE: whether the learning rate is read from `rate`.
+    are those of `lowrank.Factors`. RATE: whether the learning rate is read from `rate`; HAS_MEASURES: whether sums over
+    all slices are read from `measured`, as some of the slices are elsewhere.
     """
     matrix = tl.program_id(0).to(tl.int64)
     active = tl.load(actives + matrix) != 0
@@ -391,32 +427,20 @@ def coefficients(
     if HAS_INSIDE:
         tl.store(on_direction + matrix, size * inside)
     if HAS_GRAD:
-        before = 1.0
-        if EARLY:
-            before = correction
-        ratio = 0.0
+        if HAS_MEASURES:
+            low_sum = tl.load(measured + matrix * 3)
+            direction_sum = tl.load(measured + matrix * 3 + 1)
+            total = tl.load(measured + matrix * 3 + 2)
+        else:
+            low_sum, direction_sum, total = _measures(
+                grad_norms, low_norms, direction_norms, matrix * s, s, kept, MATRIX, BS
+            )
+        ratio = 1.0
         if MATRIX:
-            low_sum, direction_sum = 0.0, 0.0
-            for first in range(0, s, BS):
-                at = matrix * s + first + tl.arange(0, BS)
-                mask = first + tl.arange(0, BS) < s
-                low = tl.load(low_norms + at, mask=mask, other=0.0)
-                direction = tl.load(direction_norms + at, mask=mask, other=0.0)
-                low_sum += tl.sum(low * low, 0)
-                direction_sum += tl.sum(direction * direction, 0)
             ratio = tl.sqrt(direction_sum) / (tl.sqrt(low_sum) + 1e-8)
-        total = 0.0
-        for first in range(0, s, BS):
-            at = matrix * s + first + tl.arange(0, BS)
-            mask = first + tl.arange(0, BS) < s
-            grad = tl.load(grad_norms + at, mask=mask, other=0.0)
-            low = tl.load(low_norms + at, mask=mask, other=0.0)
-            factor = ratio
-            if not MATRIX:
-                factor = tl.load(direction_norms + at, mask=mask, other=0.0) / (low + 1e-8)
-            factor *= before
-            total += tl.sum(factor * factor * (grad * grad - (2 * kept - kept * kept) * low * low), 0)
-        norm = tl.sqrt(tl.maximum(total, 0.0))
+        norm = ratio * tl.sqrt(tl.maximum(total, 0.0))
+        if EARLY:
+            norm *= correction
         scale = 1.0
         if gamma != 0:
             place = tl.load(limiter_norms + matrix).to(tl.pointer_type(tl.float32))

@@ -1,47 +1,77 @@
-"""A step's launches as a CUDA graph."""
+"""A step's launches as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+Step = Callable[[], Iterator[Callable[[], object]]]
+"""Launches of a step, which pauses for each thing to be called that no graph may hold: words between processes."""
+
 
 class Replay:
-    """The launches of a step, replayed as a CUDA graph where steps before were the same.
+    """The launches of a step, replayed as CUDA graphs where steps before were the same: one from each pause to the next.
 
     Where what a step reads has moved, tables say. Its scratch stays allocated. The n-th recording, which takes as long
-    as some steps, waits for 2^(n - 1) equal steps.
+    as some steps, waits for 2^(n - 1) equal steps. What is said in the pauses is not recorded, as processes need not
+    record in the same step.
     """
 
     def __init__(self) -> None:
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[tuple[torch.cuda.CUDAGraph, Callable[[], object] | None]] = []
         self._known: object = None
         self._equal = 0
         self._patience = 1
 
-    def run(self, known: object, device: torch.device, step: Callable[[], None]) -> None:
+    @property
+    def ready(self) -> bool:
+        """Whether the next step is replayed if it is the same."""
+        return bool(self._graphs)
+
+    def run(self, known: object, device: torch.device, step: Step) -> None:
         """Take a step, of which `known` says all that its launches depend on."""
         if known != self._known:
-            self._known, self._equal, self.graph = known, 0, None
-        if self.graph is None and self._equal < self._patience:
+            self._known, self._equal, self._graphs = known, 0, []
+        if self._graphs:
+            for graph, pause in self._graphs:
+                graph.replay()
+                if pause is not None:
+                    pause()
+        elif self._equal < self._patience:
             self._equal += 1
-            step()
-            return
-        if self.graph is None:
+            for pause in step():
+                pause()
+        else:
             self._patience *= 2
-            self.graph = _record(device, step)
-        self.graph.replay()
+            self._graphs = _recorded(device, step())
 
 
-def _record(device: torch.device, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _recorded(
+    device: torch.device, step: Iterator[Callable[[], object]]
+) -> list[tuple[torch.cuda.CUDAGraph, Callable[[], object] | None]]:
+    """Take a step by recording and replaying it, from pause to pause; returns the graphs, with the pause after each."""
+    graphs: list[tuple[torch.cuda.CUDAGraph, Callable[[], object] | None]] = []
+    pool = torch.cuda.graph_pool_handle()
+    while not graphs or graphs[-1][1] is not None:
+        graph, pause = _record(device, pool, step)
+        graph.replay()
+        if pause is not None:
+            pause()
+        graphs.append((graph, pause))
+    return graphs
+
+
+def _record(
+    device: torch.device, pool: tuple[int, int], step: Iterator[Callable[[], object]]
+) -> tuple[torch.cuda.CUDAGraph, Callable[[], object] | None]:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            step()
+            pause = next(step, None)
         finally:
             graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return graph
+    return graph, pause

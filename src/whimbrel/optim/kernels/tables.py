@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from whimbrel.launches import Address, Blocks
 from whimbrel.optim.device import to_device
@@ -22,6 +24,8 @@ SCRATCH_SHARE = 23
 """A batch holds at most this part of the bytes of the state, so that with a refresh a step needs less than a tenth."""
 FEW = 1 << 24
 """A batch may always hold so many bytes, since small batches leave a GPU idle between them."""
+WAVE = 1 << 26
+"""Batches in parts may together hold so many bytes: who steps them side by side has less to say to other processes."""
 ALLOCATED = 1 << 9
 """Bytes of which addresses of tensors are multiples, but for views."""
 LAST = (1 << 31) - 2
@@ -126,24 +130,41 @@ class Batch:
         return self.table(name, [matrix.state[name] for matrix in self.matrices])
 
 
+def _slices(matrix: Matrix) -> int:
+    """The most slices of a matrix that a process holds: the same number on all of them."""
+    slices = matrix.spread.slices
+    if not slices.groups:
+        return matrix.state["exp_avg"].shape[0]
+    return -(-slices.count // math.prod(dist.get_world_size(group) for group in slices.groups))
+
+
 def _scratch(matrix: Matrix, rank: int) -> int:
     """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis if it is formed."""
     size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
-    basis, low = matrix.state.get("basis"), matrix.state["exp_avg"].numel()
+    basis = matrix.state.get("basis")
     formed = basis is None or basis.element_size() != size
-    return max(1, size * (2 * low + (min(matrix.shape) * rank if formed else 0)))
+    return max(1, size * (2 * _slices(matrix) * rank + (min(matrix.shape) * rank if formed else 0)))
+
+
+def _held(matrix: Matrix, rank: int) -> int:
+    """Bytes of its state, but for the scales of moments; where processes hold parts of it, of the largest part."""
+    moments, others = ("exp_avg", "exp_avg_sq"), ("exp_avg_scale", "exp_avg_sq_scale")
+    low = _slices(matrix) * rank * sum(matrix.state[name].element_size() for name in moments)
+    return low + sum(x.nbytes for name, x in matrix.state.items() if name not in (*moments, *others))
 
 
 def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
-    """What one `fused_step` each takes, none above the limits unless it is a single matrix."""
+    """What one `fused_step` each takes, none above the limits unless it is a single matrix.
+
+    Of matrices in parts the same on every process.
+    """
     equal: dict[object, list[Matrix]] = {}
     for matrix in matrices:
         weight, grad = matrix.weight, matrix.grad
         kind = (matrix.shape, weight.dtype, weight.device, weight.stride(), grad.dtype, grad.stride(), matrix.spread)
         equal.setdefault(kind, []).append(matrix)
     found = []
-    state = sum(x.nbytes for matrix in matrices for x in matrix.state.values())
-    most = min(SCRATCH, max(FEW, state // SCRATCH_SHARE))
+    most = min(SCRATCH, max(FEW, sum(_held(matrix, rank) for matrix in matrices) // SCRATCH_SHARE))
     for members in equal.values():
         count = -(-len(members) // max(1, most // _scratch(members[0], rank)))
         # of equal size, as a small one does not fill a GPU
@@ -151,6 +172,22 @@ def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
         chosen = resolve_side(side, members[0].shape)
         found += [Batch(members[i : i + size], chosen) for i in range(0, len(members), size)]
     return found
+
+
+def waves(found: Sequence[Batch], rank: int) -> list[list[int]]:
+    """Numbers of batches that are stepped side by side, as the same processes add up sums for them; others one by one."""
+    chosen: list[list[int]] = []
+    filling: dict[tuple[ProcessGroup, ...], tuple[list[int], int]] = {}
+    for number, batch in enumerate(found):
+        one = batch.matrices[0]
+        groups, size = one.spread.slices.groups, len(batch.matrices) * _scratch(one, rank)
+        wave, taken = filling.get(groups, ([], WAVE))
+        if not groups or taken + size > WAVE:
+            wave, taken = [], 0
+            chosen.append(wave)
+        wave.append(number)
+        filling[groups] = wave, taken + size
+    return chosen
 
 
 def _tabulate(found: list[int], tensors: Sequence[Tensor]) -> Table:

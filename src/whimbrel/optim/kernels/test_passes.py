@@ -224,7 +224,7 @@ types |= dict.fromkeys("lr weight_decay inside outside kept gamma".split(), "fp3
 types |= dict.fromkeys("beta1 beta2 eps log_beta1 log_beta2".split(), "fp32") | dict(actives="*i1", codes="*i64")
 types |= dict(scales="*i64")
 shared = dict(ALIGN=16, HAS_INSIDE=True, HAS_GRAD=True, HAS_LOW=True, HAS_SCALE=True, HAS_FOUND=True, GROUP=128)
-shared |= dict(HAS_TOTAL=True, HAS_WORDS=True, RATE=True, EARLY=True, MATRIX=False)
+shared |= dict(HAS_TOTAL=True, HAS_WORDS=True, RATE=True, EARLY=True, MATRIX=False, HAS_MEASURES=True)
 for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl.float32, 64)):
     shared |= dict(WEIGHT=kind, GRAD=kind, BASIS=kind, DOT=kind, PRECISION="tf32x3", STOCHASTIC=kind == tl.bfloat16)
     types |= dict.fromkeys(("direction", "inside", "low"), "*bf16" if kind == tl.bfloat16 else "*fp32")
@@ -238,6 +238,7 @@ for dtype, kind, rank in ((torch.bfloat16, tl.bfloat16, 512), (torch.float32, tl
         (passes.adam, None, slices), (passes.blend, None, slices), (passes.settle, None, dict(BS=8192)),
         (passes.unpack, None, dict(BLOCK=2048)), (passes.draw, None, dict(BLOCK=2048)),
         (passes.narrow, None, dict(BLOCK=2048)), (passes.coefficients, None, dict(BS=8192)),
+        (passes.measure, None, dict(BS=8192)),
     ):
         given = shared | sizes
         constants = {n: v for n, v in given.items() if n in function.arg_names}
