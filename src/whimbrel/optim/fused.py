@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from whimbrel.errors import UnsupportedError
 from whimbrel.optim.amp import GradScale
 from whimbrel.optim.kernels import PROVEN_ON
 from whimbrel.optim.matrix import Matrix
 from whimbrel.optim.method import Method
-from whimbrel.optim.sharding import Split
+from whimbrel.optim.sharding import Message, Spread
 from whimbrel.optim.words import Words
 
 if TYPE_CHECKING:
@@ -41,12 +42,18 @@ def fuses(impl: str, matrix: Matrix) -> bool:
         raise UnsupportedError(
             f"impl = 'triton' takes no matrix of 2^31 elements or more, as {list(matrix.shape)}; use impl = 'auto'"
         )
-    if impl == "triton" and matrix.spread.depth.groups:
+    if impl == "triton" and not _shared(matrix.spread):
         raise UnsupportedError(
-            "impl = 'triton' takes no matrices whose slices are split over processes; use impl = 'auto', or "
-            "side = 'right' under FSDP2"
+            "impl = 'triton' takes no matrices whose slices are split over several dimensions of a mesh, or not in "
+            "order; use impl = 'auto'"
         )
     return impl == "triton"
+
+
+def _shared(spread: Spread) -> bool:
+    """Whether slices are whole here, or shared out among processes that hold adjoining elements of each."""
+    depth = spread.depth
+    return not depth.groups or (spread.shares_slices and depth.part is not None and depth.part.at is None)
 
 
 @functools.cache
@@ -60,16 +67,26 @@ def _replays(matrices: Sequence[Matrix]) -> bool:
     return len(devices) == 1 and next(iter(devices)).type == "cuda"
 
 
-def _side_by_side(steps: Sequence[Iterator[Tensor]], split: Split) -> Iterator[Callable[[], object]]:
-    """Steps of batches that lie alike, in turn; yields what processes have to say to each other before they go on.
+def _side_by_side(
+    steps: Sequence[Generator[Message, Tensor | None]], groups: tuple[ProcessGroup, ...]
+) -> Iterator[Callable[[], object]]:
+    """Steps of batches that lie alike; yields what processes have to say to each other before they go on.
 
-    Whatever the steps pause for goes as one message.
+    Whatever the steps say at once goes as one message.
     """
-    for asked in zip(*steps, strict=True):
-        flat = torch.cat([x.flatten() for x in asked])
-        yield functools.partial(split.sum, flat)
-        parts = flat.split([x.numel() for x in asked])
-        torch._foreach_copy_(list(asked), [part.view_as(x) for part, x in zip(parts, asked, strict=True)])
+    answers: Sequence[Tensor | None] = [None] * len(steps)
+    while said := [message for message in map(_next, steps, answers) if message is not None]:
+        message = Message(said[0].how, torch.cat([each.content for each in said], -1))
+        answer = message.room(groups)
+        yield functools.partial(message.exchange, groups, answer)
+        answers = answer.split([each.content.shape[-1] for each in said], -1)
+
+
+def _next(step: Generator[Message, Tensor | None], answer: Tensor | None) -> Message | None:
+    try:
+        return step.send(answer)
+    except StopIteration:
+        return None
 
 
 class Fused:
@@ -137,7 +154,7 @@ class Fused:
                 for batch, words, keys, square in zip(self.batches, self._words, drawn, squares, strict=True)
             ]
             for wave in self._waves:
-                yield from _side_by_side([steps[i] for i in wave], self.batches[wave[0]].matrices[0].spread.slices)
+                yield from _side_by_side([steps[i] for i in wave], self.batches[wave[0]].matrices[0].spread.holders)
 
         lr = group["lr"]
         if self.replay is None or torch.cuda.is_current_stream_capturing():

@@ -8,8 +8,10 @@ that a step does to a slice is done where the slice is; what crosses processes i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -106,6 +108,35 @@ class Split:
         return x if self.part is None else self.sum(self.part.spread(x, dim, self.count))
 
 
+class Message(NamedTuple):
+    """What processes that hold the slices of a matrix tell each other: float32 numbers, contiguous.
+
+    how: "sum", [n], added up; "scatter", [processes, n], added up, of which each gets its row; "gather", [n], of which
+    all get [processes, n]. The last two go over one group.
+    """
+
+    how: Literal["sum", "scatter", "gather"]
+    content: Tensor
+
+    def room(self, groups: tuple[ProcessGroup, ...]) -> Tensor:
+        """Where the answer lies after `exchange`: that of a sum in its place."""
+        if self.how == "sum":
+            return self.content
+        if self.how == "scatter":
+            return torch.empty_like(self.content[0])
+        return self.content.new_empty(dist.get_world_size(groups[0]), *self.content.shape)
+
+    def exchange(self, groups: tuple[ProcessGroup, ...], answer: Tensor) -> None:
+        """Say it to all processes of these groups, which say theirs, and leave what comes of it in `answer`."""
+        if self.how == "sum":
+            for group in groups:
+                dist.all_reduce(answer, group=group)
+        elif self.how == "scatter":
+            _reduce_scatter(answer, self.content.view(-1), group=groups[0])
+        else:
+            _all_gather(answer.view(-1), self.content, group=groups[0])
+
+
 @dataclass(frozen=True)
 class Spread:
     """How the slices of one matrix, and the elements of each slice (`depth`), lie over processes.
@@ -121,9 +152,19 @@ class Spread:
     apart: tuple[ProcessGroup, ...] = ()
 
     @property
+    def holders(self) -> tuple[ProcessGroup, ...]:
+        """Groups over whose processes the slices are spread, each stepped by one."""
+        return self.depth.groups if self.shares_slices else self.slices.groups
+
+    @property
+    def share(self) -> int:
+        """The most slices that a process steps."""
+        return -(-self.slices.count // math.prod(dist.get_world_size(group) for group in self.holders))
+
+    @property
     def summands(self) -> tuple[ProcessGroup, ...]:
         """Groups over which sums over the slices owned here add up to those over the whole parameter."""
-        return (*self.slices.groups, *(self.depth.groups if self.shares_slices else ()), *self.apart)
+        return (*self.holders, *self.apart)
 
     @property
     def split(self) -> bool:

@@ -263,16 +263,27 @@ def empty(mesh, **options):
     return apart(whole(one), model)
 
 
+KERNELS = {
+    "right": (Fira, {"side": "right"}, 1e-5),
+    "right, bfloat16": (Fira, {"side": "right", "state_dtype": "bfloat16"}, 2e-3),
+    "std": (Fira, {}, 1e-5),
+    "std, small state": (Fira, {"state_dtype": "int8", "basis_dtype": "int4"}, 5e-3),
+    "std, paper, one factor": (Fira, {"residual_mode": "paper", "scaling": "matrix"}, 1e-5),
+    "std, galore": (GaLore, {}, 1e-5),
+    "std, apollo": (Apollo, {}, 1e-5),
+}
+"""What kernels step in parts, and how far weights may be from those of one process in PyTorch."""
+
+
 def kernels(mesh):
-    """The kernels, interpreted without a GPU, on the rows of every process; experts among the matrices."""
+    """The kernels, interpreted without a GPU, on the parts of every process; experts among the matrices."""
     found = {}
-    for state_dtype in ("float32", "bfloat16"):
+    for how, (cls, options, _) in KERNELS.items():
         one, model = Model(), sharded(mesh)
         for it, impl in ((one, "eager"), (model, "triton")):
             groups = param_groups(it, low_rank=["tall", "wide", "experts"], min_dim=3)
-            options = {"rank": 3, "refresh_steps": 1, "weight_decay": 0.1, "side": "right", "state_dtype": state_dtype}
-            advance(it, Fira(groups, lr=1e-2, impl=impl, **options), range(2))
-        found[state_dtype] = apart(whole(one), model)
+            advance(it, cls(groups, lr=1e-2, impl=impl, rank=3, refresh_steps=1, weight_decay=0.1, **options), range(2))
+        found[how] = apart(whole(one), model)
     return found
 
 
@@ -379,12 +390,11 @@ def test_a_process_without_a_row_joins_in(how, found):
         assert max(each["empty"][how].values()) <= 10 * SAME, each["empty"][how]
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_kernels_step_the_rows_of_each_process(state_dtype, found):
+@pytest.mark.parametrize("how", KERNELS)
+def test_kernels_step_the_parts_of_each_process(how, found):
     pytest.importorskip("triton")
     for each in found[0]:
-        worst = max(each["kernels"][state_dtype].values())
-        assert worst <= (1e-5 if state_dtype == "float32" else 2e-3), each["kernels"][state_dtype]
+        assert max(each["kernels"][how].values()) <= KERNELS[how][2], each["kernels"][how]
 
 
 def test_experts_without_a_token_stay_as_they_are():

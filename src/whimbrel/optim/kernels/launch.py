@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from whimbrel.launches import launch
-from whimbrel.optim import counter, lowrank, storage
+from whimbrel.optim import counter, lowrank
 from whimbrel.optim.amp import GradScale
 from whimbrel.optim.kernels import passes
 from whimbrel.optim.kernels.tables import Batch, Table
 from whimbrel.optim.layout import BASIS_GROUP, MOMENT_BLOCK
+from whimbrel.optim.sharding import Message
 
 TILE_ELEMENTS = 1 << 11
 """Elements that a program of the low-rank kernels holds of each tensor."""
@@ -62,26 +65,34 @@ def fused_step(
     bases: Tensor,
     drawn: Tensor | None,
     square: Tensor | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Message, Tensor]:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
-    The matrices are whole or with whole slices here. In the latter case the step pauses: each tensor that it yields, of
-    a few numbers a matrix in float32, is to be added up in its place over the processes that have the other slices.
+    The matrices are whole or with whole slices here, or their slices shared out among processes. Where anything is
+    elsewhere the step pauses for what its processes have to tell each other: it yields a message, the same on all of
+    them but for its content, and wants the answer, [..., n] as the content, which lies anywhere.
     bases [B]: `counter.base` words of the matrices. drawn [B]: words from which the bases are drawn, None where the
     states hold them. square: a scalar to which the squared norm of the gradients' slices here, unscaled, is added.
     """
-    step = _Step(batch, drawn, amp)
-    step.project(square)
+    step, shared = _Step(batch, drawn, amp), batch.matrices[0].spread.shares_slices
+    step.project()
+    if shared:
+        step.take_share((yield Message("scatter", step.parts())))
+    if square is not None:
+        step.note(square)
     if step.total is not None:
-        yield step.add_up()
+        step.total.copy_((yield Message("sum", step.own_sums().sum(-1))))
     step.settle(bases, settings.betas)
     step.adam(settings)
     if step.total is not None and rule.factors.measures:
-        yield step.measure(rule.factors)
+        step.measured = step.measure(rule.factors)
+        step.measured.copy_((yield Message("sum", step.measured.flatten().clone())).view_as(step.measured))
     step.coefficients(rule, lr, settings.weight_decay)
     inside, outside = rule.factors.inside is not None, rule.factors.outside is not None
     if inside:
         step.blend(has_low=outside)
+    if shared:
+        step.take_all((yield Message("gather", step.found(inside, outside))), inside, outside)
     step.write(has_inside=inside, has_grad=outside, stochastic=settings.stochastic)
 
 
@@ -93,11 +104,14 @@ class _Step:
         one = batch.matrices[0]
         self.weight, self.grad, self.spread = one.weight, one.grad, one.spread
         self.first_row, self.first_column = one.first
+        self.first_slice = 0 if self.spread.owned is None else self.spread.owned.start
         self.coded = "exp_avg_scale" in one.state
         self.moment = one.state["exp_avg"]
         self.number, device, (self.s, self.r) = len(batch.matrices), self.weight.device, self.moment.shape
         self.across, self.along = (1, 0) if batch.left else (0, 1)
         self.d = self.weight.shape[self.along]
+        # slices that are read and written here, of which s are stepped
+        self.here = self.weight.shape[self.across]
         self.dot = torch.bfloat16 if self.grad.dtype == torch.bfloat16 else torch.float32
         number, s, r = self.number, self.s, self.r
 
@@ -115,9 +129,14 @@ class _Step:
             "ALIGN": min(aligned, self.bases.alignment),
         }
         self.low, self.direction = torch.empty(2, number, s, r, dtype=self.dot, device=device).unbind()
+        self.projected, self.inside = self.low, self.direction
+        if self.spread.shares_slices:
+            self.projected = torch.empty(number, self.here, r, dtype=self.dot, device=device)
         # each begins at a multiple of 16 bytes, as kept launches want it
         for_slices = torch.empty(6, -(-number * s // 4) * 4, device=device).unbind()
         self.sums, self.grad_norms, self.low_norms, self.direction_norms, self.on_low, self.on_grad = for_slices
+        self.squares = torch.empty(number, self.here, device=device) if self.spread.shares_slices else self.sums
+        self.factors = self.on_grad
         self.keys, words = torch.empty(2, number + number % 2, dtype=torch.int64, device=device).unbind()
         for_matrices = torch.empty(3, -(-number // 4) * 4, device=device).unbind()
         self.correction, self.on_direction, self.shares = for_matrices
@@ -140,20 +159,20 @@ class _Step:
         """That of the gradients, or any tensor where there is none."""
         return self.correction if self.amp.grad_scale is None else self.amp.grad_scale
 
-    def project(self, square: Tensor | None) -> None:
+    def project(self) -> None:
         """The gradients in the coordinates of the bases, and the squares of their slices."""
         if self.hopper:
-            _project_hopper(self.batch, self.grads, self.bases, self.low, self.sums, self.d)
-        elif self.held:
+            _project_hopper(self.batch, self.grads, self.bases, self.projected, self.squares, self.d)
+        elif self.here:
             tile = _project_tile(self.dot, self.r)
             launch(
                 passes.project,
-                (_cdiv(self.s, tile.one), _cdiv(self.r, tile.columns), self.number),
+                (_cdiv(self.here, tile.one), _cdiv(self.r, tile.columns), self.number),
                 self.grads.places,
                 self.bases.places,
-                self.low,
-                self.sums,
-                self.s,
+                self.projected,
+                self.squares,
+                self.here,
                 self.d,
                 self.r,
                 self.grad.stride(self.across),
@@ -165,15 +184,46 @@ class _Step:
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
-        if square is not None:
-            here, scale = self.sums[: self.number * self.s].sum(), self.amp.grad_scale
-            square += here if scale is None else here / scale.reshape(()).square()
 
-    def add_up(self) -> Tensor:
-        """The squared norms [B] of the slices here."""
-        assert self.total is not None
-        own = self.sums[: self.number * self.s].view(self.number, self.s)
-        return torch.sum(own, -1, out=self.total)
+    def own_sums(self) -> Tensor:
+        """The squared norms [B, s] of the slices that are stepped here."""
+        return self.sums[: self.number * self.s].view(self.number, self.s)
+
+    def note(self, square: Tensor) -> None:
+        """Add the squared norm of these slices, unscaled, to `square`."""
+        here, scale = self.own_sums().sum(), self.amp.grad_scale
+        square += here if scale is None else here / scale.reshape(()).square()
+
+    def parts(self) -> Tensor:
+        """What is found of all slices, by the processes that step them: [processes, n]."""
+        both = torch.cat([self.projected.float(), self.squares[..., None]], -1)
+        share, (number, here, width) = self.spread.share, both.shape
+        processes = dist.get_world_size(self.spread.holders[0])
+        padded = F.pad(both, (0, 0, 0, share * processes - here))
+        return padded.view(number, processes, share, width).transpose(0, 1).reshape(processes, -1)
+
+    def take_share(self, found: Tensor) -> None:
+        """Take what all processes have found of the slices that are stepped here."""
+        both = found.reshape(self.number, self.spread.share, self.r + 1)[:, : self.s]
+        self.low.copy_(both[..., :-1])
+        self.own_sums().copy_(both[..., -1])
+
+    def found(self, has_inside: bool, has_grad: bool) -> Tensor:
+        """What the update is made of, of the slices that are stepped here."""
+        both = [self.direction.float()] if has_inside else []
+        if has_grad:
+            both.append(self.on_grad[: self.number * self.s].view(self.number, self.s, 1))
+        return F.pad(torch.cat(both, -1), (0, 0, 0, self.spread.share - self.s)).flatten()
+
+    def take_all(self, found: Tensor, has_inside: bool, has_grad: bool) -> None:
+        """Take what the update is made of, of all slices."""
+        width = self.r * has_inside + has_grad
+        parts = found.reshape(len(found), self.number, self.spread.share, width).transpose(0, 1)
+        both = parts.reshape(self.number, -1, width)[:, : self.here]
+        if has_inside:
+            self.inside = both[..., : self.r].to(self.dot).contiguous()
+        if has_grad:
+            self.factors = both[..., -1].contiguous()
 
     def settle(self, bases: Tensor, betas: tuple[float, float]) -> None:
         """Which matrices are stepped, the norms of their slices, the count of the step, and its words."""
@@ -209,7 +259,6 @@ class _Step:
     def adam(self, settings: Settings) -> None:
         """The moments after the step, the direction, and the norms of slices of both."""
         means, squares = (self.batch.state(name) for name in ("exp_avg", "exp_avg_sq"))
-        first_slice = self.first_column if self.batch.left else self.first_row
         if not self.held:
             return
         launch(
@@ -230,8 +279,8 @@ class _Step:
             self.r,
             *settings.betas,
             settings.eps,
-            counter.MEANS + first_slice,
-            counter.SQUARES + first_slice,
+            counter.MEANS + self.first_slice,
+            counter.SQUARES + self.first_slice,
             counter.COLUMNS,
             HAS_SCALE=self.amp.grad_scale is not None,
             MOMENT=_DTYPES[self.moment.dtype],
@@ -243,21 +292,21 @@ class _Step:
 
     def measure(self, factors: lowrank.Factors) -> Tensor:
         """What the limiter and one ratio for all slices need of the slices here, [B, 3]."""
-        self.measured = torch.empty(self.number, 3, device=self.weight.device)
+        measured = torch.empty(self.number, 3, device=self.weight.device)
         launch(
             passes.measure,
             self.number,
             self.grad_norms,
             self.low_norms,
             self.direction_norms,
-            self.measured,
+            measured,
             self.s,
             float(factors.kept),
             MATRIX=factors.matrix,
             BS=self.each,
             num_warps=8,
         )
-        return self.measured
+        return measured
 
     def coefficients(self, rule: Rule, lr: float | Tensor, weight_decay: float) -> None:
         """The factors of the update, by the kernel."""
@@ -319,7 +368,7 @@ class _Step:
         """The weights after the update and the decay."""
         if self.hopper and has_inside:
             _write_hopper(self, has_grad=has_grad, stochastic=stochastic)
-        elif self.held:
+        elif self.weight.numel():
             (m, n), tile = self.weight.shape, _write_tile(self.dot, self.r)
             launch(
                 passes.write,
@@ -327,8 +376,8 @@ class _Step:
                 self.weights.places,
                 self.grads.places,
                 self.bases.places,
-                self.direction,
-                self.on_grad,
+                self.inside,
+                self.factors,
                 self.shares,
                 self.active,
                 self.keys,
@@ -357,21 +406,27 @@ class _Step:
 def _bases(
     batch: Batch, drawn: Tensor | None, shape: tuple[int, int, int], dot: torch.dtype, hopper: bool
 ) -> tuple[Tensor | None, Table]:
-    """Where the bases lie: in the states, or in a tensor, drawn, opened or narrowed for the time of the step."""
-    state = batch.matrices[0].state
+    """Where the bases [B, d, r] lie: in the states, or in a tensor, drawn, opened or narrowed for the step.
+
+    Of slices that are split the rows that belong to what is here; drawn or opened they are made whole.
+    """
+    state, depth = batch.matrices[0].state, batch.matrices[0].spread.depth
     number, d, r = shape
     if drawn is None and "basis_scale" not in state and (state["basis"].dtype == dot or not hopper):
         return None, batch.state("basis")
-    bases = torch.empty(shape, dtype=dot, device=batch.matrices[0].weight.device)
+    narrows, first = drawn is None and "basis_scale" not in state, 0
+    if depth.part is not None and not narrows:
+        d, first = depth.count, depth.part.start
+    bases = torch.empty(number, d, r, dtype=dot, device=batch.matrices[0].weight.device)
     grid = (_cdiv(d * r, TILE_ELEMENTS), number)
     if drawn is not None:
         launch(passes.draw, grid, bases, drawn, d * r, r**-0.5, BLOCK=TILE_ELEMENTS)
-    elif "basis_scale" in state:
+    elif not narrows:
         codes, scales = batch.state("basis"), batch.state("basis_scale")
         launch(passes.unpack, grid, bases, codes.places, scales.places, d, r, GROUP=BASIS_GROUP, BLOCK=TILE_ELEMENTS)
     else:
         launch(passes.narrow, grid, bases, batch.state("basis").places, d * r, BLOCK=TILE_ELEMENTS)
-    return bases, batch.adjoining(bases, places=not hopper)
+    return bases, batch.adjoining(bases, places=not hopper, first=first)
 
 
 def _project_hopper(batch: Batch, grads: Table, bases: Table, low: Tensor, sums: Tensor, d: int) -> None:
@@ -405,7 +460,7 @@ def _write_hopper(step: _Step, *, has_grad: bool, stochastic: bool) -> None:
     segments = min((1, 2, 4, 8), key=lambda x: _cdiv(step.number * fold * bands * x, most) * (-(-tiles // x) + 0.5))
     jobs = step.number * fold * bands * segments
     programs = min(jobs, most)
-    own = batch.adjoining(step.direction, places=False)
+    own = batch.adjoining(step.inside, places=False)
     rows, columns = (bases, own) if batch.left else (own, bases)
     launch(
         hopper.write,
@@ -420,7 +475,7 @@ def _write_hopper(step: _Step, *, has_grad: bool, stochastic: bool) -> None:
         rows.units,
         columns.units,
         step.active,
-        step.on_grad,
+        step.factors,
         step.shares,
         step.row_words,
         step.column_words,

@@ -9,9 +9,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from whimbrel.launches import Address, Blocks
 from whimbrel.optim.device import to_device
@@ -87,12 +85,13 @@ class Batch:
         self._numbers = torch.arange(len(matrices), device=weight.device)
         self._units = self._numbers.int()
 
-    def adjoining(self, stack: Tensor, *, places: bool) -> Table:
-        """The table of a stack of B tensors, of which the host need not send the places."""
-        size = stack[0].nbytes
-        address = Address(stack.data_ptr(), stack.dtype, stack.device)
-        found = self._numbers * size + stack.data_ptr() if places else self._numbers
-        return Table(found, 16 if size % 16 == 0 else 1, self._units, size, address, len(stack) - 1)
+    def adjoining(self, stack: Tensor, *, places: bool, first: int = 0) -> Table:
+        """The table of a stack [B, rows, ...], each from its `first` row on, of which the host need not send places."""
+        size, before = stack[0].nbytes, first * stack.stride(1) * stack.element_size()
+        address = Address(stack.data_ptr() + before, stack.dtype, stack.device)
+        found = self._numbers * size + address.place if places else self._numbers
+        alignment = 16 if size % 16 == before % 16 == 0 else 1
+        return Table(found, alignment, self._units, size, address, len(stack) - 1)
 
     def table(self, role: str, tensors: Sequence[Tensor]) -> Table:
         """The table of tensors on one device; role says which."""
@@ -126,30 +125,34 @@ class Batch:
         return self._moves
 
     def state(self, name: str) -> Table:
-        """The table of one entry of the states."""
-        return self.table(name, [matrix.state[name] for matrix in self.matrices])
-
-
-def _slices(matrix: Matrix) -> int:
-    """The most slices of a matrix that a process holds: the same number on all of them."""
-    slices = matrix.spread.slices
-    if not slices.groups:
-        return matrix.state["exp_avg"].shape[0]
-    return -(-slices.count // math.prod(dist.get_world_size(group) for group in slices.groups))
+        """The table of one entry of the states; of bases that are no codes, the rows that belong to what is here."""
+        entries = [matrix.state[name] for matrix in self.matrices]
+        if name == "basis" and "basis_scale" not in self.matrices[0].state:
+            entries = [self.matrices[0].spread.depth.cut(entry, 0) for entry in entries]
+        return self.table(name, entries)
 
 
 def _scratch(matrix: Matrix, rank: int) -> int:
-    """Bytes that the step of a matrix needs beside its state: two low-rank tensors, and its basis if it is formed."""
+    """Bytes that the step of a matrix needs beside its state: low-rank tensors, and its basis if it is formed."""
     size = 2 if matrix.grad.dtype == torch.bfloat16 else 4
-    basis = matrix.state.get("basis")
+    basis, spread = matrix.state.get("basis"), matrix.spread
     formed = basis is None or basis.element_size() != size
-    return max(1, size * (2 * _slices(matrix) * rank + (min(matrix.shape) * rank if formed else 0)))
+    slices = 2 * _share(matrix)
+    if spread.shares_slices:
+        # those of all processes, from which shares are sent and to which they come back
+        slices += 3 * spread.slices.count
+    return max(1, size * (slices * rank + (min(matrix.shape) * rank if formed else 0)))
+
+
+def _share(matrix: Matrix) -> int:
+    """The most slices that a process steps: the same number on all of them."""
+    return matrix.spread.share if matrix.spread.split else matrix.state["exp_avg"].shape[0]
 
 
 def _held(matrix: Matrix, rank: int) -> int:
     """Bytes of its state, but for the scales of moments; where processes hold parts of it, of the largest part."""
     moments, others = ("exp_avg", "exp_avg_sq"), ("exp_avg_scale", "exp_avg_sq_scale")
-    low = _slices(matrix) * rank * sum(matrix.state[name].element_size() for name in moments)
+    low = _share(matrix) * rank * sum(matrix.state[name].element_size() for name in moments)
     return low + sum(x.nbytes for name, x in matrix.state.items() if name not in (*moments, *others))
 
 
@@ -175,18 +178,18 @@ def batches(matrices: Sequence[Matrix], rank: int, side: str) -> list[Batch]:
 
 
 def waves(found: Sequence[Batch], rank: int) -> list[list[int]]:
-    """Numbers of batches that are stepped side by side, as the same processes add up sums for them; others one by one."""
+    """Numbers of batches that are stepped side by side, as they ask the same processes the same; others one by one."""
     chosen: list[list[int]] = []
-    filling: dict[tuple[ProcessGroup, ...], tuple[list[int], int]] = {}
+    filling: dict[object, tuple[list[int], int]] = {}
     for number, batch in enumerate(found):
         one = batch.matrices[0]
-        groups, size = one.spread.slices.groups, len(batch.matrices) * _scratch(one, rank)
-        wave, taken = filling.get(groups, ([], WAVE))
-        if not groups or taken + size > WAVE:
+        kind, size = (one.spread.holders, one.spread.shares_slices), len(batch.matrices) * _scratch(one, rank)
+        wave, taken = filling.get(kind, ([], WAVE))
+        if not one.spread.split or taken + size > WAVE:
             wave, taken = [], 0
             chosen.append(wave)
         wave.append(number)
-        filling[groups] = wave, taken + size
+        filling[kind] = wave, taken + size
     return chosen
 
 
