@@ -1,6 +1,6 @@
 """Low-rank optimizers under FSDP2: the losses of one card, the time beside sharded AdamW, what checkpoints give back.
 
-    torchrun --nproc-per-node 2 benchmarks/sharded.py --recipe fira-130m
+    torchrun --nproc-per-node 2 benchmarks/sharded.py --recipe fira-130m --side right std
 
 Tokens are arithmetic sequences, which a model learns within tens of steps. Lines go to
 benchmarks/results/optim_sharded.jsonl:
@@ -8,9 +8,9 @@ benchmarks/results/optim_sharded.jsonl:
 - `loss_difference`: largest difference of the losses of --steps steps, relative, of all processes (impl `fira`) and of
   one process that takes the batch in as many pieces (`one-in-pieces`) to one process that takes it whole, in float32.
   The latter is what rounding alone does.
-- `time`: ms of a training step in bfloat16 autocast, float32 weights, for Fira and for torch's fused AdamW, alternating
-  in stretches; refreshes are included as they come. `overhead`: Fira's median over AdamW's, less 1. `state_bytes`: of
-  this process.
+- `time`: ms of a training step in bfloat16 autocast, float32 weights, of Fira on each side and of torch's fused AdamW,
+  alternating in stretches; refreshes are included as they come. `overhead`: Fira's median over AdamW's, less 1, and
+  `overhead_of_means`, which counts every refresh. `state_bytes`: of this process.
 - `resumed_bitwise`: 1 if a run that was saved and loaded by torch.distributed.checkpoint on as many processes has every
   weight of one that was not, `repeated_bitwise`: the same for a run that was only repeated.
 - `loaded_on_one`: largest relative difference of the losses of one process, which has loaded what all have saved, to
@@ -20,8 +20,11 @@ benchmarks/results/optim_sharded.jsonl:
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -36,26 +39,35 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whimbrel.bench.results import RESULTS, record
-from whimbrel.config import load_config
+from whimbrel.config import Config, load_config
 from whimbrel.model import build_model
 from whimbrel.optim import AdamWConfig
 from whimbrel.training.processes import Processes, pick_device, shard
 
 
+@functools.cache
+def built(recipe: str, layers: int) -> tuple[Config, nn.Module]:
+    """The configuration and its model, to be copied."""
+    config = load_config(recipe)
+    if layers:
+        config = replace(config, model=replace(config.model, num_layers=layers))
+    return config, build_model(config.model, seed=0)
+
+
 class Job:
     """A model in training on all processes, or whole on this one."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes, *, optimizer: str = "fira", rank: int) -> None:
-        config = load_config(args.recipe)
-        if args.layers:
-            config = replace(config, model=replace(config.model, num_layers=args.layers))
+    def __init__(self, args: argparse.Namespace, processes: Processes, side: str | None) -> None:
+        """side: of Fira's bases; None takes AdamW."""
+        config, model = built(args.recipe, args.layers)
         self.processes, self.vocabulary, self.length = processes, config.model.vocab_size, args.seq_len
-        self.model = build_model(config.model, seed=0).to(processes.device)
+        self.model = copy.deepcopy(model).to(processes.device)
         shard(self.model, processes)
-        low_rank = replace(config.optim, rank=rank, min_dim=rank, impl=args.impl, side=args.side)
-        optim = low_rank if optimizer == "fira" else AdamWConfig(lr=1e-3)
+        optim = AdamWConfig(lr=1e-3)
+        if side is not None:
+            optim = replace(config.optim, rank=args.rank, min_dim=args.rank, impl=args.impl, side=side)
         self.optimizer = optim.build(optim.groups(self.model))
-        if optimizer != "fira":
+        if side is None:
             for group in self.optimizer.param_groups:
                 group["fused"] = processes.device.type == "cuda"
 
@@ -131,9 +143,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--impl", choices=("auto", "eager", "triton"), default="auto")
+    sides = ("std", "right")
     parser.add_argument(
-        "--side", choices=("std", "right"), default="std", help="right sends least, and is what kernels take"
+        "--side", choices=sides, nargs="+", default=["std"], help="one after another; right sends least"
     )
+    parts = ("times", "losses", "checkpoints")
+    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts), help="what is measured")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -144,38 +159,42 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     everyone = Processes(dist.get_rank(), dist.get_world_size(), device)
     alone = Processes(0, 1, device)
-    params = {"recipe": args.recipe, "rank": args.rank, "world": everyone.world, "impl": args.impl, "side": args.side}
+    params = {"recipe": args.recipe, "rank": args.rank, "world": everyone.world}
 
-    def line(impl: str, metric: str, values: float | list[float], unit: str) -> None:
+    def line(impl: str, metric: str, values: float | list[float], unit: str, *, side: str | None) -> None:
         if everyone.first:
-            record("optim_sharded", impl, params, metric, values, unit, device=device.type, out=args.out)
+            how = params if side is None else params | {"impl": args.impl, "side": side}
+            record("optim_sharded", impl, how, metric, values, unit, device=device.type, out=args.out)
             middle = values if isinstance(values, float) else sorted(values)[len(values) // 2]
-            print(f"{impl:20} {metric:20} {middle:.6g} {unit}", flush=True)
+            print(f"{impl:20} {side or '':6} {metric:20} {middle:.6g} {unit}", flush=True)
 
-    compare_times(args, everyone, line)
-    compare_losses(args, everyone, alone, line)
+    if "times" in args.only:
+        compare_times(args, everyone, line)
+    for side in args.side if "losses" in args.only else ():
+        compare_losses(args, everyone, alone, functools.partial(line, side=side), side)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels' backward for float32 adds in no fixed order
-        checkpoints(args, everyone, alone, line)
+        for side in args.side if "checkpoints" in args.only else ():
+            checkpoints(args, everyone, alone, functools.partial(line, side=side), side)
     dist.destroy_process_group()
 
 
-def compare_losses(args: argparse.Namespace, everyone: Processes, alone: Processes, line: Any) -> None:
+def compare_losses(args: argparse.Namespace, everyone: Processes, alone: Processes, line: Any, side: str) -> None:
     steps, sequences = range(args.steps), args.sequences
-    reference = Job(args, alone, rank=args.rank).losses(steps, sequences)
-    pieces = Job(args, alone, rank=args.rank).losses(steps, sequences, pieces=everyone.world)
-    spread = Job(args, everyone, rank=args.rank).losses(steps, sequences)
+    reference = Job(args, alone, side).losses(steps, sequences)
+    pieces = Job(args, alone, side).losses(steps, sequences, pieces=everyone.world)
+    spread = Job(args, everyone, side).losses(steps, sequences)
     if everyone.first:
         print("losses, one and all:", [round(x, 4) for x in reference[::5]], [round(x, 4) for x in spread[::5]])
     line("one-in-pieces", "loss_difference", largest(reference, pieces), "1")
     line("fira", "loss_difference", largest(reference, spread), "1")
 
 
-def checkpoints(args: argparse.Namespace, everyone: Processes, alone: Processes, line: Any) -> None:
+def checkpoints(args: argparse.Namespace, everyone: Processes, alone: Processes, line: Any, side: str) -> None:
     half, sequences = args.steps // 2, args.sequences
     folder = [tempfile.mkdtemp() if everyone.first else ""]
     dist.broadcast_object_list(folder, src=0)
-    through, again, resumed = (Job(args, everyone, rank=args.rank) for _ in range(3))
+    through, again, resumed = (Job(args, everyone, side) for _ in range(3))
     through.losses(range(half), sequences)
     dcp.save(through.state(), checkpoint_id=folder[0])
     rest = through.losses(range(half, args.steps), sequences)
@@ -188,7 +207,7 @@ def checkpoints(args: argparse.Namespace, everyone: Processes, alone: Processes,
     resumed.losses(range(half, args.steps), sequences)
     line("fira", "resumed_bitwise", float(through.same(resumed.model)), "1")
     if everyone.first:
-        one = Job(args, alone, rank=args.rank)
+        one = Job(args, alone, side)
         one.losses(range(90, 91), sequences)
         state = one.state()
         dcp.load(state, checkpoint_id=folder[0], no_dist=True)
@@ -199,20 +218,22 @@ def checkpoints(args: argparse.Namespace, everyone: Processes, alone: Processes,
 
 
 def compare_times(args: argparse.Namespace, everyone: Processes, line: Any) -> None:
-    jobs = {name: Job(args, everyone, optimizer=name, rank=args.rank) for name in ("fira", "torch-adamw-fused")}
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+    sides = [None, *args.side]
+    jobs = {side: Job(args, everyone, side) for side in sides}
+    times: dict[str | None, list[float]] = {side: [] for side in sides}
     for job in jobs.values():
         timed(job, 0, 5, args.timed_sequences)
     for number in range(args.rounds):
-        for name, job in jobs.items():
-            times[name] += timed(job, 5 + number * args.steps, args.steps, args.timed_sequences)
-    middle = {}
-    for name, job in jobs.items():
+        for side, job in jobs.items():
+            times[side] += timed(job, 5 + number * args.steps, args.steps, args.timed_sequences)
+    for side, job in jobs.items():
+        impl = "torch-adamw-fused" if side is None else "fira"
         held = sum(local(v).nbytes for s in job.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
-        line(name, "time", times[name], "ms")
-        line(name, "state_bytes", float(held), "B")
-        middle[name] = sorted(times[name])[len(times[name]) // 2]
-    line("fira", "overhead", middle["fira"] / middle["torch-adamw-fused"] - 1, "1")
+        line(impl, "time", times[side], "ms", side=side)
+        line(impl, "state_bytes", float(held), "B", side=side)
+    for side in args.side:
+        for metric, middle in (("overhead", statistics.median), ("overhead_of_means", statistics.fmean)):
+            line("fira", metric, middle(times[side]) / middle(times[None]) - 1, "1", side=side)
 
 
 if __name__ == "__main__":

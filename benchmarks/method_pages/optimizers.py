@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,20 +102,40 @@ def kernel_times(results: Path = RESULTS) -> str:
 def two_gpus(results: Path = RESULTS) -> str:
     """The step under FSDP2 on two GPUs beside torch's fused AdamW, and losses against one."""
     lines = on_gpu(results, "optim_sharded")
-    if not lines:
+    found = {(x["impl"], x["params"].get("side"), x["metric"]): x["value"] for x in lines}
+    sides = [side for side in ("right", "std") if ("fira", side, "time") in found]
+    if not sides:
         return "Two GPUs have not been measured yet."
-    found = {(x["impl"], x["metric"]): x for x in lines}
-    rows = header("", "Fira", "torch's fused AdamW")
-    differences = [f"{found[impl, 'loss_difference']['value']:.2g}" for impl in ("fira", "one-in-pieces")]
-    losses = f"{differences[0]} (one card that takes the batch in two pieces: {differences[1]})"
-    both = ("fira", "torch-adamw-fused")
+    adamw = {x["metric"]: x["value"] for x in lines if x["impl"] == "torch-adamw-fused"}
+
+    def cells(metric: str, form: Callable[[float], str], impl: str = "fira") -> list[str]:
+        values = (found.get((impl, side, metric)) for side in sides)
+        return ["" if value is None else form(value) for value in values]
+
+    def yes(value: float) -> str:
+        return "yes" if value else "no"
+
+    def short(value: float) -> str:
+        return f"{value:.2g}"
+
+    rows = header("", *(f'Fira, `side="{side}"`' for side in sides), "torch's fused AdamW")
     rows += [
-        row(["losses of 12 steps against one card, largest relative difference", losses, ""]),
-        row(["ms a step", *(significant(found[impl, "time"]["value"]) for impl in both)]),
-        row(["state of one process", *(size(found[impl, "state_bytes"]["value"]) for impl in both)]),
-        row(["the same run again, bit for bit", "yes" if found["fira", "repeated_bitwise"]["value"] else "no", ""]),
+        row(["ms a step", *cells("time", significant), significant(adamw["time"])]),
+        row(["over AdamW's, medians", *cells("overhead", "{:.1%}".format), ""]),
+        row(["over AdamW's, means, with every refresh", *cells("overhead_of_means", "{:.1%}".format), ""]),
+        row(["state of one process", *cells("state_bytes", size), size(adamw["state_bytes"])]),
+        row(["losses of 12 steps against one card, largest relative difference", *cells("loss_difference", short), ""]),
+        row(
+            [
+                "the same of one card that takes the batch in two pieces",
+                *cells("loss_difference", short, "one-in-pieces"),
+                "",
+            ]
+        ),
+        row(["the same run again, bit for bit", *cells("repeated_bitwise", yes), ""]),
+        row(["saved, loaded and gone on with, bit for bit", *cells("resumed_bitwise", yes), ""]),
     ]
-    return "\n".join([f"{lines[0]['device']}, [lines]({LINKS}/optim_sharded.jsonl):", "", *rows])
+    return "\n".join([f"{lines[-1]['device']}, [lines]({LINKS}/optim_sharded.jsonl):", "", *rows])
 
 
 def fits(results: Path = RESULTS) -> str:
