@@ -108,7 +108,8 @@ class Fused:
     def beside(self, step: Callable[[], None], work: Callable[[], T]) -> T:
         """Do `work` of which a step of these matrices needs nothing, and the step; where it is replayed, side by side.
 
-        Not where either speaks with other processes, which must hear both in one order. The step has a stream of its own then: its kernels need no workspace of cuBLAS, which each stream keeps.
+        Not where either speaks with other processes, which must hear both in one order. The step has a stream of its own
+        then: its kernels need no workspace of cuBLAS, which each stream keeps.
         """
         ready = self.replay is not None and self.replay.ready and not torch.cuda.is_current_stream_capturing()
         if not ready or any(batch.matrices[0].spread.split for batch in self.batches):

@@ -8,8 +8,8 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 import torch.distributed as dist
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 

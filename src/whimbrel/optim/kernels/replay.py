@@ -11,7 +11,7 @@ Step = Callable[[], Iterator[Callable[[], object]]]
 
 
 class Replay:
-    """The launches of a step, replayed as CUDA graphs where steps before were the same: one from each pause to the next.
+    """The launches of a step, replayed as CUDA graphs where steps before were the same: one between two pauses.
 
     Where what a step reads has moved, tables say. Its scratch stays allocated. The n-th recording, which takes as long
     as some steps, waits for 2^(n - 1) equal steps. What is said in the pauses is not recorded, as processes need not
