@@ -68,7 +68,7 @@ def _replays(matrices: Sequence[Matrix]) -> bool:
 
 
 def _side_by_side(
-    steps: Sequence[Generator[Message, Tensor | None]], groups: tuple[ProcessGroup, ...]
+    steps: Sequence[Generator[Message, Any]], groups: tuple[ProcessGroup, ...]
 ) -> Iterator[Callable[[], object]]:
     """Steps of batches that lie alike; yields what processes have to say to each other before they go on.
 
@@ -82,7 +82,7 @@ def _side_by_side(
         answers = answer.split([each.content.shape[-1] for each in said], -1)
 
 
-def _next(step: Generator[Message, Tensor | None], answer: Tensor | None) -> Message | None:
+def _next(step: Generator[Message, Any], answer: Tensor | None) -> Message | None:
     try:
         return step.send(answer)
     except StopIteration:
@@ -108,8 +108,8 @@ class Fused:
     def beside(self, step: Callable[[], None], work: Callable[[], T]) -> T:
         """Do `work` of which a step of these matrices needs nothing, and the step; where it is replayed, side by side.
 
-        Not where either speaks with other processes, which must hear both in one order. The step has a stream of its own
-        then: its kernels need no workspace of cuBLAS, which each stream keeps.
+        Not where either speaks with other processes, which must hear both in one order. The step has a stream of its
+        own then: its kernels need no workspace of cuBLAS, which each stream keeps.
         """
         ready = self.replay is not None and self.replay.ready and not torch.cuda.is_current_stream_capturing()
         if not ready or any(batch.matrices[0].spread.split for batch in self.batches):

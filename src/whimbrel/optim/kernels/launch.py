@@ -65,7 +65,7 @@ def fused_step(
     bases: Tensor,
     drawn: Tensor | None,
     square: Tensor | None = None,
-) -> Generator[Message, Tensor]:
+) -> Generator[Message, Any]:
     """Step matrices of one shape, dtype and layout in place: weights, moments, step and the method's scalars.
 
     The matrices are whole or with whole slices here, or their slices shared out among processes. Where anything is

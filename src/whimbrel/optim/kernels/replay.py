@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def _recorded(
 
 
 def _record(
-    device: torch.device, pool: tuple[int, int], step: Iterator[Callable[[], object]]
+    device: torch.device, pool: Any, step: Iterator[Callable[[], object]]
 ) -> tuple[torch.cuda.CUDAGraph, Callable[[], object] | None]:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
