@@ -18,6 +18,7 @@ from whimbrel.checkpoint import list_checkpoints
 from whimbrel.config import Config, load_config, to_toml
 from whimbrel.data.pipeline import shards_for
 from whimbrel.errors import CheckpointError, ConfigError, TrainingError
+from whimbrel.merge import merge_checkpoints
 from whimbrel.training import loop
 from whimbrel.training.loop import annealed, train
 from whimbrel.training.metrics import read_metrics
@@ -97,6 +98,14 @@ def test_a_branch_starts_from_the_whole_state(tiny: Config, tmp_path: Path) -> N
     assert result.step == 6
     rates = {line["step"]: line["lr"] for line in read_metrics(tmp_path / "branch") if "lr" in line}
     assert rates == {5: pytest.approx(tiny.optim.lr / 2), 6: 0.0}
+    # A run stands for its newest checkpoint; weights alone are not enough.
+    longer = dataclasses.replace(tiny, steps=tiny.steps + 2)
+    other = train(longer, run_dir=tmp_path / "other", branch_from=tmp_path / "run", quiet=True)
+    assert [path.name for path in list_checkpoints(tmp_path / "other")] == [other.checkpoint.name]
+    assert other.step == tiny.steps + 2
+    merge_checkpoints(sorted((tmp_path / "run").glob("step-*")), tmp_path / "mean")
+    with pytest.raises(CheckpointError, match=r"mean holds weights and no training state, .* checkpoint of a run$"):
+        train(longer, run_dir=tmp_path / "third", branch_from=tmp_path / "mean", quiet=True)
 
 
 def test_accumulation_equals_one_pass(tiny: Config, tmp_path: Path) -> None:

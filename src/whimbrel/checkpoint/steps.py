@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from whimbrel.checkpoint.tensorfile import SINGLE
 from whimbrel.errors import CheckpointError
 from whimbrel.files import remove, sha256_file, temporary_name
 
@@ -109,6 +110,10 @@ def check_complete(path: str | Path) -> Meta:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; {_instead(path)}")
+    if (path / SINGLE).exists() and not _STEP.fullmatch(path.name) and not (path / META).exists():
+        raise CheckpointError(
+            f"{path} holds weights and no training state, as merges and converted models do; name a checkpoint of a run"
+        )
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"{problem}; {_instead(path)}")

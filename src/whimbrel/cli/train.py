@@ -21,7 +21,7 @@ class Args:
     run_dir: Path | None = None
     """Run folder; default runs/NAME."""
     branch_from: Path | None = None
-    """Checkpoint of another run whose whole state a new run starts from."""
+    """Checkpoint of another run, or that run for its newest, whose whole state a new run starts from."""
     config: Annotated[Config, tyro.conf.arg(name="")] = Config()
     """Settings"""
 

@@ -65,9 +65,10 @@ def train(
 ) -> TrainResult:
     """Train to `config.steps`, going on from the newest complete checkpoint in `run_dir` if there is one.
 
-    `run_dir` defaults to runs/NAME. `branch_from` names a checkpoint of another run whose whole state (weights,
-    optimizer, data position) a new run starts from, for example to anneal a constant-rate run. Under torchrun every
-    process calls this with the same arguments. SIGINT and SIGTERM save a checkpoint and end the call early.
+    `run_dir` defaults to runs/NAME. `branch_from` names a checkpoint of another run, or that run for its newest, whose
+    whole state (weights, optimizer, data position) a new run starts from, for example to anneal a constant-rate run.
+    Under torchrun every process calls this with the same arguments. SIGINT and SIGTERM save a checkpoint and end the
+    call early.
 
     Raises ConfigError (settings that do not fit the run or the processes), DataError, CheckpointError, and
     TrainingError when a loss or gradient is not finite.
@@ -158,7 +159,9 @@ class _Trainer:
         )
 
     def _restore(self, branch_from: Path | None) -> int:
-        source = checkpoints.latest_checkpoint(self.run_dir) or branch_from
+        source = checkpoints.latest_checkpoint(self.run_dir)
+        if source is None and branch_from is not None:
+            source = checkpoints.latest_checkpoint(branch_from) or branch_from
         if source is None:
             return 0
         extra = checkpoints.load_checkpoint(source, model=self.model, optimizer=self.optimizer)
