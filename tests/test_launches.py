@@ -234,7 +234,7 @@ def test_launches_for_addresses_that_came_before_are_kept(tape, monkeypatch):
     monkeypatch.setattr(launches, "MOST_CALLS", 2)
     tape(a, d)
     tape(a, d)
-    assert list(sequence.ready) == [(a.data_ptr(), 0, d.data_ptr())]
+    assert list(sequence.ready) == [(3, a.data_ptr(), 0, d.data_ptr())]
 
 
 def test_a_tape_is_of_its_key(tape):

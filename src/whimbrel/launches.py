@@ -137,6 +137,7 @@ class _Sequence(NamedTuple):
 
     moves: list[_Move | Pause]
     ready: dict[tuple[int, ...], list[_Call]]
+    """By stream and addresses."""
 
 
 class _Tape:
@@ -180,7 +181,8 @@ class _Tape:
 
 Pause = Callable[[Sequence[Any]], None]
 """What a call does between its launches, with the tensors of the call."""
-_Call = tuple[_Ready, tuple[int, ...], list[Any]] | Pause
+_Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""What to call with what; a pause, with the tensors, where there is nothing."""
 
 _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
@@ -258,32 +260,29 @@ def _play(sequence: _Sequence, tensors: Sequence[Tensor | None], device: int) ->
     """Whether all was launched; otherwise nothing was."""
     if _watched():
         return False
-    addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
-    calls = sequence.ready.get(addresses)
+    stream = driver.active.get_current_stream(device)
+    place = (stream, *[0 if x is None else x.data_ptr() for x in tensors])
+    calls = sequence.ready.get(place)
     if calls is None:
-        calls = _calls(sequence.moves, addresses)
+        calls = _calls(sequence.moves, stream, place[1:])
         if calls is None:
             return False
         if len(sequence.ready) >= MOST_CALLS:
             sequence.ready.clear()
-        sequence.ready[addresses] = calls
-    stream = driver.active.get_current_stream(device)
-    for call in calls:
-        if isinstance(call, tuple):
-            _run(call[0], call[1], stream, call[2])
-        else:
-            call(tensors)
+        sequence.ready[place] = calls
+    for run, arguments in calls:
+        run(*(arguments or (tensors,)))
     return True
 
 
-def _calls(moves: list[_Move | Pause], addresses: Sequence[int]) -> list[_Call] | None:
+def _calls(moves: list[_Move | Pause], stream: int, addresses: Sequence[int]) -> list[_Call] | None:
     """Launches with these addresses in them; None where one is off alignment or a descriptor is not known yet."""
     if any(address % ALIGNMENT for address in addresses):
         return None
     calls: list[_Call] = []
     for move in moves:
         if not isinstance(move, _Move):
-            calls.append(move)
+            calls.append((move, ()))
             continue
         ready, grid, arguments, pointers, descriptors = move
         flat = arguments.copy()
@@ -294,12 +293,25 @@ def _calls(moves: list[_Move | Pause], addresses: Sequence[int]) -> list[_Call] 
             if found is None:
                 return None
             flat[place:end] = found
-        calls.append((ready, grid, flat))
+        calls.append(_below(ready.run, _given(ready, grid, stream, flat)))
     return calls
 
 
-def _run(ready: _Ready, grid: tuple[int, ...], stream: int, flat: list[Any]) -> None:
-    ready.run(*(*grid, 1, 1)[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
+def _below(run: Any, given: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """run(*given) as a call of what Triton's launcher calls in the end, where it does no more than hand that on."""
+    scratch = [getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
+    if not hasattr(run, "launch") or scratch != [0, 0]:
+        return run, given
+    seen: list[tuple[Any, ...]] = []
+    handing_on = copy.copy(run)
+    handing_on.launch = lambda *given: seen.append(given)
+    handing_on(*given)
+    return run.launch, *seen
+
+
+def _given(ready: _Ready, grid: tuple[int, ...], stream: int, flat: list[Any]) -> tuple[Any, ...]:
+    """What Triton's launcher is called with."""
+    return (*(*grid, 1, 1)[:3], stream, ready.function, ready.metadata, None, None, None, *flat, *ready.constants)
 
 
 def launch(
@@ -320,7 +332,8 @@ def launch(
     if not isinstance(kernel, JITFunction):  # interpreted
         if getattr(_recording, "ahead", False):
             return
-        kernel[grid](*_as_triton_has_them(arguments), **constants)
+        with torch.no_grad():  # it writes by operators
+            kernel[grid](*_as_triton_has_them(arguments), **constants)
     elif device.type != "cuda" or device.index == driver.active.get_current_device():
         _launch(kernel, grid, arguments, constants)
     else:
@@ -379,7 +392,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
         flat[place:place] = _encode(arguments[number], ready.layouts[number])
     if tape is not None:
         tape.add(ready, grid, arguments, flat)
-    _run(ready, grid, driver.active.get_current_stream(current), flat)
+    ready.run(*_given(ready, grid, driver.active.get_current_stream(current), flat))
 
 
 def _as_triton_has_them(arguments: tuple[Any, ...]) -> list[Any]:
@@ -398,8 +411,8 @@ def _as_kinds(arguments: tuple[Any, ...]) -> list[Any]:
 
 def _watched() -> bool:
     """Whether somebody wants to hear of every launch, such as a profiler of kernels."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _encode(matrix: Matrix | Blocks, layout: Any) -> list[Any]:

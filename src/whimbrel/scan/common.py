@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,59 @@ from whimbrel.scan.kernels import HAS_TRITON
 
 IMPLS = ("auto", "reference", "chunked", "triton")
 MOST_KERNEL_DIM = 256
+MOST_FORMS = 1 << 10
+"""Kinds of calls whose form is kept, of some 1 KB each; when there are more, all are forgotten."""
 _log = logging.getLogger("whimbrel")
 _announced: set[tuple[str, str]] = set()
+_forms: dict[Any, Callable[..., Any]] = {}
 _edges_that_held: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+
+def form_of(
+    find: Callable[[], Callable[..., Any]],
+    op: str,
+    tensors: Sequence[Tensor],
+    state: Any,
+    cu_seqlens: Tensor | None,
+    options: Sequence[Any],
+) -> Callable[..., Any]:
+    """find(), which checks a call and says how it runs, or what it said of an earlier call alike.
+
+    Checks and choice take the host tens of microseconds, for which a GPU waits where a call is short, and on a GPU they
+    look at nothing but types, shapes, dtypes, devices, options, and whether autograd records. Calls that have those in
+    common are alike. Edges of packed sequences and decays on a CPU are looked at each time, so such calls have no like.
+    """
+    kind = _kind(op, tensors, state, cu_seqlens, options)
+    if kind is None:
+        return find()
+    try:
+        form = _forms.get(kind)
+    except TypeError:  # an option of a type that cannot be one
+        return find()
+    if form is None:
+        form = find()
+        if len(_forms) >= MOST_FORMS:
+            _forms.clear()
+        _forms[kind] = form
+    return form
+
+
+def _kind(
+    op: str, tensors: Sequence[Tensor], state: Any, cu_seqlens: Tensor | None, options: Sequence[Any]
+) -> tuple[Any, ...] | None:
+    """What a call's form depends on, None where that is more than can be kept."""
+    if torch.compiler.is_compiling() or cu_seqlens is not None:
+        return None
+    if state is not None:
+        tensors = (*tensors, *state) if isinstance(state, tuple) else (*tensors, state)
+    kind: list[Any] = [op, type(state), torch.is_grad_enabled(), *options]
+    for x in options:
+        kind.append(type(x))  # 1 equals 1.0 and True
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter or not x.is_cuda:
+            return None
+        kind += x.shape, x.dtype, x.get_device(), x.requires_grad
+    return tuple(kind)
 
 
 def choose(op: str, impl: str, q: Tensor, v: Tensor, *others: Tensor | None, one_step: bool = False) -> str:
@@ -200,7 +251,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd is to record this call."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def one_token(cu_seqlens: Tensor | None, q: Tensor, *others: Tensor | None) -> bool:

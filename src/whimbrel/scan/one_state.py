@@ -6,6 +6,7 @@ The two differ only in the rule by which the state is written (`delta`). Derivat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from whimbrel.scan.common import (
     checked_scale,
     choose,
     compute_dtype,
+    form_of,
     in_rows,
     needs_grad,
     one_token,
@@ -39,22 +41,25 @@ def run(
     cu_seqlens: Tensor | None,
     impl: str,
 ) -> Out:
-    """`decay_scan` or `delta_scan`: their checks, the choice of code, and the call.
+    """`decay_scan` or `delta_scan`: checks and the choice of code, where no call alike has been through them, and the call.
 
     tensors: q, k, v, log_decay, beta. recur: one sequence token by token, as `reference` takes it. delta: whether the
     state is written by the delta rule.
     """
-    q, k, v, log_decay, beta = tensors
-    check_inputs(op, q, k, v, {"log_decay": log_decay, "beta": beta}, {"state": state}, cu_seqlens)
-    scale = checked_scale(op, scale, q.shape[3])
-    code = choose(op, impl, q, v, log_decay, beta, state, one_step=one_token(cu_seqlens, *tensors, state))
-    if code == "step":
-        kernel = True if impl == "triton" else None
-        return step(*tensors, scale=scale, delta=delta, state=state, kernel=kernel)
-    if code == "reference":
-        return reference(recur, *tensors, scale=scale, state=state, cu_seqlens=cu_seqlens)
-    form = in_kernels if code == "triton" else chunked
-    return form(*tensors, scale=scale, delta=delta, state=state, cu_seqlens=cu_seqlens)
+
+    def find() -> Callable[..., Out]:
+        q, k, v, log_decay, beta = tensors
+        check_inputs(op, q, k, v, {"log_decay": log_decay, "beta": beta}, {"state": state}, cu_seqlens)
+        factor = checked_scale(op, scale, q.shape[3])
+        code = choose(op, impl, q, v, log_decay, beta, state, one_step=one_token(cu_seqlens, *tensors, state))
+        if code == "step":
+            return partial(one_step, scale=factor, delta=delta, kernel=True if impl == "triton" else None)
+        if code == "reference":
+            return partial(reference, recur, scale=factor)
+        return in_kernels(factor, delta) if code == "triton" else partial(chunked, scale=factor, delta=delta)
+
+    form = form_of(find, op, tensors, state, cu_seqlens, (delta, scale, impl))
+    return form(*tensors, state=state, cu_seqlens=cu_seqlens)
 
 
 def reference(
@@ -126,26 +131,32 @@ def step(
     return Out(y[:, None].to(v.dtype), state)
 
 
-def in_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    *,
-    scale: float,
-    delta: bool,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Out:
+def one_step(*tensors: Tensor, state: Tensor | None, cu_seqlens: None, **settings: Any) -> Out:
+    """`step`, called as the other forms."""
+    return step(*tensors, state=state, **settings)
+
+
+def in_kernels(scale: float, delta: bool) -> Callable[..., Out]:
     """The chunkwise parallel form in Triton kernels; with `delta` the state obeys the delta rule, else it adds."""
     from whimbrel.scan.kernels.launch import recurrence
 
-    states = None if state is None else (state,)
-    y, _, state = recurrence(
-        q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens, delta=delta, scale=scale
-    )
-    return Out(y, state)
+    def form(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        *,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Out:
+        states = None if state is None else (state,)
+        y, _, state = recurrence(
+            q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens, delta=delta, scale=scale
+        )
+        return Out(y, state)
+
+    return form
 
 
 def chunked(

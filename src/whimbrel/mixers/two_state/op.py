@@ -14,7 +14,7 @@ from whimbrel.mixers.two_state.chunked import chunked
 from whimbrel.mixers.two_state.rule import Rule, both_states, checked_rule
 from whimbrel.mixers.two_state.step import step
 from whimbrel.scan.base import Out, State
-from whimbrel.scan.common import by_sequence, choose, compute_dtype, in_rows, needs_grad, one_token
+from whimbrel.scan.common import by_sequence, choose, compute_dtype, form_of, in_rows, needs_grad, one_token
 
 GRAIN = 64
 """Parts of a sequence are multiples of as many tokens, so that they cut no chunk in two."""
@@ -31,21 +31,28 @@ def run(
     impl: str,
     **options: Any,
 ) -> Out:
-    """`rla` or `rdn`: their checks, the choice of code, and the call.
+    """`rla` or `rdn`: their checks and the choice of code, where no call alike has been through them, and the call.
 
     tensors: q, k, v, log_decay, beta, gamma. recur: one sequence token by token, as `reference` takes it. delta:
     whether states are written by the delta rule. options: those of `checked_rule`.
     """
-    rule = checked_rule(op, *tensors, state=state, cu_seqlens=cu_seqlens, recompute=recompute, **options)
-    q, _, *others = tensors
-    code = choose(op, impl, q, *others, *(state or ()), one_step=one_token(cu_seqlens, *tensors, *(state or ())))
-    if code == "step":
-        return step(*tensors, rule=rule, delta=delta, state=state, kernel=True if impl == "triton" else None)
-    if code == "reference":
-        form = partial(reference, recur, rule=rule)
-    else:
-        form = partial(in_kernels if code == "triton" else chunked, rule=rule, delta=delta)
-    return in_parts(form, *tensors, state=state, cu_seqlens=cu_seqlens, parts=recompute)
+
+    def find() -> Callable[..., Out]:
+        rule = checked_rule(op, *tensors, state=state, cu_seqlens=cu_seqlens, recompute=recompute, **options)
+        q, _, *others = tensors
+        code = choose(op, impl, q, *others, *(state or ()), one_step=one_token(cu_seqlens, *tensors, *(state or ())))
+        if code == "step":
+            return partial(one_step, rule=rule, delta=delta, kernel=True if impl == "triton" else None)
+        if code == "reference":
+            form = partial(reference, recur, rule=rule)
+        elif code == "triton":
+            form = in_kernels(rule, delta)
+        else:
+            form = partial(chunked, rule=rule, delta=delta)
+        return partial(in_parts, form, parts=recompute) if recompute else form
+
+    form = form_of(find, op, tensors, state, cu_seqlens, (delta, recompute, impl, *options.values()))
+    return form(*tensors, state=state, cu_seqlens=cu_seqlens)
 
 
 def run_step(op: str, *tensors: Tensor, delta: bool, state: State | None, out: State | None, **options: Any) -> Out:
@@ -125,35 +132,29 @@ def in_parts(
     return Out(torch.cat(ys, 1), state)
 
 
-def in_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    gamma: Tensor,
-    *,
-    rule: Rule,
-    delta: bool,
-    state: State | None,
-    cu_seqlens: Tensor | None,
-) -> Out:
+def one_step(*tensors: Tensor, state: State | None, cu_seqlens: None, **settings: Any) -> Out:
+    """`step`, called as the other forms."""
+    return step(*tensors, state=state, **settings)
+
+
+def in_kernels(rule: Rule, delta: bool) -> Callable[..., Out]:
     """The chunkwise parallel form in Triton kernels; with `delta` RDN, else RLA."""
     from whimbrel.scan.kernels.launch import recurrence
 
-    y, base, residual = recurrence(
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        gamma,
-        states=None if state is None else both_states(state, q, v, cu_seqlens, torch.float32),
-        cu_seqlens=cu_seqlens,
-        delta=delta,
-        gated=rule.gated,
-        decayed=rule.decayed,
-        clip=rule.clip,
-        scale=rule.scale,
-    )
-    return Out(y, State(base, residual))
+    def form(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Out:
+        y, base, residual = recurrence(
+            q,
+            k,
+            v,
+            *gates,
+            states=None if state is None else both_states(state, q, v, cu_seqlens, torch.float32),
+            cu_seqlens=cu_seqlens,
+            delta=delta,
+            gated=rule.gated,
+            decayed=rule.decayed,
+            clip=rule.clip,
+            scale=rule.scale,
+        )
+        return Out(y, State(base, residual))
+
+    return form

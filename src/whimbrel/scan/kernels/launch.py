@@ -6,6 +6,7 @@ one-state recurrence is the second stream alone: it reads after its own write.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from whimbrel.launches import compiling_ahead, launch, replay
+from whimbrel.scan.common import needs_grad
 from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
 from whimbrel.scan.kernels import hopper_launch as _hopper
 from whimbrel.scan.kernels import prepare as _prepare
 from whimbrel.scan.kernels.operators import differentiate, operator, plain
+from whimbrel.scan.kernels.room import Room
 from whimbrel.scan.kernels.segments import Segments, count_chunks, segments
 
 CHUNK = 32
@@ -31,6 +34,9 @@ at K = 32, an illegal access at 32 columns), and Hopper has kernels of its own.
 """
 
 
+MOST_SCANS = 1 << 8
+"""Kinds of calls that are kept, of some 2 KB each; when there are more, all are forgotten."""
+_scans: dict[Any, Scan] = {}
 _begun: set[Any] = set()
 """Kinds of calls with gradients whose kernels were compiled, or are being compiled side by side."""
 
@@ -45,10 +51,6 @@ class Flags(NamedTuple):
     CLIP: bool
 
 
-def _chunk(hopper: bool) -> int:
-    return _hopper.CHUNK if hopper else CHUNK
-
-
 def _block(dim: int, most: int = 1 << 30) -> int:
     """Columns of a tile over `dim`: a power of two, at least what a matrix unit takes."""
     return max(16, min(most, triton.next_power_of_2(dim)))
@@ -56,6 +58,192 @@ def _block(dim: int, most: int = 1 << 30) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+class Scan:
+    """How a recurrence runs over all inputs of the same shapes, dtype and options, wherever they lie.
+
+    What follows from those alone is worked out once: which kernels, how they share out the tokens, and the memory they
+    need. Launches are replayed by the addresses of a call, which `Room` makes few, and nothing else of it is looked at.
+    """
+
+    def __init__(
+        self, q: Tensor, v: Tensor, sequences: int, flags: Flags, clip: float | None, scale: float, save: bool
+    ) -> None:
+        batch, time, heads, key_dim = q.shape
+        value_heads, value_dim = v.shape[2:]
+        self.flags, self.clip, self.scale, self.save = flags, clip, scale, save
+        self.hopper = _hopper.fits(q, v)
+        self.chunk = _hopper.CHUNK if self.hopper else CHUNK
+        self.parts = _hopper.splits(q, v, sequences) if self.hopper else 1
+        self.tokens, self.shape, self.shared = batch * time, (batch, time), value_heads != heads
+        self.states = 2, sequences, value_heads, key_dim, value_dim
+        self.rates = batch, time, value_heads
+        # A key head's gradient is a sum over its value heads; what is not on Hopper adds them up in fp32.
+        self.queries = (*self.rates, key_dim), q.dtype if self.hopper or not self.shared else torch.float32
+        chunks = count_chunks(self.tokens, sequences, self.chunk)
+        saved = 1 if self.hopper and not flags.TWO else 2, chunks, value_heads, key_dim, value_dim
+        """States at the chunks' starts; the kernels that run anywhere leave the first plane of one state empty."""
+        tiles = 2, value_heads, chunks, self.chunk, self.chunk
+        handed = _hopper.scratch_shape(flags.DELTA, self.parts, sequences, value_heads, key_dim, value_dim)
+        carried = _hopper.carried_shape(flags.DELTA, sequences * self.parts, self.parts, value_heads, key_dim)
+        none, word = (0,), torch.float32
+        self.kept = Room(
+            gates=((3, value_heads, self.tokens), word),
+            tiles=(tiles if flags.DELTA or flags.TWO else none, q.dtype),
+            saved=(saved if save else none, q.dtype),
+            inside=(v.shape if save and flags.TWO and flags.CLIP and not self.hopper else none, torch.int8),
+            residual=(v.shape if self.hopper and flags.TWO and (save or self.parts > 1) else none, q.dtype),
+            carried=(carried, word),
+        )
+        self.ahead = Room(handed=(handed, word))
+        self.back = Room(
+            handed=(handed, word),
+            dresidual=(v.shape if flags.TWO and not self.hopper else none, q.dtype),
+            pulled=(none if self.hopper else saved, q.dtype),
+        )
+        self.table: Segments | None = None
+
+    def outputs(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for y as v, the final states, and what is kept for the backward."""
+        return torch.empty_like(v), _empty(v, self.states), self.kept.on(v.device)
+
+    def cotangents(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Memory for those of q and k, for each value head, v, log decay, first and second rate, and start."""
+        (shape, dtype), rates, device = self.queries, self.rates, v.device
+        return (
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty_like(v),
+            _empty(v, rates),
+            _empty(v, rates),
+            _empty(v, rates),
+            _empty(v, self.states),
+        )
+
+    def cut(self, cu_seqlens: Tensor | None, device: torch.device) -> Segments:
+        """Chunks and stretches of a call."""
+        if cu_seqlens is not None:
+            return segments(cu_seqlens, *self.shape, self.chunk, self.parts, device)
+        if self.table is None:
+            self.table = segments(None, *self.shape, self.chunk, self.parts, device)
+        return self.table
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        first_rate: Tensor | None,
+        second_rate: Tensor,
+        start: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, final states, and what is kept."""
+        inputs = q, k, v, log_decay, first_rate, second_rate, start
+        y, ends, kept = outputs = self.outputs(v)
+        if not self.tokens:
+            ends.zero_() if start is None else ends.copy_(start.detach())
+            return outputs
+        table = self.cut(cu_seqlens, v.device)
+        dtypes = log_decay.dtype, None if first_rate is None else first_rate.dtype, second_rate.dtype, start is None
+        if self.hopper and self.save:
+            self.compile(inputs, outputs, table, dtypes)
+        scratch = self.ahead.on(v.device) if self.ahead.bytes else kept
+        run = partial(self.launch_forward, inputs, outputs, scratch, table)
+        replay((self, dtypes), (*inputs, *outputs, scratch if self.ahead.bytes else None, *table), run)
+        return outputs
+
+    def launch_forward(
+        self, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, Tensor, Tensor], scratch: Tensor, table: Segments
+    ) -> None:
+        """Fill the outputs."""
+        q, k, v, log_decay, first_rate, second_rate, start = inputs
+        y, ends, kept = outputs
+        gates, tiles, saved, inside, residual, carried = self.kept.parts_of(kept)
+        flags, clip, scale = self.flags, self.clip, self.scale
+        _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, self.hopper)
+        if self.hopper:
+            (handed,) = self.ahead.parts_of(scratch)
+            _hopper.forward(
+                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, handed,
+                table, self.parts, flags, scale, clip, self.save,
+            )  # fmt: skip
+        else:
+            _forward_anywhere(
+                q, k, v, gates, tiles, saved, inside, start, ends, y, table, flags, scale, clip, self.save
+            )
+
+    def backward(
+        self, dy: Tensor, dends: Tensor | None, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Cotangents of q, k, v, log decay, first and second rate, and start."""
+        found = dq, dk, *rest = self.cotangents(v)
+        if not self.tokens:
+            dstart = found[-1]
+            dstart.zero_() if dends is None else dstart.copy_(dends)
+            return found
+        table, scratch = self.cut(cu_seqlens, v.device), self.back.on(v.device) if self.back.bytes else kept
+        given = dy, dends, q, k, v, kept
+        run = partial(self.launch_backward, given, found, scratch, table)
+        replay((self, dends is None), (*given, *found, scratch if self.back.bytes else None, *table), run)
+        if self.shared:
+            heads = q.shape[2]
+            dq, dk = (x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
+        return dq, dk, *rest
+
+    def launch_backward(
+        self, given: tuple[Tensor | None, ...], found: tuple[Tensor, ...], scratch: Tensor, table: Segments
+    ) -> None:
+        """Fill what is to be found."""
+        dy, dends, q, k, v, kept = given
+        dq, dk, dv, dlog, dfirst, dsecond, dstart = found
+        gates, tiles, saved, inside, residual, carried = self.kept.parts_of(kept)
+        handed, dresidual, pulled = self.back.parts_of(scratch)
+        flags, clip, scale = self.flags, self.clip, self.scale
+        if self.hopper:
+            _hopper.backward(
+                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstart,
+                dq, dk, dv, dlog, dfirst, dsecond, handed, table, self.parts, flags, scale, clip,
+            )  # fmt: skip
+        else:
+            _backward_anywhere(
+                q, k, v, dy, gates, tiles, saved, inside, dends, dstart,
+                dq, dk, dv, dresidual if flags.TWO else dv, pulled, dlog, dfirst, dsecond, table, flags, scale, clip,
+            )  # fmt: skip
+
+    def compile(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        outputs: tuple[Tensor, Tensor, Tensor],
+        table: Segments,
+        dtypes: tuple[Any, ...],
+    ) -> None:
+        """Have all kernels of a call with gradients compiled side by side, the first time that there is such a call."""
+        q, k, v, *_ = inputs
+        kind = self.flags, self.states[3:], self.queries[1], self.parts == 1, dtypes
+        if kind in _begun:
+            return
+        _begun.add(kind)
+        with compiling_ahead():
+            self.launch_forward(inputs, outputs, self.ahead.on(v.device), table)
+            given = outputs[0], None, q, k, v, outputs[2]
+            self.launch_backward(given, self.cotangents(v), self.back.on(v.device), table)
+
+
+def _scan_of(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, flags: Flags, clip: float | None, scale: float, save: bool
+) -> Scan:
+    """The `Scan` of a call, an earlier one's where there was one alike."""
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    key = q.shape, v.shape, sequences, q.dtype, q.device, flags, clip, scale, save
+    found = _scans.get(key)
+    if found is None:
+        if len(_scans) >= MOST_SCANS:
+            _scans.clear()
+        found = _scans[key] = Scan(q, v, sequences, flags, clip, scale, save)
+    return found
 
 
 def _scan_forward(
@@ -73,76 +261,23 @@ def _scan_forward(
     clip: float | None,
     scale: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y as v, final states fp32 [2, N, HV, K, V], and for the backward: gates, tiles, saved states, the clip's mask.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y as v, final states fp32 [2, N, HV, K, V], and bytes for the backward, of which `save` false makes fewer.
 
     q, k [B, T, H, K], v [B, T, HV, V], contiguous; log_decay and rates [B, T, HV]; start as the final states.
-    `first_rate` None means one state, the second. Tensors that only the backward needs are empty without `save`.
+    `first_rate` None means one state, the second; nothing is written to the first plane of the states then.
     """
-    batch, time, _, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    hopper = _hopper.fits(q, v)
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
-    table, parts = _cut(q, v, cu_seqlens, hopper)
-    tokens, chunks, sequences = batch * time, table.chunk_start.numel(), table.stretch_start.numel() // parts
-    gates = _empty(q, (3, value_heads, tokens), torch.float32)
-    tiles = _empty(q, _tiles(flags, value_heads, chunks, _chunk(hopper)), q.dtype)
-    dtypes = [None if x is None else x.dtype for x in (q, log_decay, first_rate, second_rate, start)]
-    shapes = q.shape, v.shape, sequences, parts, *dtypes
-    kind = flags, key_dim, value_dim, parts == 1, start is None, *dtypes
-    if tokens and hopper and save and kind not in _begun:
-        _begun.add(kind)
-        _compile_together(
-            q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
-        )  # fmt: skip
-    if tokens:
-        # By itself and first, so that the device is at work while the host finds memory for the rest.
-        replay(
-            ("prepare", flags, *shapes),
-            (k, log_decay, first_rate, second_rate, gates, tiles, *table),
-            lambda: _prepare_chunks(k, log_decay, first_rate, second_rate, gates, tiles, table, flags, hopper),
-        )
-    y = torch.empty_like(v)
-    ends = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
-    if not flags.TWO:
-        ends[0].zero_()
-    saved = _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype)
-    inside = _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8)
-    residual, carried, scratch = (
-        _empty(q, shape, dtype) for shape, dtype in _hopper_extras(q, v, flags, sequences, parts, save, hopper)
-    )
-    kept = y, ends, gates, tiles, saved, inside, residual, carried
-    if tokens == 0:
-        ends.zero_() if start is None else ends.copy_(start)
-        return kept
-
-    def run() -> None:
-        if hopper:
-            _hopper.forward(
-                q, k, v, gates, tiles, saved, residual, carried, start, ends, y, scratch,
-                table, parts, flags, scale, clip, save,
-            )  # fmt: skip
-        else:
-            _forward_anywhere(q, k, v, gates, tiles, saved, inside, start, ends, y, table, flags, scale, clip, save)
-
-    replay(("forward", flags, scale, clip, save, *shapes), (q, k, v, start, *kept, scratch, *table), run)
-    return kept
+    scan = _scan_of(q, v, cu_seqlens, flags, clip, scale, save)
+    return scan.forward(q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens)
 
 
-def _compile_together(*inputs: Any) -> None:
-    """Have all kernels of a call with gradients compiled side by side; inputs as for `_scan_forward`."""
-    q, k, v, _, first_rate, _, _, cu_seqlens, delta, *options, _ = inputs
-    with compiling_ahead():
-        y, _, *kept = _scan_forward(*inputs)
-        given: list[Any] = [y, None, q, k, v, *kept, cu_seqlens, delta, first_rate is not None, *options]
-        _scan_backward(*given)
-
-
-def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, hopper: bool) -> tuple[Segments, int]:
-    """Chunks and stretches of a call, and how many stretches a sequence has."""
-    if hopper:
-        return _hopper.cut(q, v, cu_seqlens)
-    return segments(cu_seqlens, q.shape[0], q.shape[1], CHUNK, 1, q.device), 1
+def _fake_forward(
+    q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
+):
+    flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return Scan(q, v, sequences, flags, clip, scale, save).outputs(v)
 
 
 def _prepare_chunks(
@@ -178,7 +313,7 @@ def _prepare_chunks(
         heads,
         value_heads,
         K=key_dim,
-        C=_chunk(hopper),
+        C=_hopper.CHUNK if hopper else CHUNK,
         BK=_block(key_dim),
         DELTA=flags.DELTA,
         TWO=flags.TWO,
@@ -248,56 +383,8 @@ def _forward_anywhere(
     )
 
 
-def _fake_forward(
-    q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, delta, gated, decayed, clip, scale, save
-):
-    batch, time, _, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    hopper = _hopper.fits(q, v)
-    chunk, parts = _chunk(hopper), _hopper.splits(q, v, sequences) if hopper else 1
-    flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
-    chunks = count_chunks(batch * time, sequences, chunk)
-    residual, carried, _ = _hopper_extras(q, v, flags, sequences, parts, save, hopper)
-    return (
-        torch.empty_like(v),
-        _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32),
-        _empty(q, (3, value_heads, batch * time), torch.float32),
-        _empty(q, _tiles(flags, value_heads, chunks, chunk), q.dtype),
-        _empty(q, _saved(hopper, flags, chunks, value_heads, key_dim, value_dim) if save else (0,), q.dtype),
-        _empty(q, v.shape if save and flags.TWO and flags.CLIP and not hopper else (0,), torch.int8),
-        *(_empty(q, shape, dtype) for shape, dtype in (residual, carried)),
-    )
-
-
-def _hopper_extras(
-    q: Tensor, v: Tensor, flags: Flags, sequences: int, parts: int, save: bool, hopper: bool
-) -> list[tuple[Any, torch.dtype]]:
-    """Shape and dtype of what only the kernels for Hopper have: the residual, what carries a state on, and scratch."""
-    if not hopper:
-        return [((0,), q.dtype), ((0,), torch.float32), ((0,), torch.float32)]
-    value_heads, value_dim = v.shape[2:]
-    carried = _hopper.carried_shape(flags.DELTA, sequences * parts, parts, value_heads, q.shape[3])
-    scratch = _hopper.scratch_shape(flags.DELTA, parts, sequences, value_heads, q.shape[3], value_dim)
-    kept = flags.TWO and (save or parts > 1)
-    return [(v.shape if kept else (0,), q.dtype), (carried, torch.float32), (scratch, torch.float32)]
-
-
-def _empty(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _states(sequences: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
-    return 2, sequences, heads, key_dim, value_dim
-
-
-def _saved(hopper: bool, flags: Flags, chunks: int, heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
-    """States at the chunks' starts; the kernels that run anywhere leave the first plane of one state empty."""
-    return 1 if hopper and not flags.TWO else 2, chunks, heads, key_dim, value_dim
-
-
-def _tiles(flags: Flags, heads: int, chunks: int, chunk: int) -> tuple[int, ...]:
-    return (2, heads, chunks, chunk, chunk) if flags.DELTA or flags.TWO else (0,)
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _scan_backward(
@@ -306,12 +393,7 @@ def _scan_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: Tensor,
-    tiles: Tensor,
-    saved: Tensor,
-    inside: Tensor,
-    residual: Tensor,
-    carried: Tensor,
+    kept: Tensor,
     cu_seqlens: Tensor | None,
     delta: bool,
     two: bool,
@@ -320,48 +402,12 @@ def _scan_backward(
     clip: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv as q, k, v; fp32 cotangents [B, T, HV] of log decay, first and second rate; of the start, fp32."""
-    batch, time, heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    hopper = _hopper.fits(q, v)
+    """dq, dk, dv as q, k, v; fp32 cotangents [B, T, HV] of log decay, first and second rate; of the start, fp32.
+
+    Of one state the first rate's is not written, nor the first plane of the start's.
+    """
     flags = Flags(delta, two, gated, decayed, clip is not None)
-    table, parts = _cut(q, v, cu_seqlens, hopper)
-    sequences = table.stretch_start.numel() // parts
-    dv = torch.empty_like(v)
-    dstarts = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
-    if not two:
-        dstarts[0].zero_()
-    group_dtype = q.dtype if value_heads == heads or hopper else torch.float32
-    dq = _empty(q, (batch, time, value_heads, key_dim), group_dtype)
-    dk = torch.empty_like(dq)
-    dlog, dfirst, dsecond = (_empty(q, (batch, time, value_heads), torch.float32) for _ in range(3))
-    results = dq, dk, dv, dlog, dfirst, dsecond, dstarts
-    if not batch * time:
-        dstarts.zero_() if dends is None else dstarts.copy_(dends)
-        return torch.empty_like(q), torch.empty_like(k), *results[2:]
-    dr = torch.empty_like(v) if two and not hopper else dv
-    pulled = _empty(q, (0,) if hopper else saved.shape, saved.dtype)
-    scratch = _empty(q, _hopper.scratch_shape(delta, parts, sequences, value_heads, key_dim, value_dim), torch.float32)
-
-    def run() -> None:
-        if hopper:
-            _hopper.backward(
-                q, k, v, dy, gates, tiles, saved, residual, carried, dends, dstarts,
-                dq, dk, dv, dlog, dfirst, dsecond, scratch, table, parts, flags, scale, clip,
-            )  # fmt: skip
-        else:
-            _backward_anywhere(
-                q, k, v, dy, gates, tiles, saved, inside, dends, dstarts,
-                dq, dk, dv, dr, pulled, dlog, dfirst, dsecond, table, flags, scale, clip,
-            )  # fmt: skip
-
-    given = (q, k, v, dy, gates, tiles, saved, inside, residual, carried, dends)
-    tensors = (*given, *results, *(() if hopper else (dr, pulled)), scratch, *table)
-    key = ("backward", flags, scale, clip, q.shape, v.shape, sequences, parts, q.dtype, dends is None)
-    replay(key, tensors, run)
-    if value_heads != heads:
-        dq, dk = (x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, dlog, dfirst, dsecond, dstarts
+    return _scan_of(q, v, cu_seqlens, flags, clip, scale, True).backward(dy, dends, q, k, v, kept, cu_seqlens)
 
 
 def _backward_anywhere(
@@ -460,59 +506,37 @@ def _backward_anywhere(
     )
 
 
-def _fake_backward(
-    dy,
-    dends,
-    q,
-    k,
-    v,
-    gates,
-    tiles,
-    saved,
-    inside,
-    residual,
-    carried,
-    cu_seqlens,
-    delta,
-    two,
-    gated,
-    decayed,
-    clip,
-    scale,
-):
-    batch, time, _, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rates = [_empty(q, (batch, time, value_heads), torch.float32) for _ in range(3)]
-    states = _empty(q, _states(sequences, value_heads, key_dim, value_dim), torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *rates, states
+def _fake_backward(dy, dends, q, k, v, kept, cu_seqlens, delta, two, gated, decayed, clip, scale):
+    flags = Flags(delta, two, gated, decayed, clip is not None)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _, _, *rest = Scan(q, v, sequences, flags, clip, scale, True).cotangents(v)
+    return torch.empty_like(q), torch.empty_like(k), *rest
 
 
 scan_forward = operator("scan_forward", _scan_forward, _fake_forward)
 scan_backward = operator("scan_backward", _scan_backward, _fake_backward)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, *options, _ = inputs
-    _, _, *kept = output
+    kept = output[2]
     ctx.set_materialize_grads(False)
     ctx.options = options
     ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, first_rate, second_rate, start)]
-    ctx.save_for_backward(q, k, v, cu_seqlens, *kept)
-    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(q, k, v, kept, cu_seqlens)
+    ctx.mark_non_differentiable(kept)
 
 
-def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens, gates, tiles, saved, inside, residual, carried = ctx.saved_tensors
+def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, kept, cu_seqlens = ctx.saved_tensors
     delta, gated, decayed, clip, scale = ctx.options
     log_type, first_type, second_type, start_type = ctx.dtypes
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     dends = None if dends is None else dends.contiguous()
     run = _scan_backward if plain(dy) else scan_backward
     dq, dk, dv, dlog, dfirst, dsecond, dstart = run(
-        dy, dends, q, k, v, gates, tiles, saved, inside, residual, carried, cu_seqlens,
-        delta, first_type is not None, gated, decayed, clip, scale,
-    )  # fmt: skip
+        dy, dends, q, k, v, kept, cu_seqlens, delta, first_type is not None, gated, decayed, clip, scale
+    )
     return (
         dq,
         dk,
@@ -525,7 +549,7 @@ def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> tuple[T
     )
 
 
-_plain_forward = differentiate(scan_forward, _keep, _pull)
+_record = differentiate(scan_forward, _keep, _pull)
 
 
 def recurrence(
@@ -543,12 +567,12 @@ def recurrence(
     decayed: bool = False,
     clip: float | None = None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """(y, base state, second state) of a recurrence with checked arguments, differentiable once.
 
     q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, bf16, fp16 or fp32; log_decay and rates [B, T, HV]; states
     [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None there
-    is one state, the second, and `states` holds one; the base that comes back is zero.
+    is one state, the second, and `states` holds one; the base that comes back is nothing.
     """
     start = None
     if states is not None:
@@ -560,13 +584,18 @@ def recurrence(
         q, k = (F.pad(x, (0, more_keys)) for x in (q, k))
         v = F.pad(v, (0, more_values))
         start = None if start is None else F.pad(start, (0, more_values, 0, more_keys))
-    tensors = (q, k, v, log_decay, first_rate, second_rate)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, start))
-    run = _plain_forward if plain(*tensors, start) else scan_forward
-    y, ends, *_ = run(
-        *(None if x is None else x.contiguous() for x in tensors),
-        start, cu_seqlens, delta, gated, decayed, clip, scale, save,
+    given = (q, k, v, log_decay, first_rate, second_rate, start)
+    save = needs_grad(*given)
+    inputs = (
+        *[x if x is None or x.is_contiguous() else x.contiguous() for x in given],
+        cu_seqlens, delta, gated, decayed, clip, scale, save,
     )  # fmt: skip
+    if plain(*given):
+        output = _scan_forward(*inputs)
+        output = _record(output, *inputs) if save else output
+    else:
+        output = scan_forward(*inputs)
+    y, ends, _ = output
     if more_keys or more_values:
         y, ends = y[..., :value_dim], ends[..., :key_dim, :value_dim]
-    return y, ends[0], ends[1]
+    return y, ends[0] if first_rate is not None else None, ends[1]

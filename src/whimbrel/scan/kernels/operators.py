@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 _library = library.Library("whimbrel", "FRAGMENT")
-_functions: dict[Any, Callable[..., Any]] = {}
-"""What each operator was made from."""
 
 
 def operator(
@@ -29,9 +28,10 @@ def operator(
     for key in keys:
         _library.impl(name, function, key)
     library.register_fake(f"whimbrel::{name}", fake, lib=_library)
-    op = getattr(torch.ops.whimbrel, name).default
-    _functions[op] = function
-    return op
+    return getattr(torch.ops.whimbrel, name).default
+
+
+_ORDINARY = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -41,7 +41,7 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and _ORDINARY.issuperset(map(type, tensors))
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -52,31 +52,32 @@ def differentiate(
     keep: Callable[[Any, tuple[Any, ...], Any], None],
     pull: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Give `op` a gradient, once; returns the same for tensors that are `plain`.
+    """Give `op` a gradient, once; returns record(output, *inputs), which notes for autograd what was made of what.
 
     keep: called as keep(ctx, inputs, output) after the forward, to save what `pull` needs.
-    pull: called as pull(ctx, *cotangents of the outputs); returns one of each input, None where there is none.
+    pull: called as pull(ctx, *cotangents of the outputs); returns a tuple of those of the inputs, None where there is none.
+    record returns the output, made of `plain` inputs without autograd looking on. So the device is at work meanwhile.
     """
 
-    def recorded(compute: Callable[..., Any]) -> Callable[..., Any]:
-        class Gradient(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = compute(*inputs)
-                keep(ctx, inputs, output)
-                return output
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, made: tuple[Any], *inputs: Any) -> Any:
+            keep(ctx, inputs, made[0])
+            return made[0]
 
-            backward = staticmethod(pull)
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            return None, *pull(ctx, *cotangents)
 
-        def run(*inputs: Any) -> Any:
-            wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-            return Gradient.apply(*inputs) if wanted else compute(*inputs)
+    def record(output: Any, *inputs: Any) -> Any:
+        return Gradient.apply((output,), *inputs)  # in a tuple, or autograd would take it for an input
 
-        return run
-
-    def below(*inputs: Any) -> Any:
+    def run(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            output = op(*inputs)
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return record(output, *inputs) if wanted else output
 
-    _library.impl(op.name().partition("::")[2], recorded(below), "Autograd")
-    return recorded(_functions[op])
+    _library.impl(op.name().partition("::")[2], run, "Autograd")
+    return record
