@@ -237,6 +237,41 @@ def test_launches_for_addresses_that_came_before_are_kept(tape, monkeypatch):
     assert list(sequence.ready) == [(3, a.data_ptr(), 0, d.data_ptr())]
 
 
+def test_a_launcher_that_only_hands_on_is_left_out():
+    class Launcher:
+        """As Triton's."""
+
+        global_scratch_size, profile_scratch_size = 0, 0
+
+        def __init__(self):
+            self.got, self.called = [], 0
+            self.launch = lambda *given: self.got.append(given)
+
+        def __call__(self, *given):
+            self.called += 1
+            self.launch(*given, "cooperative")
+
+    run = Launcher()
+    call, arguments = launches._below(run, (1, 2))
+    assert not run.got
+    call(*arguments)
+    assert (run.called, run.got) == (0, [(1, 2, "cooperative")])
+    run.global_scratch_size = 8  # memory of which is found for each launch
+    assert launches._below(run, (1, 2)) == (run, (1, 2))
+    assert launches._below(print, (1, 2)) == (print, (1, 2))
+
+
+def test_launches_are_of_their_stream(tape, monkeypatch):
+    a, b = squares()
+    for stream in (3, 3, 3, 4, 4, 3):
+        monkeypatch.setattr(launches.driver.active, "get_current_stream", lambda device, stream=stream: stream)
+        tape(a, b)
+    (sequence,) = launches._tapes.values()
+    assert [place[0] for place in sequence.ready] == [3, 4]
+    for place, calls in sequence.ready.items():
+        assert [arguments[3] for _, arguments in calls] == [place[0]] * 2
+
+
 def test_a_tape_is_of_its_key(tape):
     a, b = squares()
     for n in (40, 40, 40, 41, 41):
@@ -358,12 +393,56 @@ def test_replayed_launches_give_what_new_ones_do(name, time, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y, moved, torch.ones_like(y)), *moved]
 
     found = [results(inputs) for inputs in held]
-    assert len(launches._tapes) == 3
+    assert len(launches._tapes) == 2
     with monkeypatch.context() as patch:
         patch.setattr(launches, "_replay", lambda key, tensors, make, device: make())
         wanted = [results(inputs) for inputs in held]
     for a, b in zip(found, wanted):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(RECURRENCES))
+@pytest.mark.parametrize("time", [130, 2100])
+def test_on_another_stream_and_in_a_graph(name, time):
+    """Forward and backward, bit for bit: on the usual stream, beside it, and captured, then replayed on new inputs."""
+    recurrence = RECURRENCES[name]
+    held = [make_inputs(recurrence, Shape(1, time, 1, 2, 64, 64), seed=n, dtype=torch.bfloat16) for n in range(2)]
+    held = [[x.cuda() for x in inputs.tensors] for inputs in held]
+    leaves = [x.clone().requires_grad_() for x in held[0]]
+    weight = torch.randn_like(leaves[2])
+
+    def run():
+        y = recurrence(leaves, None, impl="triton")[0]
+        return [y.detach(), *torch.autograd.grad(y, leaves, weight)]
+
+    def put(tensors):
+        with torch.no_grad():
+            for leaf, x in zip(leaves, tensors):
+                leaf.copy_(x)
+
+    def same(found, wanted):
+        return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+    wanted = []
+    for tensors in held:
+        put(tensors)
+        wanted.append([x.clone() for x in run()])
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            found = run()
+    torch.cuda.current_stream().wait_stream(beside)
+    assert same(found, wanted[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensors, want in zip(held, wanted):
+        put(tensors)
+        graph.replay()
+        assert same(captured, want)
+    assert same(run(), wanted[1])
 
 
 @pytest.mark.gpu

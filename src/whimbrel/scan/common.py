@@ -67,7 +67,7 @@ def _kind(
     for x in options:
         kind.append(type(x))  # 1 equals 1.0 and True
     for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter or not x.is_cuda:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter or x.is_cpu:
             return None
         kind += x.shape, x.dtype, x.get_device(), x.requires_grad
     return tuple(kind)

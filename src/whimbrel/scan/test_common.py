@@ -10,6 +10,7 @@ import torch
 
 from whimbrel.errors import ConfigError, UnsupportedError
 from whimbrel.scan import common
+from whimbrel.scan.base import Out, State
 from whimbrel.testing.recurrence import RECURRENCES, Recurrence, Shape, make_inputs
 
 every = pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=list(RECURRENCES))
@@ -202,3 +203,103 @@ def test_one_token_with_gradients_is_differentiable(recurrence: Recurrence):
     y, _ = recurrence(inputs.tensors, inputs.states)
     assert y.requires_grad
     assert torch.autograd.grad(y.sum(), leaf)[0].abs().sum() > 0
+
+
+@pytest.fixture
+def no_forms(monkeypatch):
+    monkeypatch.setattr(common, "_forms", {})
+
+
+def form_after_one(tensors, state=None, cu_seqlens=None, options=(1,), grad=True):
+    """How often two calls are checked: a fixed one on a device whose values are not looked at, and the one given."""
+    found = []
+
+    def find():
+        found.append(None)
+        return lambda: None
+
+    common._forms.clear()
+    common.form_of(find, "op", meta(), None, None, (1,))
+    with torch.set_grad_enabled(grad):
+        common.form_of(find, "op", tensors, state, cu_seqlens, options)
+    return len(found)
+
+
+def meta(shape=(2, 3), dtype=torch.float32, **kwargs):
+    return [torch.empty(2, 3, device="meta", requires_grad=True), torch.empty(shape, dtype=dtype, device="meta", **kwargs)]
+
+
+def test_a_call_alike_is_not_checked_again(no_forms):
+    assert form_after_one(meta()) == 1
+    assert form_after_one([torch.nn.Parameter(x) if x.requires_grad else x for x in meta()]) == 1
+
+
+class Other(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tensors": meta((3, 2))},
+        {"tensors": meta(dtype=torch.float16)},
+        {"tensors": meta(requires_grad=True)},
+        {"tensors": meta()[:1]},
+        {"tensors": [meta()[0], 0.5]},
+        {"tensors": [meta()[0], None]},
+        {"tensors": [meta()[0], meta()[1].as_subclass(Other)]},
+        {"tensors": [x.detach().new_zeros(2, 3, device="cpu") for x in meta()]},
+        {"tensors": meta(), "grad": False},
+        {"tensors": meta(), "options": (1.0,)},
+        {"tensors": meta(), "options": (True,)},
+        {"tensors": meta(), "options": ([1],)},
+        {"tensors": meta(), "state": meta()[1]},
+        {"tensors": meta(), "state": tuple(meta())},
+        {"tensors": meta(), "cu_seqlens": torch.tensor([0, 3])},
+    ],
+)
+def test_any_other_call_is_checked(no_forms, call):
+    assert form_after_one(**call) == 2
+
+
+def test_what_values_decide_is_checked_each_time(no_forms):
+    for tensors, edges in ((meta(), torch.tensor([0, 3])), ([torch.zeros(2, 3)], None)):
+        checks = []
+        for _ in range(2):
+            common.form_of(lambda checks=checks: checks.append(None) or len, "op", tensors, None, edges, (1,))
+        assert len(checks) == 2
+
+
+def test_a_state_and_a_tuple_of_it_are_not_alike(no_forms):
+    x, checks = meta()[1], []
+    for state in (x, (x,), (x,), x):
+        common.form_of(lambda: checks.append(None) or len, "op", meta(), state, None, ())
+    assert len(checks) == 2
+
+
+def test_forms_do_not_pile_up(no_forms, monkeypatch):
+    monkeypatch.setattr(common, "MOST_FORMS", 3)
+    for n in range(10):
+        common.form_of(lambda: len, "op", meta(), None, None, (n,))
+        assert 1 <= len(common._forms) <= 3
+
+
+@every
+def test_a_bad_call_after_a_good_one_is_named(recurrence: Recurrence, no_forms, monkeypatch):
+    """On a device whose values nobody looks at, and which computes nothing."""
+    for module in ("scan.one_state", "mixers.two_state.op"):
+        monkeypatch.setattr(f"whimbrel.{module}.chunked", lambda q, k, v, *_, **__: Out(v, State(v, v)))
+    inputs = [x.to("meta") for x in make_inputs(recurrence, Shape(2, 5, 2, 4, 3, 6), dtype=torch.float32).tensors]
+    for _ in range(2):
+        assert recurrence(inputs, None, impl="chunked")[0].shape == (2, 5, 4, 6)
+    assert len(common._forms) == 1
+    op = op_name(recurrence)
+    with pytest.raises(ConfigError, match=f"{op}: k has shape .2, 4, 2, 3., q has .2, 5, 2, 3.; they must be equal"):
+        recurrence([inputs[0], inputs[1][:, :4], *inputs[2:]], None, impl="chunked")
+    with pytest.raises(ConfigError, match=f"{op}: beta is on cpu, q is on meta"):
+        recurrence([*inputs[:4], torch.zeros(2, 5, 4), *inputs[5:]], None, impl="chunked")
+    with pytest.raises(ConfigError, match=f"{op}: impl = 'chunky' is unknown"):
+        recurrence(inputs, None, impl="chunky")
+    with pytest.raises(ConfigError, match=f"{op}: scale = nan is not allowed"):
+        recurrence(inputs, None, impl="chunked", scale=float("nan"))
+    assert len(common._forms) == 1

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from whimbrel.scan.kernels.test_launch import HALF, every
 from whimbrel.testing.budget import assert_close, rms_ratio
+from whimbrel.testing.gpu import need_memory
 from whimbrel.testing.recurrence import (
     RECURRENCES,
     Inputs,
@@ -141,6 +142,42 @@ def test_thousands_of_heads(recurrence: Recurrence):
         assert_close("y", want, y[row : row + 1], HALF["y"])
         for a, b in zip(ends, states, strict=True):
             assert_close("state", a, b[row : row + 1], HALF["state 0"])
+
+
+@every
+def test_past_two_billion_elements(recurrence: Recurrence):
+    """Rows of a batch with more than 2^31 elements of q, k, v each are what they are alone, gradients to the bit too.
+
+    Rows of 960 tokens are never cut into stretches, so that a row alone is computed in the same order.
+    """
+    need_memory(64 * 2**30)
+    batch, time, heads, dim = 1100, 960, 16, 128
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random, device="cuda", dtype=torch.bfloat16)
+
+    q, k = (normal(batch, time, heads, dim).mul_(dim**-0.5) for _ in range(2))
+    v, weight = normal(batch, time, heads, dim), normal(batch, time, heads, dim)
+    assert v[:-1].numel() > 2**31
+    rates = [normal(batch, time, heads).float().sigmoid() for _ in recurrence.rates]
+    tensors = [q, k, v, normal(batch, time, heads).float().abs().mul_(-0.1), *rates]
+
+    def run(rows: slice) -> dict[str, torch.Tensor]:
+        leaves = [x[rows].detach().requires_grad_() for x in tensors]
+        y, states = recurrence(leaves, None, impl="triton")
+        gradients = torch.autograd.grad(y, leaves, weight[rows])
+        names = ["y", *(f"state {n}" for n in range(len(states))), "dq", "dk", "dv", "dlog", *recurrence.rates]
+        return dict(zip(names, [x.detach() for x in (y, *states, *gradients)], strict=True))
+
+    whole = run(slice(None))
+    for row in (batch // 2, batch - 1):
+        rows = slice(row, row + 1)
+        for name, alone in run(rows).items():
+            assert alone.abs().max() > 0, name
+            assert torch.equal(whole[name][rows], alone), (row, name)
+    del whole, tensors, rates, q, k, v, weight
+    torch.cuda.empty_cache()
 
 
 @every

@@ -110,6 +110,48 @@ def test_empty_batch_and_no_state():
         assert all(s.shape == (0, 1, 16, 16) for s in states)
 
 
+def test_calls_alike_share_what_was_worked_out():
+    from whimbrel.scan.kernels.launch import Flags, _scan_of
+
+    q, v, edges = torch.zeros(2, 70, 1, 16), torch.zeros(2, 70, 2, 16), torch.tensor([0, 9, 70])
+    flags = Flags(True, True, True, False, True)
+    given = q, v, None, flags, 1.0, 0.25, True
+    scan = _scan_of(*given)
+    assert _scan_of(q.clone(), v.clone(), None, Flags(*flags), 1.0, 0.25, True) is scan
+    others = [
+        {0: q[:, 1:], 1: v[:, 1:]}, {1: v[:, :, :1]}, {0: q.half(), 1: v.half()}, {0: q.to("meta"), 1: v.to("meta")},
+        {0: q[:1], 1: v[:1], 2: edges}, {3: flags._replace(GATED=False)}, {4: 0.5}, {5: 0.5}, {6: False},
+    ]  # fmt: skip
+    found = [_scan_of(*(change.get(n, x) for n, x in enumerate(given))) for change in others]
+    assert len({id(x) for x in (scan, *found)}) == 1 + len(others)
+    assert _scan_of(q[:1], v[:1], torch.tensor([0, 70, 70]), *given[3:]) is found[4]
+
+
+def test_parts_of_an_allocation_lie_apart():
+    from whimbrel.scan.kernels.room import BOUNDARY, Room
+
+    room = Room(a=((3, 5), torch.bfloat16), none=((0,), torch.float32), b=((2, 2), torch.float32), c=((7,), torch.int8))
+    memory = room.on(torch.device("cpu"))
+    parts = room.parts_of(memory)
+    assert [(x.shape, x.dtype) for x in parts] == [
+        ((3, 5), torch.bfloat16), ((0,), torch.float32), ((2, 2), torch.float32), ((7,), torch.int8),
+    ]  # fmt: skip
+    for n, x in enumerate(parts):
+        x.fill_(n)
+    assert all((x == n).all() for n, x in enumerate(parts))
+    assert all((x.data_ptr() - memory.data_ptr()) % BOUNDARY == 0 for x in parts if x.numel())
+
+
+@every
+def test_a_second_derivative_is_refused(recurrence: Recurrence):
+    inputs = make_inputs(recurrence, Shape(1, 9, 1, 1, 16, 16), dtype=torch.float32)
+    leaf = inputs.tensors[0].requires_grad_()
+    y, _ = recurrence(inputs.tensors, None, impl="triton")
+    (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5), (2, 2, 40, 24)], ids=str)
 def test_stretches_are_handed_on_and_back(shape: tuple[int, ...]):
     from whimbrel.scan.kernels.stretches import carry
