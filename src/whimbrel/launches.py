@@ -306,7 +306,7 @@ def _below(run: Any, given: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[
     handing_on = copy.copy(run)
     handing_on.launch = lambda *given: seen.append(given)
     handing_on(*given)
-    return run.launch, *seen
+    return run.launch, seen[0]
 
 
 def _given(ready: _Ready, grid: tuple[int, ...], stream: int, flat: list[Any]) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ def _kind(
     for x in options:
         kind.append(type(x))  # 1 equals 1.0 and True
     for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter or x.is_cpu:
+        if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_cpu:
             return None
         kind += x.shape, x.dtype, x.get_device(), x.requires_grad
     return tuple(kind)
@@ -251,7 +251,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd is to record this call."""
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def one_token(cu_seqlens: Tensor | None, q: Tensor, *others: Tensor | None) -> bool:

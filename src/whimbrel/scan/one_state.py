@@ -41,7 +41,7 @@ def run(
     cu_seqlens: Tensor | None,
     impl: str,
 ) -> Out:
-    """`decay_scan` or `delta_scan`: checks and the choice of code, where no call alike has been through them, and the call.
+    """`decay_scan` or `delta_scan`: checks and choice of code, where no call alike went through them, and the call.
 
     tensors: q, k, v, log_decay, beta. recur: one sequence token by token, as `reference` takes it. delta: whether the
     state is written by the delta rule.
@@ -140,18 +140,10 @@ def in_kernels(scale: float, delta: bool) -> Callable[..., Out]:
     """The chunkwise parallel form in Triton kernels; with `delta` the state obeys the delta rule, else it adds."""
     from whimbrel.scan.kernels.launch import recurrence
 
-    def form(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        *,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Out:
+    def form(*tensors: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Out:
+        q, k, v, log_decay, beta = tensors
         states = None if state is None else (state,)
-        y, _, state = recurrence(
+        y, state = recurrence(
             q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens, delta=delta, scale=scale
         )
         return Out(y, state)

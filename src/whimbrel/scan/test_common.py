@@ -226,7 +226,10 @@ def form_after_one(tensors, state=None, cu_seqlens=None, options=(1,), grad=True
 
 
 def meta(shape=(2, 3), dtype=torch.float32, **kwargs):
-    return [torch.empty(2, 3, device="meta", requires_grad=True), torch.empty(shape, dtype=dtype, device="meta", **kwargs)]
+    return [
+        torch.empty(2, 3, device="meta", requires_grad=True),
+        torch.empty(shape, dtype=dtype, device="meta", **kwargs),
+    ]
 
 
 def test_a_call_alike_is_not_checked_again(no_forms):

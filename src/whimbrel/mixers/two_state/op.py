@@ -31,7 +31,7 @@ def run(
     impl: str,
     **options: Any,
 ) -> Out:
-    """`rla` or `rdn`: their checks and the choice of code, where no call alike has been through them, and the call.
+    """`rla` or `rdn`: checks and choice of code, where no call alike went through them, and the call.
 
     tensors: q, k, v, log_decay, beta, gamma. recur: one sequence token by token, as `reference` takes it. delta:
     whether states are written by the delta rule. options: those of `checked_rule`.
@@ -141,12 +141,10 @@ def in_kernels(rule: Rule, delta: bool) -> Callable[..., Out]:
     """The chunkwise parallel form in Triton kernels; with `delta` RDN, else RLA."""
     from whimbrel.scan.kernels.launch import recurrence
 
-    def form(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Out:
+    def form(*tensors: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Out:
+        q, _, v, *_ = tensors
         y, base, residual = recurrence(
-            q,
-            k,
-            v,
-            *gates,
+            *tensors,
             states=None if state is None else both_states(state, q, v, cu_seqlens, torch.float32),
             cu_seqlens=cu_seqlens,
             delta=delta,

@@ -129,20 +129,10 @@ class Scan:
             self.table = segments(None, *self.shape, self.chunk, self.parts, device)
         return self.table
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        first_rate: Tensor | None,
-        second_rate: Tensor,
-        start: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, final states, and what is kept."""
-        inputs = q, k, v, log_decay, first_rate, second_rate, start
-        y, ends, kept = outputs = self.outputs(v)
+    def forward(self, inputs: tuple[Any, ...], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, final states, and what is kept, of q, k, v, log decay, first and second rate, and start."""
+        _, _, v, log_decay, first_rate, second_rate, start = inputs
+        outputs = _, ends, kept = self.outputs(v)
         if not self.tokens:
             ends.zero_() if start is None else ends.copy_(start.detach())
             return outputs
@@ -156,7 +146,11 @@ class Scan:
         return outputs
 
     def launch_forward(
-        self, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, Tensor, Tensor], scratch: Tensor, table: Segments
+        self,
+        inputs: tuple[Any, ...],
+        outputs: tuple[Tensor, Tensor, Tensor],
+        scratch: Tensor,
+        table: Segments,
     ) -> None:
         """Fill the outputs."""
         q, k, v, log_decay, first_rate, second_rate, start = inputs
@@ -179,9 +173,8 @@ class Scan:
         self, dy: Tensor, dends: Tensor | None, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Cotangents of q, k, v, log decay, first and second rate, and start."""
-        found = dq, dk, *rest = self.cotangents(v)
+        found = dq, dk, dv, dlog, dfirst, dsecond, dstart = self.cotangents(v)
         if not self.tokens:
-            dstart = found[-1]
             dstart.zero_() if dends is None else dstart.copy_(dends)
             return found
         table, scratch = self.cut(cu_seqlens, v.device), self.back.on(v.device) if self.back.bytes else kept
@@ -191,10 +184,10 @@ class Scan:
         if self.shared:
             heads = q.shape[2]
             dq, dk = (x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
-        return dq, dk, *rest
+        return dq, dk, dv, dlog, dfirst, dsecond, dstart
 
     def launch_backward(
-        self, given: tuple[Tensor | None, ...], found: tuple[Tensor, ...], scratch: Tensor, table: Segments
+        self, given: tuple[Any, ...], found: tuple[Tensor, ...], scratch: Tensor, table: Segments
     ) -> None:
         """Fill what is to be found."""
         dy, dends, q, k, v, kept = given
@@ -215,7 +208,7 @@ class Scan:
 
     def compile(
         self,
-        inputs: tuple[Tensor | None, ...],
+        inputs: tuple[Any, ...],
         outputs: tuple[Tensor, Tensor, Tensor],
         table: Segments,
         dtypes: tuple[Any, ...],
@@ -269,7 +262,7 @@ def _scan_forward(
     """
     flags = Flags(delta, first_rate is not None, gated, decayed, clip is not None)
     scan = _scan_of(q, v, cu_seqlens, flags, clip, scale, save)
-    return scan.forward(q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens)
+    return scan.forward((q, k, v, log_decay, first_rate, second_rate, start), cu_seqlens)
 
 
 def _fake_forward(
@@ -567,12 +560,12 @@ def recurrence(
     decayed: bool = False,
     clip: float | None = None,
     scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, base state, second state) of a recurrence with checked arguments, differentiable once.
+) -> tuple[Tensor, ...]:
+    """(y, base state, second state), or (y, state), of a recurrence with checked arguments, differentiable once.
 
     q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, bf16, fp16 or fp32; log_decay and rates [B, T, HV]; states
     [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None there
-    is one state, the second, and `states` holds one; the base that comes back is nothing.
+    is one state, the second, and `states` holds one.
     """
     start = None
     if states is not None:
@@ -586,7 +579,7 @@ def recurrence(
         start = None if start is None else F.pad(start, (0, more_values, 0, more_keys))
     given = (q, k, v, log_decay, first_rate, second_rate, start)
     save = needs_grad(*given)
-    inputs = (
+    inputs: tuple[Any, ...] = (
         *[x if x is None or x.is_contiguous() else x.contiguous() for x in given],
         cu_seqlens, delta, gated, decayed, clip, scale, save,
     )  # fmt: skip
@@ -598,4 +591,4 @@ def recurrence(
     y, ends, _ = output
     if more_keys or more_values:
         y, ends = y[..., :value_dim], ends[..., :key_dim, :value_dim]
-    return y, ends[0] if first_rate is not None else None, ends[1]
+    return (y, ends[1]) if first_rate is None else (y, ends[0], ends[1])

@@ -55,8 +55,8 @@ def differentiate(
     """Give `op` a gradient, once; returns record(output, *inputs), which notes for autograd what was made of what.
 
     keep: called as keep(ctx, inputs, output) after the forward, to save what `pull` needs.
-    pull: called as pull(ctx, *cotangents of the outputs); returns a tuple of those of the inputs, None where there is none.
-    record returns the output, made of `plain` inputs without autograd looking on. So the device is at work meanwhile.
+    pull: called as pull(ctx, *cotangents of the outputs); returns a tuple of those of the inputs, None for no tensor.
+    record returns the output, made before of `plain` inputs: the device is at work while autograd takes its notes.
     """
 
     class Gradient(torch.autograd.Function):
@@ -67,7 +67,7 @@ def differentiate(
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *cotangents: Any) -> Any:
+        def backward(ctx: Any, *cotangents: Any) -> Any:  # pyrefly: ignore [bad-override]
             return None, *pull(ctx, *cotangents)
 
     def record(output: Any, *inputs: Any) -> Any:

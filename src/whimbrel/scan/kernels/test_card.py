@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -144,8 +144,15 @@ def test_thousands_of_heads(recurrence: Recurrence):
             assert_close("state", a, b[row : row + 1], HALF["state 0"])
 
 
+@pytest.fixture
+def giving_back() -> Iterator[None]:
+    """Memory that a test took and torch would keep."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @every
-def test_past_two_billion_elements(recurrence: Recurrence):
+def test_past_two_billion_elements(recurrence: Recurrence, giving_back):
     """Rows of a batch with more than 2^31 elements of q, k, v each are what they are alone, gradients to the bit too.
 
     Rows of 960 tokens are never cut into stretches, so that a row alone is computed in the same order.
@@ -176,8 +183,6 @@ def test_past_two_billion_elements(recurrence: Recurrence):
         for name, alone in run(rows).items():
             assert alone.abs().max() > 0, name
             assert torch.equal(whole[name][rows], alone), (row, name)
-    del whole, tensors, rates, q, k, v, weight
-    torch.cuda.empty_cache()
 
 
 @every
