@@ -63,13 +63,14 @@ def _kind(
         return None
     if state is not None:
         tensors = (*tensors, *state) if isinstance(state, tuple) else (*tensors, state)
-    kind: list[Any] = [op, type(state), torch.is_grad_enabled(), *options]
-    for x in options:
-        kind.append(type(x))  # 1 equals 1.0 and True
-    for x in tensors:
-        if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_cpu:
+    kind: list[Any] = [op, type(state), torch.is_grad_enabled(), *options, *map(type, options)]  # 1 equals 1.0
+    try:
+        if tensors[0].is_cpu:
             return None
-        kind += x.shape, x.dtype, x.get_device(), x.requires_grad
+        for x in tensors:
+            kind.append((type(x), x.shape, x.dtype, x.device, x.requires_grad))
+    except AttributeError:  # not a tensor
+        return None
     return tuple(kind)
 
 

@@ -137,16 +137,15 @@ def one_step(*tensors: Tensor, state: Tensor | None, cu_seqlens: None, **setting
 
 
 def in_kernels(scale: float, delta: bool) -> Callable[..., Out]:
-    """The chunkwise parallel form in Triton kernels; with `delta` the state obeys the delta rule, else it adds."""
-    from whimbrel.scan.kernels.launch import recurrence
+    """The chunkwise parallel form in Triton kernels, for calls alike; with `delta` by the delta rule, else it adds."""
+    from whimbrel.scan.kernels.launch import Recurrence
+
+    run = Recurrence(delta=delta, two=False, scale=scale)
 
     def form(*tensors: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Out:
         q, k, v, log_decay, beta = tensors
         states = None if state is None else (state,)
-        y, state = recurrence(
-            q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens, delta=delta, scale=scale
-        )
-        return Out(y, state)
+        return Out(*run(q, k, v, log_decay, None, beta, states=states, cu_seqlens=cu_seqlens))
 
     return form
 

@@ -234,7 +234,7 @@ def meta(shape=(2, 3), dtype=torch.float32, **kwargs):
 
 def test_a_call_alike_is_not_checked_again(no_forms):
     assert form_after_one(meta()) == 1
-    assert form_after_one([torch.nn.Parameter(x) if x.requires_grad else x for x in meta()]) == 1
+    assert form_after_one([x.detach().requires_grad_(x.requires_grad) for x in meta()]) == 1
 
 
 class Other(torch.Tensor):

@@ -46,10 +46,13 @@ def run(
         if code == "reference":
             form = partial(reference, recur, rule=rule)
         elif code == "triton":
-            form = in_kernels(rule, delta)
+            if not recompute:
+                return in_kernels(rule, delta)
+            # Parts are not alike.
+            form = lambda *part, **kwargs: in_kernels(rule, delta)(*part, **kwargs)  # noqa: E731
         else:
             form = partial(chunked, rule=rule, delta=delta)
-        return partial(in_parts, form, parts=recompute) if recompute else form
+        return partial(in_parts, form, parts=recompute)
 
     form = form_of(find, op, tensors, state, cu_seqlens, (delta, recompute, impl, *options.values()))
     return form(*tensors, state=state, cu_seqlens=cu_seqlens)
@@ -138,21 +141,14 @@ def one_step(*tensors: Tensor, state: State | None, cu_seqlens: None, **settings
 
 
 def in_kernels(rule: Rule, delta: bool) -> Callable[..., Out]:
-    """The chunkwise parallel form in Triton kernels; with `delta` RDN, else RLA."""
-    from whimbrel.scan.kernels.launch import recurrence
+    """The chunkwise parallel form in Triton kernels, for calls alike; with `delta` RDN, else RLA."""
+    from whimbrel.scan.kernels.launch import Recurrence
+
+    run = Recurrence(delta=delta, two=True, gated=rule.gated, decayed=rule.decayed, clip=rule.clip, scale=rule.scale)
 
     def form(*tensors: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Out:
-        q, _, v, *_ = tensors
-        y, base, residual = recurrence(
-            *tensors,
-            states=None if state is None else both_states(state, q, v, cu_seqlens, torch.float32),
-            cu_seqlens=cu_seqlens,
-            delta=delta,
-            gated=rule.gated,
-            decayed=rule.decayed,
-            clip=rule.clip,
-            scale=rule.scale,
-        )
+        states = None if state is None else both_states(state, tensors[0], tensors[2], cu_seqlens, torch.float32)
+        y, base, residual = run(*tensors, states=states, cu_seqlens=cu_seqlens)
         return Out(y, State(base, residual))
 
     return form

@@ -89,6 +89,7 @@ class Scan:
         carried = _hopper.carried_shape(flags.DELTA, sequences * self.parts, self.parts, value_heads, key_dim)
         none, word = (0,), torch.float32
         self.kept = Room(
+            q.device,
             gates=((3, value_heads, self.tokens), word),
             tiles=(tiles if flags.DELTA or flags.TWO else none, q.dtype),
             saved=(saved if save else none, q.dtype),
@@ -96,30 +97,26 @@ class Scan:
             residual=(v.shape if self.hopper and flags.TWO and (save or self.parts > 1) else none, q.dtype),
             carried=(carried, word),
         )
-        self.ahead = Room(handed=(handed, word))
+        self.ahead = Room(q.device, handed=(handed, word))
         self.back = Room(
+            q.device,
             handed=(handed, word),
             dresidual=(v.shape if flags.TWO and not self.hopper else none, q.dtype),
             pulled=(none if self.hopper else saved, q.dtype),
         )
         self.table: Segments | None = None
+        # Memory like something is found in half the time that memory of given sizes takes; these hold one element each.
+        self.like_states, self.like_rates = (_expanded(q, size, word) for size in (self.states, self.rates))
+        self.like_queries = _expanded(q, *self.queries)
 
     def outputs(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for y as v, the final states, and what is kept for the backward."""
-        return torch.empty_like(v), _empty(v, self.states), self.kept.on(v.device)
+        return torch.empty_like(v), torch.empty_like(self.like_states), self.kept.new()
 
     def cotangents(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Memory for those of q and k, for each value head, v, log decay, first and second rate, and start."""
-        (shape, dtype), rates, device = self.queries, self.rates, v.device
-        return (
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty_like(v),
-            _empty(v, rates),
-            _empty(v, rates),
-            _empty(v, rates),
-            _empty(v, self.states),
-        )
+        new, queries, rates = torch.empty_like, self.like_queries, self.like_rates
+        return new(queries), new(queries), new(v), new(rates), new(rates), new(rates), new(self.like_states)
 
     def cut(self, cu_seqlens: Tensor | None, device: torch.device) -> Segments:
         """Chunks and stretches of a call."""
@@ -140,7 +137,7 @@ class Scan:
         dtypes = log_decay.dtype, None if first_rate is None else first_rate.dtype, second_rate.dtype, start is None
         if self.hopper and self.save:
             self.compile(inputs, outputs, table, dtypes)
-        scratch = self.ahead.on(v.device) if self.ahead.bytes else kept
+        scratch = self.ahead.new() if self.ahead.bytes else kept
         run = partial(self.launch_forward, inputs, outputs, scratch, table)
         replay((self, dtypes), (*inputs, *outputs, scratch if self.ahead.bytes else None, *table), run)
         return outputs
@@ -177,7 +174,7 @@ class Scan:
         if not self.tokens:
             dstart.zero_() if dends is None else dstart.copy_(dends)
             return found
-        table, scratch = self.cut(cu_seqlens, v.device), self.back.on(v.device) if self.back.bytes else kept
+        table, scratch = self.cut(cu_seqlens, v.device), self.back.new() if self.back.bytes else kept
         given = dy, dends, q, k, v, kept
         run = partial(self.launch_backward, given, found, scratch, table)
         replay((self, dends is None), (*given, *found, scratch if self.back.bytes else None, *table), run)
@@ -220,9 +217,9 @@ class Scan:
             return
         _begun.add(kind)
         with compiling_ahead():
-            self.launch_forward(inputs, outputs, self.ahead.on(v.device), table)
+            self.launch_forward(inputs, outputs, self.ahead.new(), table)
             given = outputs[0], None, q, k, v, outputs[2]
-            self.launch_backward(given, self.cotangents(v), self.back.on(v.device), table)
+            self.launch_backward(given, self.cotangents(v), self.back.new(), table)
 
 
 def _scan_of(
@@ -376,8 +373,8 @@ def _forward_anywhere(
     )
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+def _expanded(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return like.new_empty((), dtype=dtype).expand(shape)
 
 
 def _scan_backward(
@@ -510,11 +507,11 @@ scan_forward = operator("scan_forward", _scan_forward, _fake_forward)
 scan_backward = operator("scan_backward", _scan_backward, _fake_backward)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], scan: Scan | None = None) -> None:
     q, k, v, log_decay, first_rate, second_rate, start, cu_seqlens, *options, _ = inputs
     kept = output[2]
     ctx.set_materialize_grads(False)
-    ctx.options = options
+    ctx.options, ctx.scan = options, scan
     ctx.dtypes = [None if x is None else x.dtype for x in (log_decay, first_rate, second_rate, start)]
     ctx.save_for_backward(q, k, v, kept, cu_seqlens)
     ctx.mark_non_differentiable(kept)
@@ -522,14 +519,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, kept, cu_seqlens = ctx.saved_tensors
-    delta, gated, decayed, clip, scale = ctx.options
     log_type, first_type, second_type, start_type = ctx.dtypes
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     dends = None if dends is None else dends.contiguous()
-    run = _scan_backward if plain(dy) else scan_backward
-    dq, dk, dv, dlog, dfirst, dsecond, dstart = run(
-        dy, dends, q, k, v, kept, cu_seqlens, delta, first_type is not None, gated, decayed, clip, scale
-    )
+    if ctx.scan is not None and plain(dy, dends):
+        found = ctx.scan.backward(dy, dends, q, k, v, kept, cu_seqlens)
+    else:
+        delta, *options = ctx.options
+        found = scan_backward(dy, dends, q, k, v, kept, cu_seqlens, delta, first_type is not None, *options)
+    dq, dk, dv, dlog, dfirst, dsecond, dstart = found
     return (
         dq,
         dk,
@@ -545,50 +543,76 @@ def _pull(ctx: Any, dy: Tensor | None, dends: Tensor | None, _: None) -> tuple[T
 _record = differentiate(scan_forward, _keep, _pull)
 
 
-def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    first_rate: Tensor | None,
-    second_rate: Tensor,
-    *,
-    states: tuple[Tensor, ...] | None,
-    cu_seqlens: Tensor | None,
-    delta: bool,
-    gated: bool = True,
-    decayed: bool = False,
-    clip: float | None = None,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """(y, base state, second state), or (y, state), of a recurrence with checked arguments, differentiable once.
+class Recurrence:
+    """A recurrence with its options, for calls alike: same shapes, dtypes and device, and as much to be differentiated.
 
-    q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, bf16, fp16 or fp32; log_decay and rates [B, T, HV]; states
-    [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None there
-    is one state, the second, and `states` holds one.
+    delta: the delta rule, else states add; two: two states, else one; gated, decayed, clip, scale: as for `rla`.
     """
-    start = None
-    if states is not None:
-        both = states if first_rate is not None else (torch.zeros_like(states[0]), states[0])
-        start = torch.stack([x.float() for x in both])
-    key_dim, value_dim = q.shape[3], v.shape[3]
-    more_keys, more_values = _hopper.missing(q, v)
-    if more_keys or more_values:
-        q, k = (F.pad(x, (0, more_keys)) for x in (q, k))
-        v = F.pad(v, (0, more_values))
-        start = None if start is None else F.pad(start, (0, more_values, 0, more_keys))
-    given = (q, k, v, log_decay, first_rate, second_rate, start)
-    save = needs_grad(*given)
-    inputs: tuple[Any, ...] = (
-        *[x if x is None or x.is_contiguous() else x.contiguous() for x in given],
-        cu_seqlens, delta, gated, decayed, clip, scale, save,
-    )  # fmt: skip
-    if plain(*given):
-        output = _scan_forward(*inputs)
-        output = _record(output, *inputs) if save else output
-    else:
-        output = scan_forward(*inputs)
-    y, ends, _ = output
-    if more_keys or more_values:
-        y, ends = y[..., :value_dim], ends[..., :key_dim, :value_dim]
-    return (y, ends[1]) if first_rate is None else (y, ends[0], ends[1])
+
+    def __init__(
+        self,
+        *,
+        delta: bool,
+        two: bool,
+        gated: bool = True,
+        decayed: bool = False,
+        clip: float | None = None,
+        scale: float,
+    ) -> None:
+        self.flags = Flags(delta, two, gated, decayed, clip is not None)
+        self.clip, self.scale = None if clip is None else float(clip), scale
+        self.missing: tuple[int, int] | None = None
+        """Columns of zeros that keys and values need; not known before the first call, like all below."""
+        self.save = False
+        self.scan: Scan | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        first_rate: Tensor | None,
+        second_rate: Tensor,
+        *,
+        states: tuple[Tensor, ...] | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """(y, base state, second state), or (y, state), of checked arguments, differentiable once.
+
+        q, k [B, T, H, K] and v [B, T, HV, V] of one dtype, bf16, fp16 or fp32; log_decay and rates [B, T, HV]; states
+        [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None
+        there is one state, the second, and `states` holds one.
+        """
+        start = None if states is None else _stacked(states)
+        if self.missing is None:
+            self.missing = _hopper.missing(q, v)
+            self.save = needs_grad(q, k, v, log_decay, first_rate, second_rate, start)
+        more_keys, more_values = self.missing
+        key_dim, value_dim = q.shape[3], v.shape[3]
+        if more_keys or more_values:
+            q, k = (F.pad(x, (0, more_keys)) for x in (q, k))
+            v = F.pad(v, (0, more_values))
+            start = None if start is None else F.pad(start, (0, more_values, 0, more_keys))
+        given = (q, k, v, log_decay, first_rate, second_rate, start)
+        inputs: tuple[Any, ...] = tuple([x if x is None or x.is_contiguous() else x.contiguous() for x in given])
+        flags, clip, scale, save = self.flags, self.clip, self.scale, self.save
+        options = (cu_seqlens, flags.DELTA, flags.GATED, flags.DECAYED, clip, scale, save)
+        if plain(*inputs):
+            if self.scan is None:
+                self.scan = _scan_of(inputs[0], inputs[2], cu_seqlens, flags, clip, scale, save)
+            output = self.scan.forward(inputs, cu_seqlens)
+            if save:
+                output = _record((output, self.scan), *inputs, *options)
+        else:
+            output = scan_forward(*inputs, *options)
+        y, ends, _ = output
+        if more_keys or more_values:
+            y, ends = y[..., :value_dim], ends[..., :key_dim, :value_dim]
+        return (y, ends[0], ends[1]) if flags.TWO else (y, ends[1])
+
+
+def _stacked(states: tuple[Tensor, ...]) -> Tensor:
+    """Both states in fp32, or zeros and the only one."""
+    both = states if len(states) == 2 else (torch.zeros_like(states[0]), states[0])
+    return torch.stack([x.float() for x in both])

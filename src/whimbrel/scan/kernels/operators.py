@@ -49,20 +49,20 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def differentiate(
     op: Any,
-    keep: Callable[[Any, tuple[Any, ...], Any], None],
+    keep: Callable[..., None],
     pull: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Give `op` a gradient, once; returns record(output, *inputs), which notes for autograd what was made of what.
+    """Give `op` a gradient, once; returns record(made, *inputs), which notes for autograd what was made of what.
 
-    keep: called as keep(ctx, inputs, output) after the forward, to save what `pull` needs.
+    keep: called as keep(ctx, inputs, *made) after the forward, to save what `pull` needs. made: the output, first.
     pull: called as pull(ctx, *cotangents of the outputs); returns a tuple of those of the inputs, None for no tensor.
     record returns the output, made before of `plain` inputs: the device is at work while autograd takes its notes.
     """
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, made: tuple[Any], *inputs: Any) -> Any:
-            keep(ctx, inputs, made[0])
+        def forward(ctx: Any, made: tuple[Any, ...], *inputs: Any) -> Any:
+            keep(ctx, inputs, *made)
             return made[0]
 
         @staticmethod
@@ -70,14 +70,12 @@ def differentiate(
         def backward(ctx: Any, *cotangents: Any) -> Any:  # pyrefly: ignore [bad-override]
             return None, *pull(ctx, *cotangents)
 
-    def record(output: Any, *inputs: Any) -> Any:
-        return Gradient.apply((output,), *inputs)  # in a tuple, or autograd would take it for an input
-
     def run(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
         wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return record(output, *inputs) if wanted else output
+        # In a tuple, or autograd would take it for an input.
+        return Gradient.apply((output,), *inputs) if wanted else output
 
     _library.impl(op.name().partition("::")[2], run, "Autograd")
-    return record
+    return super(torch.autograd.Function, Gradient).apply  # what its `apply` comes to where functorch is not at work

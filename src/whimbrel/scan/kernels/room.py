@@ -15,17 +15,18 @@ BOUNDARY = 256
 class Room:
     """Where tensors of given shapes and dtypes lie in an allocation of bytes."""
 
-    def __init__(self, **parts: tuple[Sequence[int], torch.dtype]) -> None:
+    def __init__(self, device: torch.device, **parts: tuple[Sequence[int], torch.dtype]) -> None:
         self.bytes = 0
         self.places = []
         for shape, dtype in parts.values():
             size = math.prod(shape) * dtype.itemsize
             self.places.append((self.bytes, self.bytes + size, shape, dtype))
             self.bytes += (size + BOUNDARY - 1) // BOUNDARY * BOUNDARY
+        self.like = torch.empty((), dtype=torch.uint8, device=device).expand(self.bytes)
 
-    def on(self, device: torch.device) -> Tensor:
+    def new(self) -> Tensor:
         """New memory, uint8 [bytes]."""
-        return torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        return torch.empty_like(self.like, memory_format=torch.contiguous_format)
 
     def parts_of(self, memory: Tensor) -> list[Tensor]:
         """The tensors that lie in it."""

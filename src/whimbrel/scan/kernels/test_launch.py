@@ -130,8 +130,14 @@ def test_calls_alike_share_what_was_worked_out():
 def test_parts_of_an_allocation_lie_apart():
     from whimbrel.scan.kernels.room import BOUNDARY, Room
 
-    room = Room(a=((3, 5), torch.bfloat16), none=((0,), torch.float32), b=((2, 2), torch.float32), c=((7,), torch.int8))
-    memory = room.on(torch.device("cpu"))
+    room = Room(
+        torch.device("cpu"),
+        a=((3, 5), torch.bfloat16),
+        none=((0,), torch.float32),
+        b=((2, 2), torch.float32),
+        c=((7,), torch.int8),
+    )
+    memory = room.new()
     parts = room.parts_of(memory)
     assert [(x.shape, x.dtype) for x in parts] == [
         ((3, 5), torch.bfloat16), ((0,), torch.float32), ((2, 2), torch.float32), ((7,), torch.int8),
