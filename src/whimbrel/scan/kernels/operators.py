@@ -78,4 +78,5 @@ def differentiate(
         return Gradient.apply((output,), *inputs) if wanted else output
 
     _library.impl(op.name().partition("::")[2], run, "Autograd")
-    return super(torch.autograd.Function, Gradient).apply  # what its `apply` comes to where functorch is not at work
+    # What its `apply` comes to where functorch is not at work.
+    return super(torch.autograd.Function, Gradient).apply  # pyrefly: ignore [missing-attribute]

@@ -70,7 +70,7 @@ class Walk:
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """y, the states at the end [2, B, HV, K, V], and what is kept for the backward, which needs `save`.
 
-        inputs: q, k, v, log decay, first and second rate as `launch.recurrence` takes them, contiguous, and the start
+        inputs: q, k, v, log decay, first and second rate as `launch.Recurrence` takes them, contiguous, and the start
         [2, B, HV, K, V] fp32, None for zero or for what neighbours know. With one state it is the second.
         """
         q, _, v, log_decay, first, second, start = inputs
