@@ -127,6 +127,29 @@ def test_calls_alike_share_what_was_worked_out():
     assert _scan_of(q[:1], v[:1], torch.tensor([0, 70, 70]), *given[3:]) is found[4]
 
 
+@every
+def test_calls_alike_through_one_plan(recurrence: Recurrence):
+    """Other values, and memory that earlier calls held, through the same object and through new ones."""
+    from whimbrel.scan.kernels.launch import Recurrence as Kernels
+
+    def results(run, seed):
+        inputs = make_inputs(recurrence, Shape(2, 40, 1, 2, 16, 16), seed=seed, dtype=torch.float32)
+        leaves = [x.requires_grad_() for x in (*inputs.tensors, *inputs.states)]
+        tensors, states = leaves[: len(inputs.tensors)], tuple(leaves[len(inputs.tensors) :])
+        rates = tensors[4:] if recurrence.states == 2 else [None, *tensors[4:]]
+        found = run(*tensors[:4], *rates, states=states, cu_seqlens=None)
+        gradients = torch.autograd.grad(sum(x.square().sum() for x in found), leaves)
+        return [*(x.detach() for x in found), *gradients]
+
+    def new():
+        return Kernels(delta=recurrence.target.endswith(("delta_scan", "rdn")), two=recurrence.states == 2, scale=0.25)
+
+    run = new()
+    for seed in (0, 1, 0):
+        for a, b in zip(results(run, seed), results(new(), seed), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_parts_of_an_allocation_lie_apart():
     from whimbrel.scan.kernels.room import BOUNDARY, Room
 
