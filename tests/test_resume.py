@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ from whimbrel import checkpoint
 # Commands, one after the other, in each process of a group of WORLD:
 #   train N: N steps.  save STEP, load STEP: the checkpoint.  digest NAME: write the whole state's hash.
 PROCESS = """
-import faulthandler, hashlib, json, sys, warnings
-faulthandler.dump_traceback_later(100, exit=True)  # says where a process is stuck
+import faulthandler, hashlib, json, os, sys, warnings
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,10 +26,33 @@ from whimbrel import checkpoint
 from whimbrel.errors import CheckpointError
 from whimbrel.optim import Fira, param_groups
 
-rank, world, folder, commands = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 torch.set_num_threads(1)
+# Every group is one line. Its processes are forked from this one, which alone imports torch and waits for its parent.
+for line in sys.stdin:
+    folder, world, commands, name = json.loads(line)
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            break
+    if 0 in children:
+        break
+    statuses = []
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        statuses.append(status)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, 9)
+    print(json.dumps({"statuses": statuses}), flush=True)
+else:
+    sys.exit()
+faulthandler.dump_traceback_later(100, exit=True)  # says where a process is stuck
+os.dup2(os.open(f"{folder}/{name}-{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(os.open(f"{folder}/{name}-{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
 if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/join-{sys.argv[5]}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/join-{name}", rank=rank, world_size=world)
 
 class Net(nn.Module):
     def __init__(self):
@@ -112,36 +133,17 @@ for command, argument in commands:
 """
 
 
-def run(folder: Path, world: int, *commands: tuple[str, object], name: str) -> list[dict]:
+def run(
+    server: subprocess.Popen[str], folder: Path, world: int, *commands: tuple[str, object], name: str
+) -> list[dict]:
     """Run the commands in `world` processes; returns what they print, by rank."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(world), str(folder), json.dumps(commands), name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    with ThreadPoolExecutor() as pool:
-        # Where one process fails, the others would wait for it.
-        outputs = list(pool.map(lambda child: finish(child, children), children))
-    for child, (_, err) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, err
-    return [json.loads(line) for out, _ in outputs for line in out.splitlines() if line.startswith("{")]
-
-
-def finish(child: subprocess.Popen[str], family: list[subprocess.Popen[str]]) -> tuple[str, str]:
-    """Output and errors of a process; when it fails, the others are stopped."""
-    try:
-        output = child.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        output = child.communicate()
-    if child.returncode != 0:
-        for other in family:
-            other.kill()
-    return output
+    assert server.stdin is not None
+    assert server.stdout is not None
+    print(json.dumps([str(folder), world, commands, name]), file=server.stdin, flush=True)
+    done = json.loads(server.stdout.readline())
+    said = [[(folder / f"{name}-{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(world)]
+    assert done["statuses"] == [0] * world, "\n".join(err for _, err in said)
+    return [json.loads(line) for out, _ in said for line in out.splitlines() if line.startswith("{")]
 
 
 def digest(folder: Path, name: str) -> dict[str, str]:
@@ -149,7 +151,7 @@ def digest(folder: Path, name: str) -> dict[str, str]:
 
 
 class Saved(NamedTuple):
-    """A run and what its processes have said; every process is slow to start, so all tests share five."""
+    """A run and what its processes have said."""
 
     folder: Path
     one: list[dict]
@@ -160,10 +162,13 @@ class Saved(NamedTuple):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Two processes save step 3 and train to 5; one takes over at 3 and saves 4; two go on from 4, then from 3."""
     folder = tmp_path_factory.mktemp("saved")
-    run(folder, 2, ("train", 3), ("save", 3), ("digest", "three"), ("train", 2), ("digest", "five"), name="first")
-    one = run(folder, 1, ("load", 3), ("digest", "alone"), ("save", 4), name="second")
-    commands = [("load", 4), ("digest", "back"), ("load", 3), ("digest", "again"), ("train", 2), ("digest", "on")]
-    two = run(folder, 2, *commands, ("fail", 7), name="third")
+    command = [sys.executable, "-c", PROCESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        first = [("train", 3), ("save", 3), ("digest", "three"), ("train", 2), ("digest", "five")]
+        run(server, folder, 2, *first, name="first")
+        one = run(server, folder, 1, ("load", 3), ("digest", "alone"), ("save", 4), name="second")
+        commands = [("load", 4), ("digest", "back"), ("load", 3), ("digest", "again"), ("train", 2), ("digest", "on")]
+        two = run(server, folder, 2, *commands, ("fail", 7), name="third")
     return Saved(folder, one, two)
 
 
