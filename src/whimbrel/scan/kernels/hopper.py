@@ -6,12 +6,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
 )
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """Triton 3.7 renamed it."""
+NOTHING = gl.constexpr(-32.0)
+"""log2 of a decay that leaves nothing."""
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -37,8 +40,26 @@ def opaque(x):
 
 
 @gluon.jit
+def widen(x):
+    """x in fp32. Of bf16, whose bits are the upper half of an fp32's, the compiler takes three instructions a pair."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2
+        )
+    return x.to(gl.float32)
+
+
+@gluon.jit
 def add(a, b):
     return a + b
+
+
+@gluon.jit
+def new_barrier():
+    """A barrier for one copy at a time, in a place of its own."""
+    place = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(place.index(0), count=1)
+    return place.index(0)
 
 
 @gluon.jit
@@ -102,6 +123,20 @@ def load_gates(gate_row, rate_row, first, end, L: gl.constexpr):
 
 
 @gluon.jit
-def total_decay(gate_row, start, end, i):
-    """The sum of the log2 decay over chunk i of a stretch."""
-    return gl.load(gate_row + gl.minimum(start + i * 64 + 64, end) - 1)
+def count_chunks(gate_row, start, end, n, BACK: gl.constexpr):
+    """How many of n chunks matter, from the last one on or with BACK from the first, and the log2 decay over them.
+
+    Those do not that lie behind a decay to nothing.
+    """
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    place = gl.arange(0, 64, L)
+    count = 0
+    decay = 0.0
+    while (count < n) & (decay > NOTHING):
+        c = count + place
+        chunk = c if BACK else n - 1 - c
+        total = gl.load(gate_row + gl.minimum(start + chunk * 64 + 64, end) - 1, mask=c < n, other=0.0)
+        matters = (c < n) & (decay + gl.associative_scan(total, 0, add) - total > NOTHING)
+        count += gl.sum(gl.where(matters, 1, 0), axis=0)
+        decay += gl.sum(gl.where(matters, total, 0.0), axis=0)
+    return count, decay

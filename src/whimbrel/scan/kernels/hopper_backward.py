@@ -1,4 +1,4 @@
-"""The backward of one stream on Hopper, in Gluon: cotangents of values, keys, queries, gates and states in one walk.
+"""The delta rule's backward of one stream on Hopper, in Gluon: cotangents of all that it was given, in one walk.
 
 Two warpgroups hold the state's cotangent in registers, half of the value columns each, and everything else of a chunk
 is in shared memory, so one program fills a multiprocessor. What the forward formed inside the chunk is formed again
@@ -17,15 +17,17 @@ from whimbrel.scan.kernels.hopper import (
     ROWS,
     add,
     barrier,
+    count_chunks,
     keep_rows,
     load_gates,
     load_state,
+    new_barrier,
     opaque,
     product,
     publish,
     put,
     store_state,
-    total_decay,
+    widen,
 )
 from whimbrel.scan.kernels.prepare import COUNTS
 
@@ -73,7 +75,6 @@ def backward_stream(
     q,
     k,
     x,
-    left,
     dy,
     tiles,
     saved,
@@ -82,8 +83,6 @@ def backward_stream(
     dk,
     gates,
     dends,
-    local,
-    carried,
     dstarts,
     dx_memory,
     dq_memory,
@@ -104,24 +103,21 @@ def backward_stream(
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
-    DELTA: gl.constexpr,
     TWO: gl.constexpr,
     GATED: gl.constexpr,
     DECAYED: gl.constexpr,
     CLIP: gl.constexpr,
     FROM: gl.constexpr,
-    GATHER: gl.constexpr,
     KEPT: gl.constexpr,
 ):
     """One stream of `backward_states` and `backward_tokens` in chunks of 64; grid (stretches * HV,).
 
-    q, k, x, left, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
-    x is what the stream was given and dx its cotangent: the residual `left` for the second stream, v for the first,
-    or for the only one. KEPT: x is the delta rule's error, which the forward left, so nothing is solved for. `clip`
-    bounds residuals; without the delta rule, residuals as they are stored.
+    q, k, x, dy, tiles, saved, dx, dq and dk are descriptors: of blocks [64, K], [64, V], [64, 64] and [K, V].
+    x is what the stream was given and dx its cotangent: the residual for the second stream, v for the first, or for the
+    only one. KEPT: x is the delta rule's error, which the forward left, so nothing is solved for. `clip` bounds
+    residuals.
     The first finds the residual's cotangent where it puts its own. The second or only stream writes dq, dk and dlog,
-    the first adds to them. GATHER: the cotangent of the end is put together from `dends`, of the sequence, and what the
-    stretches behind ask for: `local`, of `reach`, and the `carried` decays.
+    the first adds to them.
     """
     LV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
     LK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, K // 2, 16])
@@ -133,16 +129,11 @@ def backward_stream(
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     LAST: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     TILE: gl.constexpr = q.layout
-    HAS_TILE: gl.constexpr = DELTA or FIRST
     WEIGHTED: gl.constexpr = TWO and GATED and not FIRST  # the output takes this stream times its rate
     RISE: gl.constexpr = BEFORE if FIRST and not GATED else UNTIL
     READS: gl.constexpr = FRESH if FIRST and not GATED else GROW
     STREAM: gl.constexpr = 0 if FIRST else 1
     APART: gl.constexpr = WEIGHTED or (FIRST and not GATED)  # the queries' pairs count in a sum of their own too
-    SOLVES: gl.constexpr = DELTA and not KEPT
-    LEFT: gl.constexpr = FIRST and not DELTA  # nothing asks what was read, but the residual, which tells it
-    SIDE: gl.constexpr = (8192 if HAS_TILE else 0) + (128 * V if FIRST else 0)
-    MIDDLE: gl.constexpr = 256 * V + 2 * K * V + (128 * V if LEFT else 0)
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
     hv, s = pid % HV, pid // HV
@@ -162,31 +153,22 @@ def backward_stream(
     # Holds the residual's cotangent at first, where there is one.
     work_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
     p_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    if HAS_TILE:
-        l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-        if FIRST:
-            z_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-        else:
-            z_s = work_s._reinterpret(dtype, [1, 64, 64], TILE)
+    l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    if FIRST:
+        z_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    else:
+        z_s = work_s._reinterpret(dtype, [1, 64, 64], TILE)
     # The delta rule's error, and dx, which may take the place of x once no product reads it any more.
     if KEPT:
         e_s, dx_s = x_s, two_s
-    elif DELTA:
+    else:
         e_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
         dx_s = x_s if FIRST else two_s
-    else:
-        e_s = x_s
-        dx_s = gl.allocate_shared_memory(dtype, [1, 64, V], TILE)
     if K == V:
         dq_s, dk_s = one_s, two_s
     else:
         dq_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
         dk_s = gl.allocate_shared_memory(dtype, [1, 64, K], TILE)
-    # Of the queries' products, without the weight of the stream in the output.
-    if WEIGHTED:
-        bare_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-    else:
-        bare_s = p_s
     # Each in a place of its own, so that nothing waits between stores to two of them.
     table = (
         gl.allocate_shared_memory(gl.float32, [2, 64], ROWS),
@@ -206,26 +188,17 @@ def backward_stream(
     read_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
     pair_s = gl.allocate_shared_memory(gl.float32, [1, 2, 64], HALVES)
     below_s = gl.allocate_shared_memory(gl.float32, [1, 4, 64], HALVES)
-    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for b in gl.static_range(4):
-        mbarrier.init(full.index(b), count=1)
+    # One for each copy, for the same reason.
+    has_k, has_q, has_x, has_dy, has_state = new_barrier(), new_barrier(), new_barrier(), new_barrier(), new_barrier()
+    has_tile, has_work, has_dq, has_dk = new_barrier(), new_barrier(), new_barrier(), new_barrier()
     barrier()
-    side, middle, outer, shares = full.index(0), full.index(1), full.index(2), full.index(3)
 
-    at = ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V)
     col_v = gl.arange(0, V, gl.SliceLayout(0, LV))
     tile = gl.arange(0, K, RV)[:, None] * V + col_v[None, :]
-    if GATHER:
-        at = ((STREAM * (stretches // parts).to(gl.int64) + s // parts) * HV + hv) * (K * V)
     if FROM:
-        ds = gl.load(dends + at + tile)
+        ds = gl.load(dends + ((STREAM * stretches.to(gl.int64) + s) * HV + hv) * (K * V) + tile)
     else:
         ds = gl.zeros([K, V], gl.float32, LV)
-    if GATHER:
-        final = s - s % parts + parts - 1
-        for other in range(final - s):
-            place = (STREAM * stretches.to(gl.int64) + final - other) * HV + hv
-            ds = ds * gl.load(carried + place) + gl.load(local + place * (K * V) + tile)
     gate_row = gates + hv.to(gl.int64) * tokens
     rate_row = gate_row + (2 - FIRST) * (HV * tokens.to(gl.int64))
     tile_row = ((STREAM * HV + hv) * chunks + chunk) * 64
@@ -236,20 +209,23 @@ def backward_stream(
 
     if n > 0:
         begin = start + (n - 1) * 64
-        mbarrier.expect(outer, 256 * K)
-        tma.async_copy_global_to_shared(k, [begin, key_col], outer, k_s.index(0))
-        tma.async_copy_global_to_shared(q, [begin, key_col], outer, q_s.index(0))
-        mbarrier.expect(middle, MIDDLE)
-        tma.async_copy_global_to_shared(saved, [save_row + (n - 1) * HV * K, 0], middle, state_s.index(0))
-        tma.async_copy_global_to_shared(x, [begin, value_col], middle, x_s.index(0))
-        tma.async_copy_global_to_shared(dy, [begin, value_col], middle, dy_s.index(0))
-        if LEFT:
-            tma.async_copy_global_to_shared(left, [begin, value_col], middle, dx_s.index(0))
-        if HAS_TILE:
-            mbarrier.expect(side, SIDE)
-            tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], side, l_s.index(0))
-            if FIRST:
-                tma.async_copy_global_to_shared(dx, [begin, value_col], side, work_s.index(0))
+        mbarrier.expect(has_k, 128 * K)
+        mbarrier.expect(has_q, 128 * K)
+        mbarrier.expect(has_x, 128 * V)
+        mbarrier.expect(has_dy, 128 * V)
+        mbarrier.expect(has_state, 2 * K * V)
+        mbarrier.expect(has_tile, 8192)
+        if FIRST:
+            mbarrier.expect(has_work, 128 * V)
+        barrier()
+        tma.async_copy_global_to_shared(k, [begin, key_col], has_k, k_s.index(0))
+        tma.async_copy_global_to_shared(q, [begin, key_col], has_q, q_s.index(0))
+        tma.async_copy_global_to_shared(saved, [save_row + (n - 1) * HV * K, 0], has_state, state_s.index(0))
+        tma.async_copy_global_to_shared(x, [begin, value_col], has_x, x_s.index(0))
+        tma.async_copy_global_to_shared(dy, [begin, value_col], has_dy, dy_s.index(0))
+        tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], has_tile, l_s.index(0))
+        if FIRST:
+            tma.async_copy_global_to_shared(dx, [begin, value_col], has_work, work_s.index(0))
     until, before, rate, last, ok = load_gates(gate_row, rate_row, start + gl.maximum(n - 1, 0) * 64, end, LINE)
     keep_gates(table, 0, until, before, rate, last, ok, scale, WEIGHTED)
 
@@ -264,10 +240,14 @@ def backward_stream(
         o = opaque(0)
         pull_s.index(o).store(ds.to(dtype))
         tma.store_wait(0)
-        mbarrier.wait(outer, phase)
-        mbarrier.wait(middle, phase)
-        if HAS_TILE:
-            mbarrier.wait(side, phase)
+        mbarrier.wait(has_k, phase)
+        mbarrier.wait(has_q, phase)
+        mbarrier.wait(has_x, phase)
+        mbarrier.wait(has_dy, phase)
+        mbarrier.wait(has_state, phase)
+        mbarrier.wait(has_tile, phase)
+        if FIRST:
+            mbarrier.wait(has_work, phase)
         if rows < 64:
             keep_rows(k_s.index(o), rows, 8)
             keep_rows(q_s.index(o), rows, 8)
@@ -275,17 +255,15 @@ def backward_stream(
             keep_rows(dy_s.index(o), rows, 8)
             if FIRST:
                 keep_rows(work_s.index(o), rows, 8)
-            if LEFT:
-                keep_rows(dx_s.index(o), rows, 8)
         publish()
         o = opaque(0)
         score = multiply(q_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
-        if SOLVES:
+        if not KEPT:
             seen = multiply(k_s.index(o), state_s.index(o), LV, 64, V)
         pull = multiply(k_s.index(o), pull_s.index(o), LV, 64, V)
         one_s.index(o).store(
             (
-                dy_s.index(o).load(LV).to(gl.float32)
+                widen(dy_s.index(o).load(LV))
                 * (table[WEIGHT].index(phase).load(RV) * table[READS].index(phase).load(RV))[:, None]
             ).to(dtype)
         )
@@ -298,223 +276,188 @@ def backward_stream(
             fade = gl.where(row_c[:, None] > col[None, :], fade, 0.0)
         else:
             fade = gl.where(row_c[:, None] >= col[None, :], fade, 0.0)
-        if SOLVES:
+        if not KEPT:
             score = warpgroup_mma_wait(2, deps=(score,))
         else:
             score = warpgroup_mma_wait(1, deps=(score,))
         score = score * fade
         p_s.index(o).store((score * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
-        if SOLVES:
+        if not KEPT:
             work = x_s.index(o).load(LV)
             seen = warpgroup_mma_wait(1, deps=(seen,))
-            work = work.to(gl.float32) - seen * table[GROW].index(phase).load(RV)[:, None]
+            work = widen(work) - seen * table[GROW].index(phase).load(RV)[:, None]
             two_s.index(o).store(work.to(dtype))
         pull = warpgroup_mma_wait(0, deps=(pull,))
         pull = pull * table[TAIL].index(phase).load(RV)[:, None]
         publish()
 
         o = opaque(0)
-        if SOLVES:
+        if not KEPT:
             inner = multiply(l_s.index(o), two_s.index(o), LV, 64, V)
         pull = warpgroup_mma(p_s.index(o).permute((1, 0)), dy_s.index(o), pull, is_async=True)
         ds = warpgroup_mma(q_s.index(o).permute((1, 0)), one_s.index(o), ds * whole, is_async=True)
-        if HAS_TILE:
-            alpha = table[ALPHA].index(phase).load(RV)
-        if SOLVES:
+        alpha = table[ALPHA].index(phase).load(RV)
+        if not KEPT:
             inner = warpgroup_mma_wait(2, deps=(inner,))
             e_s.index(o).store((work + inner * alpha[:, None]).to(dtype))
         if FIRST:
-            dseen = -work_s.index(o).load(LV).to(gl.float32)
-            given = x_s.index(o).load(LV).to(gl.float32)
-            if DELTA:
-                seen = seen * table[FRESH].index(phase).load(RV)[:, None] - inner
-                if DECAYED:
-                    seen = seen * alpha[:, None]
-                kept = given - seen
-            else:
-                kept = dx_s.index(o).load(LV).to(gl.float32)
-                seen = given - kept
+            dseen = -widen(work_s.index(o).load(LV))
+            given = widen(x_s.index(o).load(LV))
+            seen = seen * table[FRESH].index(phase).load(RV)[:, None] - inner
+            if DECAYED:
+                seen = seen * alpha[:, None]
             if CLIP:
-                dseen = gl.where(gl.abs(kept) <= clip, dseen, 0.0)
+                dseen = gl.where(gl.abs(given - seen) <= clip, dseen, 0.0)
             if not DECAYED:
                 keep_sum(seen_s, seen * dseen, V)
         pull = warpgroup_mma_wait(1, deps=(pull,))
-        if DELTA or not FIRST:
-            pull = pull * table[RATE].index(phase).load(RV)[:, None]
-        if HAS_TILE:
-            if FIRST:
-                dread = dseen
-                if DECAYED:
-                    dread = dseen * alpha[:, None]
-                if DELTA:
-                    work = pull * alpha[:, None] - dread
-                else:
-                    work = dread
-            else:
-                work = pull * alpha[:, None]
-            work_s.index(o).store(work.to(dtype))
+        pull = pull * table[RATE].index(phase).load(RV)[:, None]
+        work = pull * alpha[:, None]
+        if FIRST:
+            dread = dseen
+            if DECAYED:
+                dread = dseen * alpha[:, None]
+            work = work - dread
+        work_s.index(o).store(work.to(dtype))
         ds = warpgroup_mma_wait(0, deps=(ds,))
         publish()
 
         o = opaque(0)
-        if HAS_TILE:
-            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), work_s.index(o), pull, is_async=True)
+        pull = warpgroup_mma(l_s.index(o).permute((1, 0)), work_s.index(o), pull, is_async=True)
         dp = multiply(dy_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
         key = multiply(e_s.index(o), pull_s.index(o).permute((1, 0)), LK, 64, K)
         # Asked for here, to be there by the end of the chunk; earlier, and they would take registers that are wanting.
         until, before, rate, last, ok = load_gates(gate_row, rate_row, gl.where(more, prior, first), end, LINE)
-        if HAS_TILE:
-            pull = warpgroup_mma_wait(2, deps=(pull,))
-            if FIRST and not DELTA:
-                pull = pull * table[RATE].index(phase).load(RV)[:, None]
+        pull = warpgroup_mma_wait(2, deps=(pull,))
+        drop = pull * table[GROW].index(phase).load(RV)[:, None]
         if FIRST:
             dx_s.index(o).store((pull - dseen).to(dtype))
+            lift = dread - pull * table[ALPHA].index(phase).load(RV)[:, None]
+            two_s.index(o).store(lift.to(dtype))
+            drop = dread * table[FRESH].index(phase).load(RV)[:, None] - drop
         else:
             dx_s.index(o).store(pull.to(dtype))
-        if HAS_TILE:
-            if FIRST:
-                lift = dread
-                drop = dread * table[FRESH].index(phase).load(RV)[:, None]
-                if DELTA:
-                    lift = lift - pull * table[ALPHA].index(phase).load(RV)[:, None]
-                    drop = drop - pull * table[GROW].index(phase).load(RV)[:, None]
-                two_s.index(o).store(lift.to(dtype))
-            else:
-                drop = -pull * table[GROW].index(phase).load(RV)[:, None]
-            one_s.index(o).store(drop.to(dtype))
+            drop = -drop
+        one_s.index(o).store(drop.to(dtype))
         dp = warpgroup_mma_wait(1, deps=(dp,))
         pairs = dp * score
         if APART:
             keep_sum(asked_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
         dp = dp * fade * table[RATE].index(phase).load(COL)[None, :]
-        if WEIGHTED:
-            bare_s.index(o).store((dp * scale).to(dtype))
         p_s.index(o).store((dp * table[WEIGHT].index(phase).load(RC)[:, None]).to(dtype))
         pairs = pairs * table[WEIGHT].index(phase).load(RC)[:, None]
         written = k_s.index(o).load(LK)
         key = warpgroup_mma_wait(0, deps=(key,))
         key = key * table[TAIL].index(phase).load(RK)[:, None]
-        keep_sum(wrote_s, key * written.to(gl.float32), K)
+        keep_sum(wrote_s, key * widen(written), K)
         key = key * table[RATE].index(phase).load(RK)[:, None]
+        if more:
+            mbarrier.expect(has_tile, 8192)
+            if FIRST:
+                mbarrier.expect(has_work, 128 * V)
         publish()
 
         o = opaque(0)
         put(dx_s.index(o), dx, dx_memory, first, value_col, rows, HV * V, V, 8)
-        if HAS_TILE:
-            if more and not LEFT:
-                mbarrier.expect(side, SIDE)
-                tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
-                if FIRST:
-                    tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
-            z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
-            if not LEFT:
-                keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
-            found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
+        if more:
+            tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], has_tile, l_s.index(o))
+            if FIRST:
+                tma.async_copy_global_to_shared(dx, [prior, value_col], has_work, work_s.index(o))
+        z = multiply(two_s.index(o), e_s.index(o).permute((1, 0)), LC, 64, 64)
+        keys = multiply(k_s.index(o), k_s.index(o).permute((1, 0)), LC, 64, 64)
+        found = multiply(one_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         query = multiply(dy_s.index(o), state_s.index(o).permute((1, 0)), LK, 64, K)
         # <state, its cotangent> at the chunk's end but for the decay, in rounded numbers.
-        pair = state_s.index(o).load(LV).to(gl.float32) * pull_s.index(o).load(LV).to(gl.float32)
+        pair = widen(state_s.index(o).load(LV)) * widen(pull_s.index(o).load(LV))
         pair_s.index(0).permute((1, 0)).store(gl.sum(gl.sum(pair.reshape([K // 64, 64, 2, V // 2]), axis=3), axis=0))
-        if HAS_TILE:
-            ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
-            if LEFT:
-                z = warpgroup_mma_wait(3, deps=(z,))
-                pairs += z * l_s.index(o).load(LC).to(gl.float32)
-            else:
-                z, keys = warpgroup_mma_wait(3, deps=(z, keys))
-            row_c = gl.arange(0, 64, RC)
-            col = gl.arange(0, 64, COL)
-            rise: gl.constexpr = BEFORE if FIRST else UNTIL
-            fade = gl.exp2(
-                gl.minimum(
-                    table[rise].index(phase).load(RC)[:, None] - table[UNTIL].index(phase).load(COL)[None, :], 0.0
-                )
-            )
-            if not FIRST:
-                z = -z  # dx stands where the first stream has the other sign
-            z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
-            if not LEFT:
-                pairs += z * keys
-            z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
-            found = warpgroup_mma_wait(2, deps=(found,))
-            keep_sum(found_s, found * k_s.index(o).load(LK).to(gl.float32), K)
-            key += found
-            query, ds = warpgroup_mma_wait(0, deps=(query, ds))
-        else:
-            query = warpgroup_mma_wait(0, deps=(query,))
+        ds = warpgroup_mma(k_s.index(o).permute((1, 0)), one_s.index(o), ds, is_async=True)
+        z, keys = warpgroup_mma_wait(3, deps=(z, keys))
+        row_c = gl.arange(0, 64, RC)
+        col = gl.arange(0, 64, COL)
+        rise: gl.constexpr = BEFORE if FIRST else UNTIL
+        fade = gl.exp2(
+            gl.minimum(table[rise].index(phase).load(RC)[:, None] - table[UNTIL].index(phase).load(COL)[None, :], 0.0)
+        )
+        if not FIRST:
+            z = -z  # dx stands where the first stream has the other sign
+        z = gl.where(row_c[:, None] > col[None, :], z * fade, 0.0)
+        pairs += z * keys
+        z_s.index(o).store((z * table[RATE].index(phase).load(COL)[None, :]).to(dtype))
+        found = warpgroup_mma_wait(2, deps=(found,))
+        keep_sum(found_s, found * widen(k_s.index(o).load(LK)), K)
+        key += found
+        query, ds = warpgroup_mma_wait(0, deps=(query, ds))
         keep_sum(row_s, pairs * table[RATE].index(phase).load(COL)[None, :], 64)
-        query = query * (table[READS].index(phase).load(RK) * scale)[:, None]
-        keep_sum(read_s, query * q_s.index(o).load(LK).to(gl.float32), K)
+        keep_sum(read_s, query * widen(q_s.index(o).load(LK)), K)
+        query = query * (table[WEIGHT].index(phase).load(RK) * table[READS].index(phase).load(RK))[:, None]
         below_s.index(0).store(gl.sum(pairs.reshape([4, 16, 64]), axis=1))
         tma.store_wait(0)
+        if FIRST:
+            mbarrier.expect(has_dq, 128 * K)
+            mbarrier.expect(has_dk, 128 * K)
+        if more:
+            mbarrier.expect(has_state, 2 * K * V)
+            mbarrier.expect(has_x, 128 * V)
+            mbarrier.expect(has_dy, 128 * V)
         publish()
 
         o = opaque(0)
-        query = warpgroup_mma(bare_s.index(o), k_s.index(o), query, is_async=True)
+        query = warpgroup_mma(p_s.index(o), k_s.index(o), query, is_async=True)
         key = warpgroup_mma(p_s.index(o).permute((1, 0)), q_s.index(o), key, is_async=True)
-        if HAS_TILE:
-            key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
-            key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
+        key = warpgroup_mma(z_s.index(o), k_s.index(o), key, is_async=True)
+        key = warpgroup_mma(z_s.index(o).permute((1, 0)), k_s.index(o), key, is_async=True)
         if FIRST:
             t = gl.arange(0, 64, LAST)
             earlier = gl.load(dlog + (first + t).to(gl.int64) * HV + hv, mask=t < rows, other=0.0)
-            mbarrier.expect(shares, 256 * K)
-            tma.async_copy_global_to_shared(dq, [first, own_col], shares, dq_s.index(o))
-            tma.async_copy_global_to_shared(dk, [first, own_col], shares, dk_s.index(o))
+            tma.async_copy_global_to_shared(dq, [first, own_col], has_dq, dq_s.index(o))
+            tma.async_copy_global_to_shared(dk, [first, own_col], has_dk, dk_s.index(o))
         if more:
-            mbarrier.expect(middle, MIDDLE)
-            tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], middle, state_s.index(o))
-            tma.async_copy_global_to_shared(x, [prior, value_col], middle, x_s.index(o))
-            tma.async_copy_global_to_shared(dy, [prior, value_col], middle, dy_s.index(o))
-            if LEFT:
-                tma.async_copy_global_to_shared(left, [prior, value_col], middle, dx_s.index(o))
-                mbarrier.expect(side, SIDE)
-                tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], side, l_s.index(o))
-                tma.async_copy_global_to_shared(dx, [prior, value_col], side, work_s.index(o))
-        if HAS_TILE:
-            query = warpgroup_mma_wait(3, deps=(query,))
-        else:
-            query = warpgroup_mma_wait(1, deps=(query,))
-        if WEIGHTED:
-            query = query * table[RATE].index(phase).load(RK)[:, None]
+            tma.async_copy_global_to_shared(saved, [save_row + (i - 1) * HV * K, 0], has_state, state_s.index(o))
+            tma.async_copy_global_to_shared(x, [prior, value_col], has_x, x_s.index(o))
+            tma.async_copy_global_to_shared(dy, [prior, value_col], has_dy, dy_s.index(o))
+        query = warpgroup_mma_wait(3, deps=(query,))
         if FIRST:
-            mbarrier.wait(shares, phase)
-            query += dq_s.index(o).load(LK).to(gl.float32)
+            mbarrier.wait(has_dq, phase)
+            mbarrier.wait(has_dk, phase)
+            query += widen(dq_s.index(o).load(LK))
         dq_s.index(o).store(query.to(dtype))
         key = warpgroup_mma_wait(0, deps=(key,))
         if FIRST:
-            key += dk_s.index(o).load(LK).to(gl.float32)
+            key += widen(dk_s.index(o).load(LK))
         dk_s.index(o).store(key.to(dtype))
         keep_gates(table, 1 - phase, until, before, rate, last, ok, scale, WEIGHTED)
+        if more:
+            mbarrier.expect(has_k, 128 * K)
+            mbarrier.expect(has_q, 128 * K)
         publish()
 
         o = opaque(0)
         put(dq_s.index(o), dq, dq_memory, first, own_col, rows, HV * K, K, 8)
         put(dk_s.index(o), dk, dk_memory, first, own_col, rows, HV * K, K, 8)
         if more:
-            mbarrier.expect(outer, 256 * K)
-            tma.async_copy_global_to_shared(k, [prior, key_col], outer, k_s.index(o))
-            tma.async_copy_global_to_shared(q, [prior, key_col], outer, q_s.index(o))
+            tma.async_copy_global_to_shared(k, [prior, key_col], has_k, k_s.index(o))
+            tma.async_copy_global_to_shared(q, [prior, key_col], has_q, q_s.index(o))
         # A decay scales what crosses its token: what later tokens read of the past, what earlier ones leave for the end
         # of the chunk. Pairs on one side fall out exactly, as their rows and columns are sums of the same numbers.
         t = gl.arange(0, 64, LAST)
-        read = whole_sum(read_s, LAST)
-        wrote = whole_sum(wrote_s, LAST)
         rates = table[RATE].index(phase).load(LAST)
+        read = whole_sum(read_s, LAST) * (table[READS].index(phase).load(LAST) * scale)
+        wrote = whole_sum(wrote_s, LAST)
         leaves = wrote * rates
         lines = below_s._reinterpret(gl.float32, [4, 64], ROWS)
         below = lines.index(0).load(LAST) + lines.index(1).load(LAST)
         below += lines.index(2).load(LAST) + lines.index(3).load(LAST)
         wrote += below
-        reads = whole_sum(row_s, LAST) - below * rates
-        if HAS_TILE:
-            reads += whole_sum(found_s, LAST)
+        reads = whole_sum(row_s, LAST) + whole_sum(found_s, LAST) - below * rates
         if WEIGHTED:
             reads += read * rates
             wrote += read + whole_sum(asked_s, LAST) * scale
         else:
             reads += read
-        dgate = gl.associative_scan(reads, 0, add, reverse=True) + gl.sum(whole_sum(pair_s, LAST), axis=0) * whole
-        dgate += gl.associative_scan(leaves, 0, add) - leaves
+        # All reads less those before a token are those from it on.
+        change = leaves - reads
+        dgate = gl.sum(reads + whole_sum(pair_s, LAST) * whole, axis=0)
+        dgate += gl.associative_scan(change, 0, add) - change
         place = (first + t).to(gl.int64) * HV + hv
         held = t < rows
         if FIRST:
@@ -556,7 +499,6 @@ def reach(
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
-    DELTA: gl.constexpr,
     TWO: gl.constexpr,
     GATED: gl.constexpr,
     DECAYED: gl.constexpr,
@@ -572,8 +514,7 @@ def reach(
     TILE: gl.constexpr = q.layout
     KT: gl.constexpr = K // 64
     NV: gl.constexpr = V // 64
-    HAS_KEYS: gl.constexpr = DELTA or FIRST  # a state that adds asks its keys only what the residual was taken from
-    BYTES: gl.constexpr = 8192 * ((2 if HAS_KEYS else 1) * KT + 1 + (1 if DELTA else 0))
+    BYTES: gl.constexpr = 8192 * (2 * KT + 2)
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     pid = gl.program_id(0)
@@ -605,23 +546,15 @@ def reach(
     key_col = hv // (HV // H) * K
     value_col = hv * V + i_v * 64
 
-    # As in the forward: chunks behind a decay by 2^-32 give nothing to the start.
-    decay = 0.0
-    whole_stretch = n
-    n = 0
-    while (n < whole_stretch) & (decay > -32.0):
-        decay += total_decay(gate_row, start, end, n)
-        n += 1
+    n, _ = count_chunks(gate_row, start, end, n, True)
     some = n > 0
     begin = start + (n - 1) * 64
     mbarrier.expect(full.index(0), BYTES, pred=some)
     for j in gl.static_range(KT):
-        if HAS_KEYS:
-            tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
+        tma.async_copy_global_to_shared(k, [begin, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
         tma.async_copy_global_to_shared(q, [begin, key_col + j * 64], full.index(0), q_s.index(j), pred=some)
     tma.async_copy_global_to_shared(dy, [begin, value_col], full.index(0), dy_s.index(0), pred=some)
-    if DELTA:
-        tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], full.index(0), l_s.index(0), pred=some)
+    tma.async_copy_global_to_shared(tiles, [tile_row + (n - 1) * 64, 0], full.index(0), l_s.index(0), pred=some)
 
     for back in range(n):
         i = n - 1 - back
@@ -638,11 +571,10 @@ def reach(
         until = gl.load(gate_row + t, mask=ok, other=0.0)
         before = gl.load(gate_row + t - 1, mask=ok & (row > 0), other=0.0)
         rate = gl.load(gate_row + (2 - FIRST) * gate_plane + t, mask=ok, other=0.0)
-        if DELTA:
-            tc = first + col
-            rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
-            if FIRST and not GATED:
-                rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
+        tc = first + col
+        rise_c = gl.load(gate_row + tc, mask=tc < end, other=0.0)
+        if FIRST and not GATED:
+            rise_c = gl.load(gate_row + tc - 1, mask=(tc < end) & (col > 0), other=0.0)
         if FIRST:
             values = (t[:, None].to(gl.int64) * HV + hv) * V + i_v * 64 + col[None, :]
             passed = gl.load(dresidual + values, mask=ok[:, None], other=0.0)
@@ -650,21 +582,18 @@ def reach(
                 left = gl.load(clipped + values, mask=ok[:, None], other=0.0)
 
         o = opaque(0)
-        if DELTA:
-            state_s.index(o).store(s0.to(dtype))
-            if KT == 2:
-                state_s.index(o + 1).store(s1.to(dtype))
+        state_s.index(o).store(s0.to(dtype))
+        if KT == 2:
+            state_s.index(o + 1).store(s1.to(dtype))
         publish()
         mbarrier.expect(then, BYTES, pred=more)
         for j in gl.static_range(KT):
-            if HAS_KEYS:
-                tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
+            tma.async_copy_global_to_shared(k, [prior, key_col + j * 64], then, k_s.index(there + j), pred=more)
             tma.async_copy_global_to_shared(q, [prior, key_col + j * 64], then, q_s.index(there + j), pred=more)
         mbarrier.wait(full.index(par), (back >> 1) & 1)
-        if DELTA:
-            # Scores [j, i]: how much of what token j writes token i reads.
-            score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
-            pull = product(k_s, state_s, KT, ACC, here + o, o)
+        # Scores [j, i]: how much of what token j writes token i reads.
+        score = product(k_s, q_s, KT, ACC, here + o, here + o, B_T=True)
+        pull = product(k_s, state_s, KT, ACC, here + o, o)
         until = gl.where(ok, until, last)
         before = gl.where(ok, before, last)
         grow, alpha = gl.exp2(until), gl.exp2(until - before)
@@ -678,61 +607,50 @@ def reach(
             reads = start_decay
         else:
             reads = grow
-        if DELTA:
-            one.index(o).store(given.to(dtype))
-            rise_c = gl.where(tc < end, rise_c, last)
-            score = warpgroup_mma_wait(KT, deps=(score,))
-            fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
-            if FIRST:
-                read_by = row[:, None] < col[None, :]
-            else:
-                read_by = row[:, None] <= col[None, :]
-            p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
-            pull = warpgroup_mma_wait(0, deps=(pull,))
-            pull = pull * tail[:, None]
-            barrier()
-            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
+        one.index(o).store(given.to(dtype))
+        rise_c = gl.where(tc < end, rise_c, last)
+        score = warpgroup_mma_wait(KT, deps=(score,))
+        fade = gl.exp2(gl.minimum(rise_c[None, :] - until[:, None], 0.0))
+        if FIRST:
+            read_by = row[:, None] < col[None, :]
+        else:
+            read_by = row[:, None] <= col[None, :]
+        p_s.index(o).store(gl.where(read_by, score * fade, 0.0).to(dtype))
+        pull = warpgroup_mma_wait(0, deps=(pull,))
+        pull = pull * tail[:, None]
+        barrier()
+        tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
         if FIRST:
             dseen = -passed.to(gl.float32)
             if CLIP:
                 dseen = gl.where(gl.abs(left.to(gl.float32)) <= below, dseen, 0.0)
             if DECAYED:
                 dseen = dseen * alpha[:, None]
-            if not DELTA:
-                one.index(o).store((dseen * start_decay[:, None]).to(dtype))
         state_s.index(o).store((given * reads[:, None]).to(dtype))
         publish()
         o = opaque(0)
-        if DELTA:
-            pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
-        else:
-            tma.async_copy_global_to_shared(dy, [prior, value_col], then, dy_s.index(0), pred=more)
+        pull = warpgroup_mma(p_s.index(o), one.index(o), pull, is_async=True)
         s0 = warpgroup_mma(q_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(q_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)
-        if DELTA:
-            pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
-            work = pull * (rate * alpha)[:, None]
-            if FIRST:
-                work = work - dseen
-            barrier()
-            one.index(o).store(work.to(dtype))
-            publish()
-            o = opaque(0)
-            pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True)
-            pull = warpgroup_mma_wait(0, deps=(pull,))
-            dread = -pull * grow[:, None]
-            if FIRST:
-                dread = dread + dseen * start_decay[:, None]
-            state_s.index(o).store(dread.to(dtype))
-            publish()
-            tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], then, l_s.index(0), pred=more)
-            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0, is_async=True)
-            if KT == 2:
-                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1, is_async=True)
-        elif FIRST:
-            s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), one.index(o), s0, is_async=True)
-            if KT == 2:
-                s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), one.index(o), s1, is_async=True)
+        pull, s0, s1 = warpgroup_mma_wait(0, deps=(pull, s0, s1))
+        work = pull * (rate * alpha)[:, None]
+        if FIRST:
+            work = work - dseen
+        barrier()
+        one.index(o).store(work.to(dtype))
+        publish()
+        o = opaque(0)
+        pull = warpgroup_mma(l_s.index(o).permute((1, 0)), one.index(o), pull * rate[:, None], is_async=True)
+        pull = warpgroup_mma_wait(0, deps=(pull,))
+        dread = -pull * grow[:, None]
+        if FIRST:
+            dread = dread + dseen * start_decay[:, None]
+        state_s.index(o).store(dread.to(dtype))
+        publish()
+        tma.async_copy_global_to_shared(tiles, [tile_row + (i - 1) * 64, 0], then, l_s.index(0), pred=more)
+        s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0, is_async=True)
+        if KT == 2:
+            s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1, is_async=True)
         s0, s1 = warpgroup_mma_wait(0, deps=(s0, s1))
     store_state(dstarts, at, s0, s1, V, KT)

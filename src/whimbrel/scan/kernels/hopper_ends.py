@@ -1,4 +1,4 @@
-"""Where a stretch's states end, on Hopper, in Gluon: what stretches before must know to hand a state on.
+"""Where a stretch's states end by the delta rule, on Hopper, in Gluon: what is needed to hand a state on.
 
 Less of a chunk is needed than in `hopper_forward`, so that three programs share a multiprocessor.
 """
@@ -10,15 +10,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from whimbrel.scan.kernels.hopper import (
+    NOTHING,
     ROWS,
     barrier,
+    count_chunks,
     keep_rows,
     load_gates,
     opaque,
     product,
     publish,
     store_state,
-    total_decay,
+    widen,
 )
 from whimbrel.scan.kernels.prepare import COUNTS
 
@@ -42,16 +44,14 @@ def stretch_ends(
     K: gl.constexpr,
     V: gl.constexpr,
     FIRST: gl.constexpr,
-    DELTA: gl.constexpr,
     TWO: gl.constexpr,
     MAPS: gl.constexpr,
 ):
     """Of one stream of every stretch, in chunks of 64: its end state from a start of zero, to `local`.
 
-    k, x and tiles are descriptors of [64, 64] blocks; x is what the stream was given. Without the delta rule `carried`
-    [2, stretches, HV] gets the decays of the stretches. With it and MAPS, [2, stretches, HV, K, K] gets the matrices
-    that take a start to its end, of this stream, or with TWO of both, which do not depend on values. Grid
-    (stretches * HV * (V + maps * K) / 64,).
+    k, x and tiles are descriptors of [64, 64] blocks; x is what the stream was given. With MAPS `carried`
+    [2, stretches, HV, K, K] gets the matrices that take a start to its end, of this stream, or with TWO of both, which
+    do not depend on values. Grid (stretches * HV * (V + maps * K) / 64,).
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -59,14 +59,12 @@ def stretch_ends(
     TILE: gl.constexpr = k.layout
     KT: gl.constexpr = K // 64
     NV: gl.constexpr = V // 64
-    OWN: gl.constexpr = 16384 if DELTA else 8192
     dtype: gl.constexpr = k.dtype
     k_s = gl.allocate_shared_memory(dtype, [2 * KT, 64, 64], TILE)
     x_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     state_s = gl.allocate_shared_memory(dtype, [KT, 64, 64], TILE)
-    if DELTA:
-        l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
-        one_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    l_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
+    one_s = gl.allocate_shared_memory(dtype, [1, 64, 64], TILE)
     until_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
     before_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
     rate_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
@@ -103,13 +101,10 @@ def stretch_ends(
     value_col = hv * V + part * 64
     owner = (stream * stretches.to(gl.int64) + s) * HV + hv
 
-    # What has decayed by 2^-32 is nothing: the end state needs only the chunks after that.
-    decay = 0.0
-    begin = n
-    while (begin > 0) & (decay > -32.0):
-        begin -= 1
-        decay += total_decay(gate_row, start, end, begin)
-    gone = decay <= -32.0
+    # The end state needs only the chunks after what has decayed to nothing.
+    count, decay = count_chunks(gate_row, start, end, n, False)
+    begin = n - count
+    gone = decay <= NOTHING
     s0 = gl.zeros([64, 64], gl.float32, ACC)
     s1 = gl.zeros([64, 64], gl.float32, ACC)
     if MAPS:
@@ -118,8 +113,6 @@ def stretch_ends(
         diagonal = gl.where(row[:, None] == col[None, :], unit, 0.0)
         s0 += gl.where(part == 0, diagonal, 0.0)
         s1 += gl.where(part == 1, diagonal, 0.0)
-    if not DELTA:
-        gl.store(carried + owner, gl.where(gone, 0.0, gl.exp2(decay)))
 
     some = begin < n
     entry = start + begin * 64
@@ -127,10 +120,9 @@ def stretch_ends(
     for j in gl.static_range(KT):
         tma.async_copy_global_to_shared(k, [entry, key_col + j * 64], full.index(0), k_s.index(j), pred=some)
     # A program of a matrix reads some values too, and makes nothing of them.
-    mbarrier.expect(own, OWN, pred=some)
+    mbarrier.expect(own, 16384, pred=some)
     tma.async_copy_global_to_shared(x, [entry, value_col], own, x_s.index(0), pred=some)
-    if DELTA:
-        tma.async_copy_global_to_shared(tiles, [tile_row + begin * 64, 0], own, l_s.index(0), pred=some)
+    tma.async_copy_global_to_shared(tiles, [tile_row + begin * 64, 0], own, l_s.index(0), pred=some)
     entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, entry, end, LINE)
     until_s.index(0).store(entry_until)
     before_s.index(0).store(entry_before)
@@ -145,10 +137,9 @@ def stretch_ends(
         rows = end - first
         whole = gl.exp2(last)
         o = opaque(0)
-        if DELTA:
-            state_s.index(o).store(s0.to(dtype))
-            if KT == 2:
-                state_s.index(o + 1).store(s1.to(dtype))
+        state_s.index(o).store(s0.to(dtype))
+        if KT == 2:
+            state_s.index(o + 1).store(s1.to(dtype))
         publish()
         # Asked for here, to be there by the end of the chunk.
         next_until, next_before, next_rate, next_last, _ = load_gates(
@@ -167,30 +158,27 @@ def stretch_ends(
                 keep_rows(k_s.index(here + j), rows, 4)
             keep_rows(x_s.index(0), rows, 4)
             publish()
-        if DELTA:
-            seen = product(k_s, state_s, KT, ACC, here + o, o)
+        seen = product(k_s, state_s, KT, ACC, here + o, o)
         until, before, rate = until_s.index(o).load(ROW), before_s.index(o).load(ROW), rate_s.index(o).load(ROW)
-        work = x_s.index(o).load(ACC).to(gl.float32)
+        work = widen(x_s.index(o).load(ACC))
         if MAPS:
             work = gl.where(values, work, 0.0)
-        if DELTA:
-            seen = warpgroup_mma_wait(0, deps=(seen,))
-            work = work - seen * gl.exp2(until)[:, None]
-            one_s.index(o).store(work.to(dtype))
-            publish()
-            o = opaque(0)
-            inner = warpgroup_mma(
-                l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
-            )
-            inner = warpgroup_mma_wait(0, deps=(inner,))
-            work = work + inner * gl.exp2(until - before)[:, None]
+        seen = warpgroup_mma_wait(0, deps=(seen,))
+        work = work - seen * gl.exp2(until)[:, None]
+        one_s.index(o).store(work.to(dtype))
+        publish()
+        o = opaque(0)
+        inner = warpgroup_mma(
+            l_s.index(o), one_s.index(o), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True
+        )
+        inner = warpgroup_mma_wait(0, deps=(inner,))
+        work = work + inner * gl.exp2(until - before)[:, None]
         state_s.index(o).store((work * (rate * gl.exp2(last - until))[:, None]).to(dtype))
         publish()
         o = opaque(0)
-        mbarrier.expect(own, OWN, pred=more)
+        mbarrier.expect(own, 16384, pred=more)
         tma.async_copy_global_to_shared(x, [after, value_col], own, x_s.index(0), pred=more)
-        if DELTA:
-            tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], own, l_s.index(0), pred=more)
+        tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], own, l_s.index(0), pred=more)
         s0 = warpgroup_mma(k_s.index(here + o).permute((1, 0)), state_s.index(o), s0 * whole, is_async=True)
         if KT == 2:
             s1 = warpgroup_mma(k_s.index(here + o + 1).permute((1, 0)), state_s.index(o), s1 * whole, is_async=True)

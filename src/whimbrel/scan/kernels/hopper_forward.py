@@ -19,13 +19,21 @@ from whimbrel.scan.kernels.hopper import (
     keep_rows,
     load_gates,
     load_state,
+    new_barrier,
     opaque,
     product,
     publish,
     put,
     store_state,
+    widen,
 )
 from whimbrel.scan.kernels.prepare import COUNTS
+
+
+@gluon.jit
+def read(x, WIDE: gl.constexpr):
+    """x in fp32."""
+    return widen(x) if WIDE else x.to(gl.float32)
 
 
 @gluon.jit
@@ -59,7 +67,9 @@ def walk(
     rate_s,
     keys,
     queries,
-    own,
+    has_x,
+    has_tile,
+    has_y,
     ready,
     done,
     start,
@@ -108,13 +118,13 @@ def walk(
     ADDS: gl.constexpr = TWO and not FIRST
     HAS_X: gl.constexpr = not (LINKED and not FIRST)
     HAS_Y: gl.constexpr = ADDS and not LINKED
-    OWN: gl.constexpr = 8192 * ((1 if HAS_X else 0) + (1 if HAS_TILE else 0) + (1 if HAS_Y else 0))
     KEYS: gl.constexpr = 3 if LINKED else 2
     # Without the delta rule, what is written is known before the state is: its products need not wait. A second stream
     # has too few of them to gain, and beside each other two streams fill the time already.
     EARLY: gl.constexpr = not DELTA and FIRST and not LINKED
     # The backward of a second stream then need not solve for its error again.
     LEAVES: gl.constexpr = LINKED and DELTA and SAVE
+    WIDE: gl.constexpr = SAVE or not LINKED  # else it takes registers that are wanting
     STREAM: gl.constexpr = 0 if FIRST else 1
     dtype: gl.constexpr = q.dtype
     n = gl.cdiv(end - start, 64)
@@ -149,14 +159,15 @@ def walk(
                 spot = [start + p * 64, key_col + j * 64]
                 tma.async_copy_global_to_shared(k, spot, keys.index(p), k_s.index(p * KT + j), pred=p < n)
                 tma.async_copy_global_to_shared(q, spot, queries.index(p), q_s.index(p * KT + j), pred=p < n)
-    if OWN > 0:
-        mbarrier.expect(own, OWN, pred=some)
-        if HAS_X:
-            tma.async_copy_global_to_shared(x, [start, value_col], own, x_s.index(0), pred=some)
-        if HAS_TILE:
-            tma.async_copy_global_to_shared(tiles, [tile_row, 0], own, l_s.index(0), pred=some)
-        if HAS_Y:
-            tma.async_copy_global_to_shared(y, [start, value_col], own, y_s.index(0), pred=some)
+    if HAS_X:
+        mbarrier.expect(has_x, 8192, pred=some)
+        tma.async_copy_global_to_shared(x, [start, value_col], has_x, x_s.index(0), pred=some)
+    if HAS_TILE:
+        mbarrier.expect(has_tile, 8192, pred=some)
+        tma.async_copy_global_to_shared(tiles, [tile_row, 0], has_tile, l_s.index(0), pred=some)
+    if HAS_Y:
+        mbarrier.expect(has_y, 8192, pred=some)
+        tma.async_copy_global_to_shared(y, [start, value_col], has_y, y_s.index(0), pred=some)
     entry_until, entry_before, entry_rate, last, _ = load_gates(gate_row, rate_row, start, end, LINE)
     until_s.index(0).store(entry_until)
     before_s.index(0).store(entry_before)
@@ -190,13 +201,16 @@ def walk(
         else:
             given = x_s.index(o)
         if EARLY:
-            mbarrier.wait(own, par)
+            mbarrier.wait(has_x, par)
+            mbarrier.wait(has_tile, par)
             if rows < 64:
                 keep_rows(x_s.index(0), rows, 4)
                 barrier()
             rate = rate_s.index(o).load(ROW)
-            work = given.load(ACC).to(gl.float32) * rate[:, None]
+            work = read(given.load(ACC), WIDE) * rate[:, None]
             one_s.index(o).store(work.to(dtype))
+        if not LINKED:
+            mbarrier.expect(keys.index(1 - slot), 8192 * KT, pred=more)
         publish()
         # Asked for here, to be there by the end of the chunk.
         next_until, next_before, next_rate, next_last, _ = load_gates(
@@ -204,7 +218,6 @@ def walk(
         )
         if not LINKED:
             # Every warp is past the last chunk here, so its keys' slot is free.
-            mbarrier.expect(keys.index(1 - slot), 8192 * KT, pred=more)
             for j in gl.static_range(KT):
                 tma.async_copy_global_to_shared(
                     k, [after, key_col + j * 64], keys.index(1 - slot), k_s.index(KT - here + j), pred=more
@@ -216,8 +229,12 @@ def walk(
             mbarrier.wait(ready.index(par), turn)
         mbarrier.wait(keys.index(slot), round)
         mbarrier.wait(queries.index(slot if LINKED else 0), queried)
-        if OWN > 0 and not EARLY:
-            mbarrier.wait(own, par)
+        if HAS_X and not EARLY:
+            mbarrier.wait(has_x, par)
+        if HAS_TILE and not EARLY:
+            mbarrier.wait(has_tile, par)
+        if HAS_Y:
+            mbarrier.wait(has_y, par)
         if rows < 64:
             if FIRST or not LINKED:
                 for j in gl.static_range(KT):
@@ -244,9 +261,9 @@ def walk(
         if HAS_TILE and not EARLY:
             seen = warpgroup_mma_wait(KT, deps=(seen,))
         if DELTA:
-            work = given.load(ACC).to(gl.float32) - seen * grow[:, None]
+            work = read(given.load(ACC), WIDE) - seen * grow[:, None]
         elif not EARLY:
-            work = given.load(ACC).to(gl.float32) * rate[:, None]
+            work = read(given.load(ACC), WIDE) * rate[:, None]
         if HAS_TILE and not EARLY:
             one_s.index(o).store(work.to(dtype))
             publish()
@@ -286,7 +303,7 @@ def walk(
                 seen = seen * start_decay[:, None] + inner
             if DECAYED:
                 seen = seen * alpha[:, None]
-            left = x_s.index(o).load(ACC).to(gl.float32) - seen
+            left = read(x_s.index(o).load(ACC), WIDE) - seen
             if CLIP:
                 # None within the bound is rounded up to it, so that what is stored says where the clip was active.
                 most = gl.where(gl.abs(left) <= clip, below, clip)
@@ -303,19 +320,25 @@ def walk(
             work = work * rate[:, None]
         if EARLY:
             # Again, since it would take registers that products want.
-            work = given.load(ACC).to(gl.float32) * rate[:, None]
+            work = read(given.load(ACC), WIDE) * rate[:, None]
         tma.store_wait(0)
-        barrier()
-        if OWN > 0:
-            mbarrier.expect(own, OWN, pred=more)
-            if HAS_X:
-                tma.async_copy_global_to_shared(x, [after, value_col], own, x_s.index(0), pred=more)
-            if HAS_TILE:
-                tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], own, l_s.index(0), pred=more)
-            if HAS_Y:
-                tma.async_copy_global_to_shared(y, [after, value_col], own, y_s.index(1 - par), pred=more)
+        # Before the barrier, so that none is needed between these and the copies.
+        if HAS_X:
+            mbarrier.expect(has_x, 8192, pred=more)
+        if HAS_TILE:
+            mbarrier.expect(has_tile, 8192, pred=more)
+        if HAS_Y:
+            mbarrier.expect(has_y, 8192, pred=more)
         if not LINKED:
             mbarrier.expect(queries.index(0), 8192 * KT, pred=more)
+        barrier()
+        if HAS_X:
+            tma.async_copy_global_to_shared(x, [after, value_col], has_x, x_s.index(0), pred=more)
+        if HAS_TILE:
+            tma.async_copy_global_to_shared(tiles, [tile_row + (i + 1) * 64, 0], has_tile, l_s.index(0), pred=more)
+        if HAS_Y:
+            tma.async_copy_global_to_shared(y, [after, value_col], has_y, y_s.index(1 - par), pred=more)
+        if not LINKED:
             for j in gl.static_range(KT):
                 tma.async_copy_global_to_shared(q, [after, key_col + j * 64], queries.index(0), q_s.index(j), pred=more)
         if not EARLY:
@@ -347,23 +370,23 @@ def walk(
             mbarrier.arrive(ready.index(par), count=1)
         else:
             if LINKED:
-                out += share_s.index(par).load(ACC).to(gl.float32)
+                out += read(share_s.index(par).load(ACC), WIDE)
                 y_s.index(o).store(out.to(dtype))
                 if LEAVES:
                     tma.store_wait(0)
+                later = i + KEYS < n
+                mbarrier.expect(keys.index(slot), 8192 * KT, pred=later)
+                mbarrier.expect(queries.index(slot), 8192 * KT, pred=later)
                 publish()
                 mbarrier.arrive(done.index(par), count=1)
                 o = opaque(0)
                 put(y_s.index(o), y, y_memory, first, value_col, rows, HV * V, 64, 4)
-                later = i + KEYS < n
-                mbarrier.expect(keys.index(slot), 8192 * KT, pred=later)
-                mbarrier.expect(queries.index(slot), 8192 * KT, pred=later)
                 for j in gl.static_range(KT):
                     spot = [first + KEYS * 64, key_col + j * 64]
                     tma.async_copy_global_to_shared(k, spot, keys.index(slot), k_s.index(here + j), pred=later)
                     tma.async_copy_global_to_shared(q, spot, queries.index(slot), q_s.index(here + j), pred=later)
             elif ADDS:
-                out += y_s.index(par).load(ACC).to(gl.float32)
+                out += read(y_s.index(par).load(ACC), WIDE)
                 y_s.index(par).store(out.to(dtype))
                 publish()
                 put(y_s.index(par), y, y_memory, first, value_col, rows, HV * V, 64, 4)
@@ -456,12 +479,11 @@ def forward_stream(
     rate_s = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
     keys = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     queries = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    others = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(keys.index(0), count=1)
     mbarrier.init(keys.index(1), count=1)
     mbarrier.init(queries.index(0), count=1)
-    mbarrier.init(others.index(0), count=1)
-    own, ready, done = others.index(0), keys, keys
+    has_x, has_tile, has_y = new_barrier(), new_barrier(), new_barrier()
+    ready, done = keys, keys
     barrier()
     walk(
         q,
@@ -493,7 +515,9 @@ def forward_stream(
         rate_s,
         keys,
         queries,
-        own,
+        has_x,
+        has_tile,
+        has_y,
         ready,
         done,
         start,
@@ -599,17 +623,15 @@ def forward_streams(
     rate_s_2 = gl.allocate_shared_memory(gl.float32, [1, 64], ROWS)
     keys = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     queries = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    others = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for b in gl.static_range(3):
         mbarrier.init(keys.index(b), count=1)
         mbarrier.init(queries.index(b), count=1)
     for b in gl.static_range(2):
-        mbarrier.init(others.index(b), count=1)
         mbarrier.init(ready.index(b), count=1)
         mbarrier.init(done.index(b), count=1)
-    own_1, own_2 = others.index(0), others.index(1)
+    has_x, has_tile_1, has_tile_2 = new_barrier(), new_barrier(), new_barrier()
     barrier()
     gl.warp_specialize(
         [
@@ -645,7 +667,9 @@ def forward_streams(
                     rate_s_1,
                     keys,
                     queries,
-                    own_1,
+                    has_x,
+                    has_tile_1,
+                    has_tile_1,
                     ready,
                     done,
                     start,
@@ -709,7 +733,9 @@ def forward_streams(
                     rate_s_2,
                     keys,
                     queries,
-                    own_2,
+                    has_x,
+                    has_tile_2,
+                    has_tile_2,
                     ready,
                     done,
                     start,

@@ -228,11 +228,16 @@ def forward(
         return
     for first in (True, False) if flags.TWO else (False,):
         given = values if first or not flags.TWO else left
-        if splits > 1:
+        if splits > 1 and not flags.DELTA:
+            _sum_stretches(
+                (keys, given, keys, given), gates, local, carried, table,
+                (q.shape[0] * q.shape[1], stretches, heads, value_heads, scale),
+                K=key_dim, V=value_dim, FIRST=first, BACK=False, flags=flags,
+            )  # fmt: skip
+        elif splits > 1:
             i = 0 if first else 1
             # Matrices of both streams at once: they do not depend on what the first one leaves.
             maps = (2 if first else 0) if flags.TWO else 1
-            maps = maps if flags.DELTA else 0
             launch(
                 stretch_ends,
                 stretches * value_heads * (value_dim + maps * key_dim) // 64,
@@ -253,16 +258,40 @@ def forward(
                 K=key_dim,
                 V=value_dim,
                 FIRST=first,
-                DELTA=flags.DELTA,
                 TWO=flags.TWO,
                 MAPS=maps > 0,
                 num_warps=4,
                 maxnreg=168,  # three programs on a multiprocessor
             )
-            if flags.DELTA:
-                begin = None if start is None else start[i]
-                hand(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
+            begin = None if start is None else start[i]
+            hand(local[i], carried[i], begin, splits, back=False, out=scratch[1, i])
         stream(forward_stream, given, FIRST=first, GATHER=splits > 1 and not flags.DELTA)
+
+
+def _sum_stretches(
+    matrices: tuple[Matrix, ...], gates: Tensor, sums: Tensor, carried: Tensor, table: Segments, sizes: tuple[Any, ...],
+    flags: Any, **constants: Any,
+) -> None:  # fmt: skip
+    """Fill `sums`, and on the way forward `carried`, where states add."""
+    from whimbrel.scan.kernels.hopper_sums import stretch_sums
+
+    _, stretches, _, value_heads, _ = sizes
+    launch(
+        stretch_sums,
+        stretches * value_heads * (constants["V"] // 64),
+        *matrices,
+        gates,
+        sums,
+        carried,
+        table.stretch_start,
+        table.stretch_end,
+        *sizes,
+        TWO=flags.TWO,
+        GATED=flags.GATED,
+        DECAYED=flags.DECAYED,
+        num_warps=4,
+        **constants,
+    )
 
 
 def backward(
@@ -292,6 +321,7 @@ def backward(
     hand: Callable[..., None] = carry,
 ) -> None:
     """Fill the cotangents; `hand` as for `forward`."""
+    from whimbrel.scan.kernels.hopper_adding import backward_adding
     from whimbrel.scan.kernels.hopper_backward import backward_stream, reach
 
     q, k, v, dy = _aligned(q, k, v, dy)
@@ -299,17 +329,26 @@ def backward(
     value_heads, value_dim = v.shape[2:]
     tokens, chunks, stretches = q.shape[0] * q.shape[1], table.chunk_start.numel(), table.stretch_start.numel()
     queries, keys, to_q, to_k = _matrices(q, k, dq, dk, columns=key_dim)
-    values, given, to_v = _matrices(v, dy, dv, columns=value_dim)
+    values, asked, to_v = _matrices(v, dy, dv, columns=value_dim)
     left = _matrices(residual, columns=value_dim)[0] if flags.TWO else values
     solved = _matrices(tiles)[0] if tiles.numel() else queries
     kept = _matrices(saved.view(-1, value_dim), rows=key_dim, columns=value_dim)[0]
     local = scratch[0] if splits > 1 else dstarts
     finals = scratch[1] if splits > 1 and flags.DELTA else dends
+    stretch = table.stretch_start, table.stretch_end, table.stretch_chunk
     if splits > 1:
         small = _matrices(q, k, dy)
+        small_dv = _matrices(dv)[0]
 
     for first in (False, True) if flags.TWO else (False,):
-        if splits > 1:
+        if splits > 1 and not flags.DELTA:
+            small_q, small_k, small_dy = small
+            _sum_stretches(
+                (small_q, small_dy, small_k, small_dv), gates, local, carried, table,
+                (tokens, stretches, heads, value_heads, scale),
+                K=key_dim, V=value_dim, FIRST=first, BACK=True, flags=flags,
+            )  # fmt: skip
+        elif splits > 1:
             stream = 0 if first else 1
             launch(
                 reach,
@@ -320,9 +359,7 @@ def backward(
                 local,
                 dv,
                 residual,
-                table.stretch_start,
-                table.stretch_end,
-                table.stretch_chunk,
+                *stretch,
                 tokens,
                 chunks,
                 stretches,
@@ -333,52 +370,67 @@ def backward(
                 K=key_dim,
                 V=value_dim,
                 FIRST=first,
+                TWO=flags.TWO,
+                GATED=flags.GATED,
+                DECAYED=flags.DECAYED,
+                CLIP=flags.CLIP,
                 num_warps=4,
-                **flags._asdict(),
             )
-            if flags.DELTA:
-                end = None if dends is None else dends[stream]
-                hand(local[stream], carried[stream], end, splits, back=True, out=scratch[1, stream])
-        launch(
-            backward_stream,
-            stretches * value_heads,
-            queries,
-            keys,
-            values if first or not flags.TWO else left,
-            left,
-            given,
-            solved,
-            kept,
-            to_v,
-            to_q,
-            to_k,
-            gates,
-            dstarts if finals is None else finals,
-            local,
-            carried,
-            dstarts,
-            dv,
-            dq,
-            dk,
-            dlog,
-            dfirst if first else dsecond,
-            table.stretch_start,
-            table.stretch_end,
-            table.stretch_chunk,
-            tokens,
-            chunks,
-            stretches,
-            splits,
-            heads,
-            value_heads,
-            scale,
-            clip or 0.0 if flags.DELTA else _below(clip, q.dtype),
-            K=key_dim,
-            V=value_dim,
-            FIRST=first,
-            FROM=finals is not None,
-            GATHER=splits > 1 and not flags.DELTA,
-            KEPT=kept_errors(flags, splits) and not first,
-            num_warps=8,
-            **flags._asdict(),
-        )
+            end = None if dends is None else dends[stream]
+            hand(local[stream], carried[stream], end, splits, back=True, out=scratch[1, stream])
+        streams = queries, keys, values if first or not flags.TWO else left, asked
+        results = dv, dq, dk, dlog, dfirst if first else dsecond
+        sizes = tokens, chunks, stretches, splits, heads, value_heads, scale
+        options: dict[str, Any] = {
+            "K": key_dim,
+            "V": value_dim,
+            "FIRST": first,
+            "TWO": flags.TWO,
+            "GATED": flags.GATED,
+            "DECAYED": flags.DECAYED,
+            "CLIP": flags.CLIP,
+            "FROM": finals is not None,
+            "num_warps": 8,
+        }
+        ends = dstarts if finals is None else finals
+        if flags.DELTA:
+            launch(
+                backward_stream,
+                stretches * value_heads,
+                *streams,
+                solved,
+                kept,
+                to_v,
+                to_q,
+                to_k,
+                gates,
+                ends,
+                dstarts,
+                *results,
+                *stretch,
+                *sizes,
+                clip or 0.0,
+                KEPT=kept_errors(flags, splits) and not first,
+                **options,
+            )
+        else:
+            launch(
+                backward_adding,
+                stretches * value_heads,
+                *streams,
+                kept,
+                to_v,
+                to_q,
+                to_k,
+                gates,
+                ends,
+                local,
+                carried,
+                dstarts,
+                *results,
+                *stretch,
+                *sizes,
+                _below(clip, q.dtype),
+                GATHER=splits > 1,
+                **options,
+            )

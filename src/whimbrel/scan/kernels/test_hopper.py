@@ -12,7 +12,15 @@ from whimbrel.testing.recurrence import Recurrence, Shape
 pytest.importorskip("triton.experimental.gluon")
 KERNELS = [
     f"whimbrel.scan.kernels.{name}"
-    for name in ("hopper", "hopper_prepare", "hopper_ends", "hopper_forward", "hopper_backward")
+    for name in (
+        "hopper",
+        "hopper_prepare",
+        "hopper_ends",
+        "hopper_forward",
+        "hopper_backward",
+        "hopper_adding",
+        "hopper_sums",
+    )
 ]
 EDGES = torch.tensor([0, 5, 5, 70, 140], dtype=torch.int32)
 SHAPES = [

@@ -214,10 +214,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from whimbrel.scan.kernels.hopper_adding import backward_adding as adding
 from whimbrel.scan.kernels.hopper_backward import backward_stream as backward, reach
 from whimbrel.scan.kernels.hopper_ends import stretch_ends as ends
 from whimbrel.scan.kernels.hopper_forward import forward_stream as forward, forward_streams as both
 from whimbrel.scan.kernels.hopper_prepare import prepare_delta as prepare
+from whimbrel.scan.kernels.hopper_sums import stretch_sums as sums
 
 def block(rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
@@ -227,26 +229,28 @@ kinds |= dict.fromkeys("scale clip below".split(), "fp32")
 kinds |= dict.fromkeys("stretch_start stretch_end stretch_chunk chunk_start chunk_end".split(), "*i32")
 kinds |= dict.fromkeys("y_memory residual_memory dresidual clipped dx_memory dq_memory dk_memory".split(), "*bf16")
 flags = dict(K=128, V=128, FIRST=True, DELTA=True, TWO=True, GATED=True, DECAYED=False, CLIP=True, FROM=True)
-flags |= dict(SAVE=True, GATHER=False, MAPS=True, KEPT=False)
-rla, one = dict(DELTA=False, GATED=False, DECAYED=True, MAPS=False), dict(FIRST=False, TWO=False)
+flags |= dict(SAVE=True, GATHER=False, MAPS=True, KEPT=False, BACK=True)
+rla, one = dict(DELTA=False, GATED=False, DECAYED=True), dict(FIRST=False, TWO=False)
 for function, changes in (
     (forward, {}), (forward, rla), (forward, one), (forward, dict(FIRST=False)),
-    (ends, {}), (ends, rla), (ends, one), (ends, dict(FIRST=False, MAPS=False)), (reach, {}), (reach, rla),
+    (ends, {}), (ends, one), (ends, dict(FIRST=False, MAPS=False)), (reach, {}),
+    (sums, {}), (sums, dict(BACK=False)),
     (both, {}), (both, rla | dict(SAVE=False)), (both, dict(K=64, V=64)),
-    (backward, {}), (backward, rla), (backward, one), (backward, dict(FIRST=False)), (backward, dict(K=64)),
+    (backward, {}), (backward, one), (backward, dict(FIRST=False)), (backward, dict(K=64)),
     (backward, dict(FIRST=False, KEPT=True)), (backward, dict(V=64, FIRST=False)),
-    (backward, dict(K=64, V=64, DELTA=False, FIRST=False)),
+    (adding, {}), (adding, rla), (adding, one), (adding, dict(K=64)), (adding, dict(V=64, FIRST=False)),
     (prepare, {}), (prepare, dict(K=64, TWO=False)),
 ):
     constants = {n: v for n, v in (flags | changes).items() if n in function.arg_names}
-    key, value = (constants["K"], constants["V"]) if function is backward else (64, 64)
-    blocks = dict.fromkeys("q k dq dk".split(), block(64, key))
-    blocks |= dict.fromkeys("x left y residual".split(), block(64, value))
+    key, value = (constants["K"], constants["V"]) if function in (backward, adding) else (64, 64)
+    blocks = dict.fromkeys("q k dq dk".split(), block(64, key)) | dict.fromkeys("a b z".split(), block(64, 64))
+    blocks |= dict.fromkeys("x y residual".split(), block(64, value))
     blocks |= dict(dy=block(64, value), dx=block(64, value), tiles=block(64, 64), saved=block(key, value))
     signature = {n: "constexpr" if n in constants else (kinds | blocks).get(n, "*fp32") for n in function.arg_names}
     source = GluonASTSource(function, signature, constants)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if function is backward else 4})
-    most = 232448 if function in (backward, both) else 76458 if function is ends else 115712
+    warps = 8 if function in (backward, adding) else 4
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    most = 232448 if function in (backward, adding, both) else 76458 if function is ends else 115712
     room = made.metadata.shared
     assert "wgmma" in made.asm["ptx"]
     assert room <= most, f"{function.__name__} with {changes} takes {room} bytes of shared memory, of {most}"
