@@ -186,10 +186,11 @@ def _recall_alone(results: Path) -> list[str]:
     places = sorted({int(x["params"]["pairs"]) for x in lines if x["metric"] == "accuracy"})
     seeds = sorted({int(x["params"]["seed"]) for x in lines})
     chance = next(x["params"]["chance"] for x in lines if x["metric"] == "accuracy")
+    rates = [f"{rate:g}" for rate in sorted({float(x["params"]["lr"]) for x in lines})]
     rows = [
         f"**Trained on recall alone**, share right by the number of pairs, {given['layers']} blocks of width "
         f"{given['hidden_size']}, {int(given['tokens']) / 1e6:.0f} M tokens in sequences of {given['T']}, up to "
-        f"{places[-2]} pairs in training, {_seeds(seeds)}, each at its better rate "
+        f"{places[-2]} pairs in training, {_seeds(seeds)}, each at the rate with the lowest loss of {' and '.join(rates)} "
         f"(chance {chance:.1%}; {lines[0]['device']}, [lines]({LINKS[COMPARISON]}/recall.jsonl)):",
         "",
         *header("blocks", "head dim", "state", "rate", *map(str, places)),
