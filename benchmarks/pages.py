@@ -190,7 +190,7 @@ def _recall_alone(results: Path) -> list[str]:
     rows = [
         f"**Trained on recall alone**, share right by the number of pairs, {given['layers']} blocks of width "
         f"{given['hidden_size']}, {int(given['tokens']) / 1e6:.0f} M tokens in sequences of {given['T']}, up to "
-        f"{places[-2]} pairs in training, {_seeds(seeds)}, each at the rate with the lowest loss of {' and '.join(rates)} "
+        f"{places[-2]} pairs in training, {_seeds(seeds)}, each at the better rate of {' and '.join(rates)} "
         f"(chance {chance:.1%}; {lines[0]['device']}, [lines]({LINKS[COMPARISON]}/recall.jsonl)):",
         "",
         *header("blocks", "head dim", "state", "rate", *map(str, places)),
