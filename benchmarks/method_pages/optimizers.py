@@ -106,7 +106,7 @@ def two_gpus(results: Path = RESULTS) -> str:
     sides = [side for side in ("right", "std") if ("fira", side, "time") in found]
     if not sides:
         return "Two GPUs have not been measured yet."
-    adamw = {x["metric"]: x["value"] for x in lines if x["impl"] == "torch-adamw-fused"}
+    adamw = {metric: value for (impl, side, metric), value in found.items() if impl == "torch-adamw-fused" and not side}
 
     def cells(metric: str, form: Callable[[float], str], impl: str = "fira") -> list[str]:
         values = (found.get((impl, side, metric)) for side in sides)

@@ -290,57 +290,6 @@ def kernels(mesh):
     return found
 
 
-def check_kernels(rank, folder, device):
-    """The kernels beside PyTorch on rows of larger matrices: how far apart the moves of weights are, to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    mesh, found = init_device_mesh(device, (WORLD,)), {}
-    for dtype in DTYPES:
-        for how, (cls, options, _) in KERNELS.items():
-            found[how, dtype] = rms_ratio(
-                *(moved(mesh, cls, dtype, impl=impl, **options) for impl in ("eager", "triton"))
-            )
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Budgets of moves: bfloat16 gradients are multiplied with bases in bfloat16, and weights are rounded."""
-
-
-PARTED = [(768, 2048), (2048, 768), (500, 1377), (1377, 500)]
-
-
-def moved(mesh, cls, dtype, **options):
-    """How far weights move in some steps."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(shape):
-        whole = torch.randn(shape, generator=generator).to(mesh.device_type, dtype)
-        part = whole.chunk(WORLD)[mesh.get_rank()]
-        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
-
-    params = [nn.Parameter(rows(shape)) for shape in PARTED * 2]
-    start = [param.to_local().detach().double() for param in params]
-    groups = [{"params": params, "rank": 128}]
-    optimizer = cls(groups, lr=1e-2, refresh_steps=4, weight_decay=0.1, **options)
-    for _ in range(8):
-        for param in params:
-            param.grad = rows(param.shape)
-        optimizer.step()
-    now = [param.to_local().detach().double() for param in params]
-    return torch.cat([(a - b).flatten() for a, b in zip(now, start, strict=True)])
-
-
-@pytest.mark.gpu
-def test_kernels_step_parts_on_a_gpu_as_pytorch_does(tmp_path):
-    """Two processes on one card, which speak by gloo; steps are replayed from the second on."""
-    torch.multiprocessing.spawn(check_kernels, (str(tmp_path), "cuda"), nprocs=WORLD)
-    for rank in range(WORLD):
-        for (how, dtype), ratio in torch.load(tmp_path / f"{rank}.pt").items():
-            assert ratio <= max(DTYPES[dtype], KERNELS[how][2]), (how, dtype, ratio)
-
-
 def on_one(rank):
     """FSDP2 over a single process."""
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
