@@ -48,8 +48,7 @@ def run(
         elif code == "triton":
             if not recompute:
                 return in_kernels(rule, delta)
-            # Parts are not alike.
-            form = lambda *part, **kwargs: in_kernels(rule, delta)(*part, **kwargs)  # noqa: E731
+            form = partial(part_in_kernels, rule, delta)
         else:
             form = partial(chunked, rule=rule, delta=delta)
         return partial(in_parts, form, parts=recompute)
@@ -138,6 +137,11 @@ def in_parts(
 def one_step(*tensors: Tensor, state: State | None, cu_seqlens: None, **settings: Any) -> Out:
     """`step`, called as the other forms."""
     return step(*tensors, state=state, **settings)
+
+
+def part_in_kernels(rule: Rule, delta: bool, *tensors: Tensor, **given: Any) -> Out:
+    """`in_kernels` for one call: parts of a call are not alike."""
+    return in_kernels(rule, delta)(*tensors, **given)
 
 
 def in_kernels(rule: Rule, delta: bool) -> Callable[..., Out]:
