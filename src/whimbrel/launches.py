@@ -188,6 +188,8 @@ _ready: dict[Any, _Ready] = {}
 _descriptors: dict[Any, list[Any]] = {}
 _tapes: dict[Any, _Sequence] = {}
 _recording = threading.local()
+_begun: set[Any] = set()
+"""Kinds of calls whose kernels were compiled, or are being compiled side by side."""
 _compiled_ahead: dict[Any, threading.Thread] = {}
 """Who compiles a kernel that nobody has launched yet, by what `_ready` knows it by."""
 
@@ -205,6 +207,14 @@ def compiling_ahead() -> Iterator[None]:
         yield
     finally:
         _recording.ahead = False
+
+
+def compile_together(kind: Any, make: Callable[[], None]) -> None:
+    """Have what make() launches compiled side by side, the first time that this `kind` is named."""
+    if kind not in _begun:
+        _begun.add(kind)
+        with compiling_ahead():
+            make()
 
 
 def _compile(kernel: Any, arguments: list[Any], grid: tuple[int, ...], constants: dict[str, Any], device: int) -> None:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from whimbrel.launches import compiling_ahead, launch, replay
+from whimbrel.launches import compile_together, launch, replay
 from whimbrel.scan.common import needs_grad
 from whimbrel.scan.kernels import backward as _backward
 from whimbrel.scan.kernels import forward as _forward
@@ -37,8 +37,6 @@ at K = 32, an illegal access at 32 columns), and Hopper has kernels of its own.
 MOST_SCANS = 1 << 8
 """Kinds of calls that are kept, of some 2 KB each; when there are more, all are forgotten."""
 _scans: dict[Any, Scan] = {}
-_begun: set[Any] = set()
-"""Kinds of calls with gradients whose kernels were compiled, or are being compiled side by side."""
 
 
 class Flags(NamedTuple):
@@ -213,13 +211,13 @@ class Scan:
         """Have all kernels of a call with gradients compiled side by side, the first time that there is such a call."""
         q, k, v, *_ = inputs
         kind = self.flags, self.states[3:], self.queries[1], self.parts == 1, dtypes
-        if kind in _begun:
-            return
-        _begun.add(kind)
-        with compiling_ahead():
+
+        def make() -> None:
             self.launch_forward(inputs, outputs, self.ahead.new(), table)
             given = outputs[0], None, q, k, v, outputs[2]
             self.launch_backward(given, self.cotangents(v), self.back.new(), table)
+
+        compile_together(("one process", *kind), make)
 
 
 def _scan_of(

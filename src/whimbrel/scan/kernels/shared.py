@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from whimbrel.launches import compiling_ahead, pause, replay
+from whimbrel.launches import compile_together, pause, replay
 from whimbrel.scan.kernels import hopper_launch
 from whimbrel.scan.kernels.launch import Flags
 from whimbrel.scan.kernels.segments import Segments, count_chunks, segments
 from whimbrel.scan.kernels.stretches import carry
-
-_begun: set[Any] = set()
-"""Kinds of calls whose kernels were compiled, or are being compiled side by side."""
 
 
 class Neighbours(NamedTuple):
@@ -88,12 +85,13 @@ class Walk:
         y, ends, passed = torch.empty_like(v), self._empty(states), self._empty(states)
         tensors = (*inputs, y, ends, *kept, passed, self._scratch(), *self.table)
         kind = log_decay.dtype, None if first is None else first.dtype, second.dtype, start is None, save, q.dtype
-        if (self.flags, self.shape[3], v.shape[3], kind) not in _begun:
-            _begun.add((self.flags, self.shape[3], v.shape[3], kind))
-            with compiling_ahead():
-                self._launch_forward(tensors, neighbours, save)
-                if save:
-                    self._launch_backward(self._back(y, None, q, q, v, kept), neighbours)
+
+        def make() -> None:
+            self._launch_forward(tensors, neighbours, save)
+            if save:
+                self._launch_backward(self._back(y, None, q, q, v, kept), neighbours)
+
+        compile_together(("several", self.flags, self.shape[3], v.shape[3], kind), make)
         replay((self, kind, neighbours.key), tensors, partial(self._launch_forward, tensors, neighbours, save))
         return y, ends, kept
 
