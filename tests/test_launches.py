@@ -97,6 +97,19 @@ def test_kernels_are_compiled_side_by_side_and_hold_no_memory(kernel, monkeypatc
     assert [(x[0], x[1].data.device.type, *x[2:]) for x in done] == 2 * [(torch.float32, "meta", 40, 0.5)]
 
 
+def test_kernels_of_one_kind_of_call_are_compiled_together_once(kernel):
+    made = []
+    for kind in ("some", "others", "some"):
+
+        def make(kind=kind):
+            made.append(kind)
+            launches.launch(kernel, 5, *tensors(), 40, 0.5, SIZE=8)
+
+        launches.compile_together((test_kernels_of_one_kind_of_call_are_compiled_together_once, kind), make)
+    assert made == ["some", "others"]
+    assert not kernel.launched
+
+
 def test_what_cannot_be_compiled_ahead_is_compiled_later(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with launches.compiling_ahead():  # this kernel has no `warmup`
