@@ -403,9 +403,9 @@ def _walked(walk: Walk, line: Line, tensors: Sequence[Tensor], starts: Sequence[
 
     A process tells what its stretches tell each other anyway, so it runs them once.
     """
-    start = None
-    if starts is not None:
-        start = torch.stack([starts[-1].new_zeros(starts[-1].shape), *starts][-2:])
+    from whimbrel.scan.kernels.launch import stacked
+
+    start = None if starts is None else stacked(starts)
     q, k, v, log_decay, *rates = (x.contiguous() for x in tensors)
     first = rates[0] if len(rates) > 1 else None
     save = needs_grad(*tensors, start)

@@ -6,6 +6,7 @@ one-state recurrence is the second stream alone: it reads after its own write.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -582,7 +583,7 @@ class Recurrence:
         [N, HV, K, V], None for zero. y has v's shape and dtype, the states come back in fp32. With `first_rate` None
         there is one state, the second, and `states` holds one.
         """
-        start = None if states is None else _stacked(states)
+        start = None if states is None else stacked(states)
         if self.missing is None:
             self.missing = _hopper.missing(q, v)
             self.save = needs_grad(q, k, v, log_decay, first_rate, second_rate, start)
@@ -610,7 +611,7 @@ class Recurrence:
         return (y, ends[0], ends[1]) if flags.TWO else (y, ends[1])
 
 
-def _stacked(states: tuple[Tensor, ...]) -> Tensor:
-    """Both states in fp32, or zeros and the only one."""
+def stacked(states: Sequence[Tensor]) -> Tensor:
+    """Both states [N, HV, K, V] as one tensor [2, N, HV, K, V] in fp32; of a single one, the first is zero."""
     both = states if len(states) == 2 else (torch.zeros_like(states[0]), states[0])
     return torch.stack([x.float() for x in both])
